@@ -1,0 +1,118 @@
+"""How large a batch is, and how it is cut: batch-size schedules, and global batch → ranks × micro-batches.
+
+Everything here is arithmetic on integers; nothing is random and nothing knows of devices.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from tests import Decision
+
+
+def positions_of_rank(start: int, stop: int, rank: int, world_size: int) -> range:
+    """The positions p in [start, stop) with p mod world_size = rank."""
+    return range(start + (rank - start) % world_size, stop, world_size)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One global batch: positions [start, start + batch_size) of the sample order, in `steps` micro-batches a rank.
+
+    Ranks and micro-batches differ by at most one sample, and the batch is exactly as large as was asked.
+    """
+
+    start: int
+    batch_size: int
+    world_size: int
+    steps: int
+
+    def micro_batches(self, rank: int) -> list[range]:
+        """The positions of each of this rank's micro-batches; none is empty (so a rank may have one step fewer)."""
+        own = positions_of_rank(self.start, self.start + self.batch_size, rank, self.world_size)
+        steps = min(self.steps, len(own))
+        cuts = [len(own) * i // steps for i in range(steps + 1)]
+        return [own[a:b] for a, b in zip(cuts, cuts[1:])]
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples in the largest micro-batch of any rank."""
+        return _ceil_div(_ceil_div(self.batch_size, self.world_size), self.steps)
+
+
+def plan(
+    start: int,
+    batch_size: int,
+    world_size: int,
+    max_micro_batch_size: int,
+    min_steps: int = 1,
+    min_micro_batch_size: int = 1,
+) -> Plan:
+    """Cut a global batch into as few micro-batches as `max_micro_batch_size` (per device) and `min_steps` allow.
+
+    Where the batch is too small for `min_steps` micro-batches of at least `min_micro_batch_size` on every rank, there
+    are fewer.
+
+    Raises:
+        ValueError: the batch is smaller than the number of ranks.
+    """
+    if batch_size < world_size:
+        raise ValueError(f"a batch of {batch_size} cannot be shared by {world_size} ranks")
+    steps = max(min_steps, _ceil_div(_ceil_div(batch_size, world_size), max_micro_batch_size))
+    most = _ceil_div(batch_size, world_size)
+    if min_micro_batch_size > 1:
+        most = max(1, batch_size // world_size // min_micro_batch_size)
+    return Plan(start, batch_size, world_size, min(steps, most))
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+# Batch-size schedules: the size of the next batch from the present size, the samples so far, and the test's decision.
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The batch stays as it is."""
+
+    def __call__(self, batch_size: int, samples: int, decision: Decision | None = None) -> int:
+        return batch_size
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """Grows where the test fails: to the size the test asks for, or by `factor` where one is given. Never shrinks."""
+
+    max_batch_size: int
+    factor: float | None = None
+
+    def __call__(self, batch_size: int, samples: int, decision: Decision | None = None) -> int:
+        if decision is None or decision.passed is not False:
+            return batch_size
+        asked = decision.next_batch_size if self.factor is None else int(batch_size * self.factor)
+        return max(batch_size, min(max(asked, batch_size + 1), self.max_batch_size))
+
+
+@dataclass(frozen=True)
+class Stagewise:
+    """`batch_sizes[i]` during stage i; stage i lasts `samples_stages[i]` samples, the last one to the end."""
+
+    batch_sizes: Sequence[int]
+    samples_stages: Sequence[int]
+
+    def __call__(self, batch_size: int, samples: int, decision: Decision | None = None) -> int:
+        ends = list(accumulate(self.samples_stages))
+        return self.batch_sizes[min(bisect_right(ends, samples), len(self.batch_sizes) - 1)]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Every step adds `increment` samples, up to `max_batch_size`."""
+
+    max_batch_size: int
+    increment: int
+
+    def __call__(self, batch_size: int, samples: int, decision: Decision | None = None) -> int:
+        return max(batch_size, min(batch_size + self.increment, self.max_batch_size))

@@ -1,0 +1,109 @@
+"""batching.py and the sample order: exact sizes, exact coverage, schedules against written-out values."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import batching
+from data import SampleOrder
+from tests import Decision
+
+
+@given(st.integers(0, 10**6), st.integers(1, 500), st.integers(1, 7), st.integers(1, 40), st.integers(1, 5))
+def test_plan_is_exact_and_even(start, batch_size, world_size, max_micro_batch_size, min_steps):
+    if batch_size < world_size:
+        with pytest.raises(ValueError):
+            batching.plan(start, batch_size, world_size, max_micro_batch_size, min_steps)
+        return
+    plan = batching.plan(start, batch_size, world_size, max_micro_batch_size, min_steps)
+    ranks = [plan.micro_batches(rank) for rank in range(world_size)]
+    assert max(len(micro_batches) for micro_batches in ranks) == plan.steps
+    sizes = [len(micro_batch) for micro_batches in ranks for micro_batch in micro_batches]
+    assert min(sizes) >= 1 and max(sizes) <= max_micro_batch_size and max(sizes) == plan.micro_batch_size
+    assert max(sizes) - min(sizes) <= 2  # one between ranks, one between micro-batches
+    totals = [sum(map(len, micro_batches)) for micro_batches in ranks]
+    assert max(totals) - min(totals) <= 1
+    positions = sorted(p for micro_batches in ranks for micro_batch in micro_batches for p in micro_batch)
+    assert positions == list(range(start, start + batch_size))
+    assert plan.steps >= min(min_steps, batch_size // world_size)
+    assert {len(micro_batches) for micro_batches in ranks} <= {plan.steps, plan.steps - 1}
+
+
+@given(st.integers(1, 300), st.integers(1, 5), st.integers(3, 40), st.integers(1, 9))
+def test_plan_keeps_two_samples_together(batch_size, world_size, max_micro_batch_size, min_steps):
+    """For BatchNorm on 1×1 maps: no micro-batch of one, and still none above the largest size."""
+    if batch_size < 2 * world_size:
+        return
+    plan = batching.plan(5, batch_size, world_size, max_micro_batch_size, min_steps, min_micro_batch_size=2)
+    sizes = [len(micro_batch) for rank in range(world_size) for micro_batch in plan.micro_batches(rank)]
+    assert min(sizes) >= 2 and max(sizes) <= max_micro_batch_size and sum(sizes) == batch_size
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 60),
+    st.lists(st.integers(1, 90), min_size=1, max_size=30),
+    st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    st.booleans(),
+    st.integers(0, 5),
+)
+def test_each_sample_once_an_epoch(num_samples, batch_sizes, worlds, shuffle, seed):
+    """Over random batch sizes and a world size that changes between batches (as after a resume)."""
+    order = SampleOrder(num_samples, seed, shuffle)
+    cursor, used = 0, []
+    for i, batch_size in enumerate(batch_sizes):
+        world_size = worlds[i % len(worlds)]
+        if batch_size < world_size:
+            continue
+        plan = batching.plan(cursor, batch_size, world_size, 7)
+        pairs = [
+            pair
+            for rank in range(world_size)
+            for positions in plan.micro_batches(rank)
+            for pair in zip(positions, order.samples(positions).tolist())
+        ]
+        used += [sample for _, sample in sorted(pairs)]
+        cursor += batch_size
+    for epoch in range(cursor // num_samples):
+        assert Counter(used[epoch * num_samples : (epoch + 1) * num_samples]) == Counter(range(num_samples))
+    partial = used[cursor // num_samples * num_samples :]
+    assert len(set(partial)) == len(partial)
+    if not shuffle:
+        assert used == [p % num_samples for p in range(cursor)]
+
+
+def test_order_changes_with_epoch_and_seed():
+    orders = [
+        SampleOrder(50, seed, True).samples(range(e * 50, e * 50 + 50)).tolist() for seed in (0, 1) for e in (0, 1)
+    ]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+FAIL, PASS, NONE = Decision(False, 700), Decision(True, 64), Decision(None, 64, "why")
+
+
+@pytest.mark.parametrize(
+    "schedule, batch_size, samples, decision, expected",
+    [
+        (batching.Constant(), 64, 0, FAIL, 64),
+        (batching.Adaptive(1000), 64, 0, FAIL, 700),
+        (batching.Adaptive(500), 64, 0, FAIL, 500),
+        (batching.Adaptive(1000), 64, 0, PASS, 64),
+        (batching.Adaptive(1000), 64, 0, NONE, 64),
+        (batching.Adaptive(1000), 64, 0, None, 64),
+        (batching.Adaptive(1000, factor=2.0), 64, 0, FAIL, 128),
+        (batching.Adaptive(1000, factor=1.001), 64, 0, FAIL, 65),
+        (batching.Adaptive(100, factor=2.0), 64, 0, FAIL, 100),
+        (batching.Stagewise([8, 16, 32], [100, 100, 100]), 8, 99, None, 8),
+        (batching.Stagewise([8, 16, 32], [100, 100, 100]), 8, 100, None, 16),
+        (batching.Stagewise([8, 16, 32], [100, 50, 100]), 16, 150, None, 32),
+        (batching.Stagewise([8, 16, 32], [100, 50, 100]), 32, 10**6, None, 32),
+        (batching.Linear(100, 30), 64, 0, None, 94),
+        (batching.Linear(100, 30), 94, 0, None, 100),
+        (batching.Linear(100, 30), 100, 0, None, 100),
+    ],
+)
+def test_schedules(schedule, batch_size, samples, decision, expected):
+    assert schedule(batch_size, samples, decision) == expected

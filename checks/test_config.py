@@ -1,0 +1,147 @@
+"""The command line: published commands, help, files, and everything that is refused there."""
+
+import re
+
+import pytest
+import yaml
+
+import config
+from checks.conftest import ROOT
+from config import UsageError
+
+PUBLISHED = {
+    "cnn": "--num_workers=0 --optimizer=adagrad --batch_size=16 --max_test_micro_batch_size=15000 "
+    "--max_batch_size=60000 --learning_rate=5e-1 --max_lr=5e-2 --decay_lr=False --max_samples=6000000 --model=cnn "
+    "--dataset=mnist --test_type=norm --eta=1e-1",
+    "resnet18": "--num_workers=0 --optimizer=adagrad --batch_size=8 --max_test_micro_batch_size=100 "
+    "--max_micro_batch_size=128 --max_batch_size=50000 --max_samples=10000000 --warmup_samples=1000000 "
+    "--lr_decay_samples=9000000 --learning_rate=5e-2 --min_lr=5e-3 --model=resnet18 --dataset=cifar10 --eta=5e-1",
+    "resnet50": "--num_workers=0 --optimizer=sgdm --batch_size=256 --max_test_micro_batch_size=64 "
+    "--max_micro_batch_size=100 --max_batch_size=50000 --max_samples=10000000 --warmup_samples=1000000 "
+    "--lr_decay_samples=9000000 --learning_rate=5e-1 --min_lr=5e-2 --model=resnet50 --dataset=cifar100 "
+    "--test_type=ip+orth --theta=5e-1 --nu=1e0",
+    "resnet101": "--num_workers=12 --precision=bf16-mixed --optimizer=sgdm --data_dir=/data/imagenet-gen/ "
+    "--batch_size=256 --max_test_micro_batch_size=64 --max_micro_batch_size=512 --max_batch_size=111360 "
+    "--max_samples=256233400 --warmup_samples=6405835 --lr_decay_samples=249827565 --learning_rate=2.5e0 "
+    "--min_lr=2.5e-1 --weight_decay=1e-4 --gradient_accumulation_steps=1 --model=resnet101 --dataset=imagenet "
+    "--test_type=norm --eta=1e-1",
+    "further": "--out_dir=x --eval_interval=3 --log_interval=2 --seed=1 --shuffle=False --compile=False --test=False "
+    "--test_interval=2 --training_type=iter --max_iters=10 --lr_decay_type=iter --warmup_iters=2 --lr_decay_iters=9 "
+    "--scheduler=multistep --milestones=[4,6] --gamma=0.5 --min_lr=1e-5 --ramp_up_type=factor --ramp_up_factor=1.5 "
+    "--stagewise_ramp_up=True --samples_stages=[64,64] --global_batch_sizes=[16,32] --beta1=0.8 --beta2=0.99 "
+    "--grad_clip=1.0 --linear_ramp_up=False --linear_ramp_up_increment=8 --devices=2 --num_nodes=1",
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_commands_parse(name):
+    parsed = config.parse(PUBLISHED[name].split())
+    for option, value in re.findall(r"--(\w+)=(\S+)", PUBLISHED[name]):
+        got = getattr(parsed, option)
+        assert str(got) == value.rstrip("/") or got == yaml.safe_load(value) or float(got) == float(value), option
+
+
+def test_help_groups_by_topic_and_names_every_option(capsys):
+    with pytest.raises(SystemExit) as ended:
+        config.parse(["--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    for topic in ("Data:", "Adaptive batch size:", "Learning-rate schedule:", "Devices"):
+        assert f"\n{topic}" in text
+    for option in config.Config.__dataclass_fields__:
+        assert f"--{option} " in text, option
+    assert "samples per device" in text and "default: cnn" in text
+
+
+def test_readme_names_every_option_with_its_default():
+    rows = dict(re.findall(r"^\| `(\w+)` \| `?([^|]*?)`? \|", (ROOT / "README.md").read_text(), re.M))
+    assert set(config.Config.__dataclass_fields__) <= set(rows)
+    defaults = config.parse([])
+    for option in config.Config.__dataclass_fields__:
+        assert rows[option] == ("-" if getattr(defaults, option) is None else str(getattr(defaults, option))), option
+
+
+def test_config_file_and_later_options(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("eta: 0.25\nbatch_size: 32\noptimizer_args: {eps: 0.001}\n")
+    parsed = config.parse([f"--config={file}", "--batch_size=64", "--optimizer_args.amsgrad=true"])
+    assert (parsed.eta, parsed.batch_size) == (0.25, 64)
+    assert parsed.optimizer_args == {"eps": 0.001, "amsgrad": True}
+    with pytest.raises(SystemExit):
+        config.parse(["--eta=0.3", "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["eta"] == 0.3 and printed["model"] == "cnn"
+
+
+REFUSED = [
+    ("--etta=1", "did you mean 'eta'"),
+    ("--test_type=nrm", "did you mean 'norm'"),
+    ("--eta=abc", "--eta must be a number"),
+    ("--batch_size=1.5", "--batch_size must be a whole number"),
+    ("--test=maybe", "--test must be True or False"),
+    ("--config=nowhere.yaml", "--config"),
+    *[(f"--{name}={value}", f"--{name} must be positive")
+      for name in ("eta", "theta", "nu", "learning_rate", "batch_size", "max_batch_size", "max_micro_batch_size",
+                   "max_test_micro_batch_size", "test_interval", "max_samples", "max_iters", "devices", "test_groups")
+      for value in (0, -1)],
+    ("--eta=nan", "--eta must be a number"),
+    ("--seed=-1", "--seed must be zero or positive"),
+    ("--beta1=1", "--beta1 must be in"),
+    ("--ramp_up_factor=1", "--ramp_up_factor must be larger"),
+    ("--batch_size=128 --max_batch_size=64", "above --max_batch_size=64"),
+    ("--batch_size=1", "no variance to test"),
+    ("--eta=inf", "--eta must be"),
+    ("--stagewise_ramp_up=True --global_batch_sizes=[8]", "add --test=False"),
+    ("--test=False --stagewise_ramp_up=True", "needs --global_batch_sizes"),
+    ("--test=False --global_batch_sizes=[8]", "--global_batch_sizes acts only with --stagewise_ramp_up=True"),
+    ("--test=False --stagewise_ramp_up=True --linear_ramp_up=True --global_batch_sizes=[8]", "choose one"),
+    ("--test=False --stagewise_ramp_up=True --global_batch_sizes=[8,9] --samples_stages=[5]", "give as many"),
+    ("--test=False --stagewise_ramp_up=True --global_batch_sizes=[8,0]", "positive"),
+    ("--max_lr=1", "add --decay_lr=False"),
+    ("--min_lr=1 --learning_rate=0.1", "above the peak"),
+    ("--scheduler=multistep", "needs --milestones"),
+    ("--milestones=[5]", "--milestones acts only with --scheduler=multistep"),
+    ("--scheduler=multistep --milestones=[5,3]", "must rise"),
+    ("--warmup_samples=10 --lr_decay_samples=10", "not before"),
+    ("--lr_decay_type=iter", "needs --lr_decay_iters"),
+    ("--warmup_samples=500 --max_samples=400", "--warmup_samples=500 is not before --max_samples=400"),
+    ("--training_type=iter --lr_decay_type=iter --warmup_iters=9 --max_iters=9", "is not before --max_iters=9"),
+    ("--decay_lr=False --warmup_samples=5", "--warmup_samples acts only with --decay_lr=True"),
+    ("--lr_decay_iters=5", "--lr_decay_iters acts only with --lr_decay_type=iter"),
+    ("--max_iters=5", "--max_iters acts only with --training_type=iter"),
+    ("--ramp_up_factor=3", "--ramp_up_factor acts only with --ramp_up_type=factor"),
+    ("--seed=4294967296", "--seed must be below 2^32"),
+    ("--run_name=a/b", "must be the name of a folder"),
+    ("--run_name=..", "must be the name of a folder"),
+    ("--devices=many", "--devices must be a whole number or auto, not 'many'"),
+    ("--weight_decay=much", "--weight_decay must be a number, not 'much'"),
+    ("--milestones=3", "--milestones must be a list"),
+    ("--strategy=ddpp", "did you mean 'ddp'"),
+    ("--optimizer_args=3", "--optimizer_args must be of the form NAME=VALUE"),
+    ("--batch_size", "--batch_size needs a value"),
+    ("quickstart", "unexpected argument 'quickstart': options are written --NAME=VALUE"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options, words", REFUSED, ids=[options for options, _ in REFUSED])
+def test_refused_in_one_line(options, words):
+    with pytest.raises(UsageError, match=re.escape(words)) as refused:
+        config.parse(options.split())
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (b"batch_sise: 4\n", "unknown option batch_sise in the --config file; did you mean 'batch_size'?"),
+        (b"batch_size: many\n", "--batch_size must be a whole number, not 'many'"),
+        (b"batch_size: [4\n", "--config: while parsing"),
+        (b"- 4\n", "give a YAML file with lines OPTION: VALUE"),
+        (b"\xff\xfe\x00", "--config: "),
+    ],
+)
+def test_refused_files(tmp_path, text, words):
+    (tmp_path / "run.yaml").write_bytes(text)
+    with pytest.raises(UsageError, match=re.escape(words)) as refused:
+        config.parse([f"--config={tmp_path / 'run.yaml'}"])
+    assert "\n" not in str(refused.value)

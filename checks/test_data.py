@@ -1,0 +1,208 @@
+"""Data sets from small official-format files, augmentation against a plain loop, coverage of the validation set."""
+
+import hashlib
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+import data
+from config import UsageError
+
+
+def write_mnist(folder: Path, name: str = "MNIST", train: int = 20, val: int = 10) -> None:
+    raw = folder / name / "raw"
+    raw.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for prefix, count in (("train", train), ("t10k", val)):
+        images = generator.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, count, 28, 28) + images.tobytes())
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, count) + labels.tobytes())
+
+
+def write_cifar10(folder: Path, monkeypatch) -> np.ndarray:
+    """Small batches in the official format; torchvision is told their check sums. Returns the first batch's images."""
+    base = folder / "cifar-10-batches-py"
+    base.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    batches = {}
+
+    def write(name, content) -> str:
+        (base / name).write_bytes(pickle.dumps(content))
+        return hashlib.md5((base / name).read_bytes()).hexdigest()
+
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        images = generator.integers(0, 256, (4, 3072), dtype=np.uint8)
+        batches[name] = (images, write(name, {"data": images, "labels": [0, 1, 2, 9]}))
+    meta = write("batches.meta", {"label_names": list("abcdefghij")})
+    kind = torchvision.datasets.CIFAR10
+    monkeypatch.setattr(kind, "train_list", [[n, batches[n][1]] for n in batches if n != "test_batch"])
+    monkeypatch.setattr(kind, "test_list", [["test_batch", batches["test_batch"][1]]])
+    monkeypatch.setattr(kind, "meta", {"filename": "batches.meta", "key": "label_names", "md5": meta})
+    return batches["data_batch_1"][0]
+
+
+def test_digits_are_split_stratified():
+    first, second = data.load("digits", Path()), data.load("digits", Path())
+    images, labels = first.train.tensors
+    assert (len(first.train), len(first.val)) == (1437, 360)
+    assert images.dtype == torch.uint8 and images.max() == 255 and first.image_shape == (1, 8, 8)
+    assert torch.equal(images, second.train.tensors[0])
+    assert labels.bincount().min() >= 139 and first.val.tensors[1].bincount().min() >= 34
+
+
+@pytest.mark.parametrize("name, folder", [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")])
+def test_mnist_files(tmp_path, name, folder):
+    write_mnist(tmp_path, folder)
+    data.prepare(name, tmp_path)
+    loaded = data.load(name, tmp_path)
+    assert loaded.image_shape == (1, 28, 28) and len(loaded.train) == 20 and len(loaded.val) == 10
+    raw = (tmp_path / folder / "raw" / "train-images-idx3-ubyte").read_bytes()[16:]
+    assert loaded.train.tensors[0].numpy().tobytes() == raw
+    assert loaded.train.tensors[1].tolist() == [i % 10 for i in range(20)]
+
+
+def test_cifar_files(tmp_path, monkeypatch):
+    first = write_cifar10(tmp_path, monkeypatch)
+    data.prepare("cifar10", tmp_path)
+    loaded = data.load("cifar10", tmp_path)
+    assert loaded.image_shape == (3, 32, 32) and len(loaded.train) == 20 and loaded.crop_and_flip
+    assert torch.equal(loaded.train.tensors[0][:4], torch.from_numpy(first).view(4, 3, 32, 32))
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+def test_missing_without_a_network(tmp_path, name, monkeypatch):
+    def no_network(*arguments, **keywords):
+        raise OSError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    with pytest.raises(UsageError, match="no usable copy of") as refused:
+        data.prepare(name, tmp_path / "no" / "where")
+    assert "\n" not in str(refused.value)
+    assert not list(tmp_path.iterdir())  # no half-made folder
+
+
+def test_corrupt_files(tmp_path, monkeypatch):
+    """Truncated files, without a network: refused, and left where they are."""
+
+    def no_network(*arguments, **keywords):
+        raise OSError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    write_mnist(tmp_path)
+    images = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    images.write_bytes(images.read_bytes()[:-100])
+    write_cifar10(tmp_path, monkeypatch)
+    (tmp_path / "cifar-10-batches-py" / "data_batch_2").write_bytes(b"damaged")
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    for name in ("mnist", "cifar10"):
+        with pytest.raises(UsageError, match=rf"no usable copy of {name} .* none could be downloaded .*no network"):
+            data.prepare(name, tmp_path)
+        with pytest.raises(UsageError, match="check the files there"):
+            data.load(name, tmp_path)
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+
+
+def test_damaged_files_are_downloaded_anew(tmp_path, monkeypatch):
+    """The good files come from a folder that stands in for the mirror; they replace the damaged ones when complete."""
+    write_mnist(tmp_path / "mirror")
+    write_mnist(tmp_path / "data")
+    good, here = (tmp_path / where / "MNIST" / "raw" for where in ("mirror", "data"))
+    (here / "train-images-idx3-ubyte").write_bytes(b"damaged")
+
+    def fetch(url, download_root, filename, **keywords):
+        name = filename.removesuffix(".gz")
+        (Path(download_root) / name).write_bytes((good / name).read_bytes())
+
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", fetch)
+    data.prepare("mnist", tmp_path / "data")
+    assert len(data.load("mnist", tmp_path / "data").train) == 20
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["MNIST"]
+
+
+def test_unknown_name():
+    with pytest.raises(UsageError, match="did you mean 'cifar10'"):
+        data.prepare("cifar-10", Path())
+
+
+def test_own_data_set(tmp_path, monkeypatch):
+    (tmp_path / "own_images.py").write_text(
+        "import numpy as np, torch\nfrom torch.utils.data import TensorDataset\nfrom data import DataSet\n\n"
+        "def load(data_dir):\n    a = np.load(data_dir / 'own_images.npz')\n"
+        "    sets = [TensorDataset(*(torch.from_numpy(a[f'{k}_{s}']) for k in 'xy')) for s in ('train', 'val')]\n"
+        "    return DataSet(*sets, num_classes=3)\n\ndef wrong(data_dir):\n    return 1\n"
+    )
+    x, y = np.zeros((6, 3, 5, 5), np.uint8), np.arange(6) % 3
+    np.savez(tmp_path / "own_images.npz", x_train=x, y_train=y, x_val=x, y_val=y)
+    monkeypatch.chdir(tmp_path)
+    assert data.load("own_images:load", tmp_path).num_classes == 3
+    with pytest.raises(UsageError, match=r"must return a data\.DataSet"):
+        data.load("own_images:wrong", tmp_path)
+    with pytest.raises(UsageError, match="did you mean 'load'"):
+        data.load("own_images:laod", tmp_path)
+    np.savez(tmp_path / "own_images.npz", x_train=x, y_train=y + 7, x_val=x, y_val=y)
+    with pytest.raises(UsageError, match="labels outside 0 … 2"):
+        data.load("own_images:load", tmp_path)
+
+
+def test_crop_and_flip_equals_a_plain_loop():
+    images = torch.arange(6 * 2 * 5 * 7, dtype=torch.float64).view(6, 2, 5, 7) + 1
+    positions = torch.arange(100, 106)
+    expected = []
+    for image, bits in zip(images, data.position_hash(positions, seed=3).tolist()):
+        top, left, flip = bits % 9, bits // 9 % 9, bits // 81 % 2
+        padded = torch.zeros(2, 13, 15, dtype=torch.float64)
+        padded[:, 4:9, 4:11] = image
+        cropped = padded[:, top : top + 5, left : left + 7]
+        expected.append(cropped.flip(2) if flip else cropped)
+    assert torch.equal(data.crop_and_flip(images, positions, seed=3), torch.stack(expected))
+
+
+def test_position_hash_is_uniform_and_seeded():
+    positions = torch.arange(50_000)
+    bits = data.position_hash(positions, 1)
+    assert bits.min() >= 0 and len(bits.unique()) == len(bits)
+    for modulus in (2, 9):
+        counts = (bits % modulus).bincount().double()
+        expected = len(bits) / modulus
+        assert ((counts - expected).square() / expected).sum() < 40  # chi-square, at most 8 degrees of freedom
+    assert not torch.equal(bits, data.position_hash(positions, 2))
+
+
+def stream_of(n: int, augment: bool = False) -> data.InMemoryStream:
+    images = torch.arange(n * 3 * 8 * 8, dtype=torch.int64).remainder(251).to(torch.uint8).view(n, 3, 8, 8)
+    labels = torch.arange(n) % 5
+    sets = torch.utils.data.TensorDataset(images, labels)
+    data_set = data.DataSet(sets, sets, 5, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), crop_and_flip=augment)
+    return data.InMemoryStream(data_set, 0, False, torch.device("cpu"), torch.float64)
+
+
+def test_normalisation():
+    stream = stream_of(4)
+    inputs, targets = next(stream.take([range(4)]))
+    expected = (stream.images.double() / 255 - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor(
+        [0.2, 0.3, 0.4]
+    ).view(3, 1, 1)
+    torch.testing.assert_close(inputs, expected, rtol=1e-6, atol=1e-7)
+    assert targets.tolist() == [0, 1, 2, 3]
+
+
+def test_augmentation_belongs_to_the_position_not_to_the_cut():
+    stream = stream_of(10, augment=True)
+    whole = next(stream.take([range(7, 27)]))[0]
+    by_rank = [next(stream.take([range(7 + r, 27, 3)]))[0] for r in range(3)]
+    for r in range(3):
+        assert torch.equal(whole[r::3], by_rank[r])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_validation_uses_every_sample_once(world_size):
+    stream = stream_of(11)
+    seen = [x for rank in range(world_size) for inputs, _ in stream.validation(rank, world_size, 3) for x in inputs]
+    expected = stream.normalise(stream.val_images)
+    assert sorted(x.sum().item() for x in seen) == sorted(x.sum().item() for x in expected) and len(seen) == 11

@@ -1,0 +1,93 @@
+"""gradients.py against the plain autograd loop."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import gradients
+import models
+from checks import oracle
+
+
+def small_net(shape=(1, 6, 6), classes=4) -> nn.Module:
+    torch.manual_seed(3)
+    return models.cnn(shape, classes).double()
+
+
+def batch(n: int, shape=(1, 6, 6), classes=4):
+    generator = torch.Generator().manual_seed(5)
+    inputs = torch.rand(n, *shape, generator=generator, dtype=torch.float64)
+    return inputs, torch.randint(classes, (n,), generator=generator)
+
+
+def assert_matches(moments, expected: dict[str, float], rel: float):
+    for name, value in expected.items():
+        assert getattr(moments, name) == pytest.approx(value, rel=rel), name
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_vmap_equals_autograd_loop(chunk):
+    model, (inputs, targets) = small_net(), batch(13)
+    expected = oracle.statistics(oracle.gradient_vectors(model, cross_entropy, inputs, targets))
+    moments = gradients.moments(model, cross_entropy, inputs, targets, max_micro_batch_size=chunk)
+    assert_matches(moments, expected, rel=1e-9)
+    assert moments.batch_size == moments.num_groups == 13
+    assert moments.sum_inner == pytest.approx(13 * moments.grad_norm_sq, rel=1e-9)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_frozen_parameters_are_left_out():
+    model, (inputs, targets) = small_net(), batch(7)
+    model[0].requires_grad_(False)
+    expected = oracle.statistics(oracle.gradient_vectors(model, cross_entropy, inputs, targets))
+    assert_matches(gradients.moments(model, cross_entropy, inputs, targets), expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("size", [8, 2], ids=["maps", "1×1 maps"])
+def test_batch_norm_normalises_each_sample_by_itself(size):
+    """The copy's gradient of a sample is that of a batch of one, also where a map has a single position."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.MaxPool2d(2), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten())
+    model.append(nn.Linear(3 * (size // 2) ** 2, 4)).double()
+    with torch.no_grad():
+        model[2].weight.uniform_(), model[2].bias.normal_()
+    inputs, targets = batch(6, (1, size, size))
+
+    # The same thing by hand: a batch of one through instance normalisation (zero variance gives the bias).
+    def by_hand(x):
+        y = model[1](model[0](x))
+        centred = y - y.mean((2, 3), keepdim=True)
+        normalised = centred / (y.var((2, 3), unbiased=False, keepdim=True) + model[2].eps).sqrt()
+        y = normalised * model[2].weight.view(1, -1, 1, 1) + model[2].bias.view(1, -1, 1, 1)
+        return model[5](model[4](model[3](y)))
+
+    by_hand.parameters = model.parameters
+    expected = oracle.statistics(oracle.gradient_vectors(by_hand, cross_entropy, inputs, targets))
+    before = model[2].running_mean.clone()
+    assert_matches(gradients.moments(model, cross_entropy, inputs, targets), expected, rel=1e-9)
+    assert torch.equal(model[2].running_mean, before)
+
+
+def test_dropout_draws_per_sample_and_agrees_between_passes():
+    """Σ p_i = b‖ḡ‖² holds only if the second pass draws what the first one drew."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.Dropout(0.5), nn.ReLU(), nn.Linear(16, 4)).double()
+    inputs, targets = batch(1)
+    inputs, targets = inputs.expand(32, -1, -1, -1), targets.expand(32)
+    state = torch.get_rng_state()
+    moments = gradients.moments(model, cross_entropy, inputs, targets, max_micro_batch_size=5)
+    assert torch.equal(torch.get_rng_state(), state)  # testing does not change what training draws
+    assert moments.variance > 1e-3  # equal samples differ by their masks alone
+    assert moments.sum_inner == pytest.approx(32 * moments.grad_norm_sq, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "efficientnet_b0", "convnext_tiny", "vit_b_32"])
+def test_torchvision_families(name):
+    """Dropout and stochastic depth included: finite, and the two passes agree."""
+    torch.manual_seed(0)
+    model = models.build(name, (3, 32, 32), 4)
+    inputs, targets = batch(3, (3, 32, 32))
+    moments = gradients.moments(model, cross_entropy, inputs.float(), targets, max_micro_batch_size=2)
+    assert 0 < moments.variance < float("inf")
+    assert moments.sum_inner == pytest.approx(3 * moments.grad_norm_sq, rel=1e-3)

@@ -1,0 +1,76 @@
+"""Models by name: sizes, stems, refusals."""
+
+import pytest
+import torch
+from torch import nn
+
+import models
+from config import UsageError
+
+
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "name, shape, parameters",
+    [("logistic", (1, 28, 28), 7850), ("cnn", (1, 28, 28), 28_938), ("cnn", (3, 32, 32), 541_094)],
+)
+def test_parameter_counts(name, shape, parameters):
+    assert count(models.build(name, shape, 10)) == parameters
+
+
+@pytest.mark.parametrize("shape, classes", [((1, 8, 8), 10), ((3, 40, 24), 7), ((1, 28, 28), 3)])
+@pytest.mark.parametrize("name", ["logistic", "cnn"])
+def test_any_image_shape(name, shape, classes):
+    assert models.build(name, shape, classes)(torch.zeros(2, *shape)).shape == (2, classes)
+
+
+def test_cifar_stem():
+    small, large = models.build("resnet18", (3, 32, 32), 10), models.build("resnet18", (3, 224, 224), 10)
+    assert small.conv1.kernel_size == (3, 3) and small.conv1.stride == (1, 1) and isinstance(small.maxpool, nn.Identity)
+    assert large.conv1.kernel_size == (7, 7) and isinstance(large.maxpool, nn.MaxPool2d)
+    assert count(small) == 11_173_962
+
+
+@pytest.mark.parametrize("name", ["googlenet", "mobilenet_v2", "regnet_x_400mf", "shufflenet_v2_x0_5", "vit_b_16"])
+def test_torchvision_models_without_auxiliary_heads(name):
+    model = models.build(name, (1, 32, 32), 5)  # grey images, too
+    assert model.train()(torch.rand(2, 1, 32, 32)).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    "name, shape, words",
+    [
+        ("resnet19", (3, 32, 32), "did you mean 'resnet18'"),
+        ("alexnet", (3, 32, 32), "cannot take images of 3×32×32"),
+        ("vit_b_16", (3, 30, 30), "cannot take images"),
+        ("vit_b_16", (3, 32, 48), "square"),
+        ("maxvit_t", (3, 32, 32), "cannot take images"),
+        ("torch.nn:Nothing", (3, 32, 32), "has no 'Nothing'"),
+        ("checks.test_models:wrong_output", (3, 32, 32), "gives an output of shape"),
+    ],
+)
+def test_refused(name, shape, words):
+    with pytest.raises(UsageError, match=words) as refused:
+        models.build(name, shape, 10)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("size, least", [(8, 2), (64, 1)])
+def test_batch_norm_on_single_positions_needs_two_samples(size, least):
+    model = models.build("resnet18", (3, size, size), 10)
+    assert models.smallest_micro_batch(model, (3, size, size)) == least and model.training
+    assert models.smallest_micro_batch(models.build("cnn", (3, size, size), 10), (3, size, size)) == 1
+
+
+def wrong_output(image_shape, num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, num_classes + 1))
+
+
+def test_copy_shares_names_and_holds_no_memory():
+    model = models.build("resnet18", (3, 32, 32), 10)
+    template = models.per_sample_copy(model)
+    assert {n for n, _ in template.named_parameters()} == {n for n, _ in model.named_parameters()}
+    assert all(parameter.is_meta for parameter in template.parameters())
+    assert not models.couples_samples(template) and models.couples_samples(model)

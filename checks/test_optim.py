@@ -1,0 +1,127 @@
+"""Optimizers by name, AdaGrad-Norm against a hand-written loop, schedules against written-out values."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+import optim
+from config import Config, UsageError
+
+
+def parameters(n: int = 2) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(3, i + 1, generator=generator)) for i in range(n)]
+
+
+def set_gradients(params, step: int) -> None:
+    for i, p in enumerate(params):
+        p.grad = torch.sin(torch.arange(p.numel(), dtype=p.dtype) + step + i).view_as(p)
+
+
+def test_adagrad_norm_equals_the_formula():
+    params = parameters()
+    groups = [{"params": [params[0]], "lr": 0.1}, {"params": [params[1]], "lr": 0.3, "weight_decay": 0.01}]
+    optimizer = optim.AdaGradNorm(groups, initial_accumulator_value=0.5)
+    by_hand, b_sq = [p.detach().clone().double() for p in params], 0.5
+    for step in range(5):
+        set_gradients(params, step)
+        g = [params[0].grad.double(), params[1].grad.double() + 0.01 * by_hand[1]]
+        b_sq += sum(float(x.square().sum()) for x in g)
+        by_hand = [w - lr * x / math.sqrt(b_sq) for w, x, lr in zip(by_hand, g, (0.1, 0.3))]
+        optimizer.step()
+    for p, expected in zip(params, by_hand):
+        torch.testing.assert_close(p.detach().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_adagrad_norm_state_survives():
+    params = parameters()
+    optimizer = optim.AdaGradNorm(params, lr=0.1)
+    set_gradients(params, 0)
+    optimizer.step()
+    other_params = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    other = optim.AdaGradNorm(other_params, lr=0.7)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for step in (1, 2):
+        for ps, o in ((params, optimizer), (other_params, other)):
+            set_gradients(ps, step)
+            o.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, other_params))
+
+
+@pytest.mark.parametrize("name", ["adagrad", "adagradnorm", "adam", "adamw", "sgd", "sgdm", "RMSprop", "NAdam"])
+def test_every_name_makes_a_step(name):
+    params = parameters()
+    before = [p.detach().clone() for p in params]
+    optimizer = optim.build(params, Config(optimizer=name, learning_rate=0.1))
+    set_gradients(params, 0)
+    optimizer.step()
+    assert all(not torch.equal(a, b) for a, b in zip(before, params))
+
+
+def test_arguments():
+    group = optim.build(parameters(), Config(optimizer="sgdm", learning_rate=0.1)).param_groups[0]
+    assert (group["momentum"], group["weight_decay"], group["lr"]) == (0.9, 5e-4, 0.1)
+    options = Config(
+        optimizer="sgdm", momentum=0.5, weight_decay=0.0, optimizer_args={"nesterov": True, "dampening": 0}
+    )
+    group = optim.build(parameters(), options).param_groups[0]
+    assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.5, 0.0, True)
+    assert optim.build(parameters(), Config(optimizer="adam", beta2=0.9)).param_groups[0]["betas"] == (0.9, 0.9)
+    own = optim.build(parameters(), Config(optimizer="torch.optim:Adamax"))
+    assert isinstance(own, torch.optim.Adamax)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"optimizer": "adagradd"}, "did you mean 'adagrad'"),
+        ({"optimizer": "adam", "momentum": 0.9}, "--momentum: adam takes no"),
+        ({"optimizer": "adam", "optimizer_args": {"epsilon": 1}}, "did you mean 'eps'"),
+        ({"optimizer": "adam", "optimizer_args": {"eps": -1}}, "--optimizer=adam"),
+        ({"optimizer": "nowhere:Adam"}, "cannot import nowhere"),
+        ({"optimizer": "torch.optim:lr_scheduler"}, "is not a torch.optim.Optimizer class"),
+        ({"optimizer": "LBFGS"}, "closure"),
+        ({"optimizer": "SparseAdam"}, "does not support dense gradients"),
+        ({"optimizer": "lbfgs"}, "did you mean 'LBFGS'"),
+    ],
+)
+def test_refused(options, words):
+    with pytest.raises(UsageError, match=words):
+        optim.build(parameters(), Config(**options))
+
+
+@pytest.mark.parametrize(
+    "shape, position, expected",
+    [
+        (optim.cosine, 0, 0.0),
+        (optim.cosine, 50, 0.5),
+        (optim.cosine, 100, 1.0),
+        (optim.cosine, 200, 0.2 + 0.75 * 0.8),
+        (optim.cosine, 250, 0.6),
+        (optim.cosine, 400, 0.2),
+        (optim.cosine, 9999, 0.2),
+        (optim.linear, 175, 0.8),
+        (optim.linear, 250, 0.6),
+        (optim.linear, 325, 0.4),
+        (optim.linear, 400, 0.2),
+    ],
+)
+def test_warmup_then_decay(shape, position, expected):
+    """Peak 1, warm-up to 100, end at 400, floor 0.2."""
+    assert optim.warmup_decay(position, 1.0, 100, 400, 0.2, shape) == pytest.approx(expected)
+
+
+def test_learning_rate_follows_the_options():
+    constant = optim.LearningRate(Config(decay_lr=False, learning_rate=0.5, max_lr=0.05), 100)
+    assert [constant(s, s) for s in (0, 50, 10**6)] == [0.05] * 3  # capped from the first step on
+    by_steps = Config(lr_decay_type="iter", lr_decay_iters=10, scheduler="linear", learning_rate=1.0)
+    assert optim.LearningRate(by_steps, 100)(samples=10**6, steps=5) == 0.5
+    steps = Config(
+        scheduler="multistep", milestones=[10, 20], gamma=0.1, learning_rate=1.0, min_lr=0.05, warmup_samples=4
+    )
+    values = [optim.LearningRate(steps, 100)(samples, 0) for samples in (0, 2, 4, 9, 10, 19, 20, 99)]
+    assert values == pytest.approx([0, 0.5, 1, 1, 0.1, 0.1, 0.05, 0.05])
+    to_the_end = optim.LearningRate(Config(scheduler="linear", learning_rate=1.0), max_samples=200)
+    assert to_the_end(100, 1) == 0.5

@@ -1,0 +1,154 @@
+"""Whole runs, as a user starts them: what they leave behind, how they are launched, how they end."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import main
+from checks.conftest import ROOT, column, launch, train
+from checks.test_config import PUBLISHED
+from checks.test_data import write_cifar10
+
+BIN = Path(sys.executable).parent
+TINY = ["--accelerator=cpu", "--max_samples=300", "--batch_size=32", "--run_name=run"]
+
+
+def test_quickstart(tmp_path):
+    """`python main.py`: 96 %, a batch that grows fourfold, and a whole run folder."""
+    done = launch(sys.executable, "main.py", f"--out_dir={tmp_path}", "--run_name=run")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "run"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "finished" and summary["val_accuracy"] >= 0.96
+    assert summary["final_batch_size"] >= 4 * 16 and summary["wall_time"] < 60
+    expected = (
+        "val_loss best_val_accuracy best_val_loss steps samples mean_batch_size peak_memory_bytes world_size versions"
+    )
+    assert set(expected.split()) <= set(summary)
+    assert (folder / "curves.png").stat().st_size > 20_000
+    for words in ("validation accuracy", "mean", "final", str(folder)):
+        assert words in done.stdout
+    assert "\r" not in done.stdout + done.stderr  # plain lines in a log file
+    events = EventAccumulator(str(folder)).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {
+        "sample/train/loss",
+        "step/train/loss",
+        "sample/val/accuracy",
+        "step/batch_size",
+        "sample/var_one_norm",
+    } <= tags
+    assert len(events.Scalars("step/train/loss")) == summary["steps"]
+    again = launch(sys.executable, "main.py", f"--config={folder / 'config.yaml'}", f"--out_dir={tmp_path}")
+    assert again.returncode == 2 and "exists already" in again.stderr  # the file is a whole set of options
+
+
+FABRIC_OPTIONS = ["--devices=2", "--nu=1e0", "--precision=bf16-mixed"]
+LAUNCHERS = {  # PORT: one of their own, as the tests run beside each other
+    "python": [sys.executable, "main.py", "--devices=2", *TINY],
+    "fabric": [BIN / "fabric", "run", "main.py", "--main-port=PORT", *FABRIC_OPTIONS, *TINY],
+    "torchrun": [BIN / "torchrun", "--master_port=PORT", "--nproc_per_node=2", "main.py", "--nu=1e0", *TINY],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launchers(tmp_path, launcher, free_port):
+    """The options as Fabric really used them, whoever read them. (--nu is no abbreviation of a launcher's option.)"""
+    command = [str(word).replace("PORT", str(free_port)) for word in LAUNCHERS[launcher]] + [f"--out_dir={tmp_path}"]
+    done = launch(*command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    options = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert options["devices"] == summary["world_size"] == 2 and options["accelerator"] == "cpu"
+    assert options["precision"] == ("bf16-mixed" if launcher == "fabric" else "32-true")
+    assert done.stdout.count("\nfinished") == 1
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--batch_size=1", "--test=False"], "cannot be shared by 2 devices"),
+        (["--dataset=mnist", "--data_dir=/nowhere/at/all"], "no usable copy of mnist"),
+    ],
+)
+def test_refused_once_on_two_ranks(tmp_path, options, words):
+    done = launch(sys.executable, "main.py", "--accelerator=cpu", "--devices=2", f"--out_dir={tmp_path}", *options)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.count("main.py: error:") == 1 and words in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--model=alexnet"], "cannot take images"),
+        (["--accelerator=gpu"], "--accelerator=gpu"),
+        (["--out_dir=/proc/nowhere"], "--out_dir=/proc/nowhere cannot be written"),
+    ],
+)
+def test_refused_in_one_line(tmp_path, options, words):
+    done = launch(sys.executable, "main.py", f"--out_dir={tmp_path}", *options)
+    assert done.returncode == 2 and words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_divergence(tmp_path):
+    options = ["--optimizer=sgd", "--learning_rate=1e30", "--decay_lr=False", "--test=False", "--log_interval=7"]
+    done = launch(sys.executable, "main.py", f"--out_dir={tmp_path}", "--run_name=run", *options)
+    assert done.returncode == 3 and "not finite at step" in done.stdout
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "diverged"
+
+
+def test_ramp_ups_accumulation_and_clipping(tmp_path):
+    common = ["--test=False", "--max_samples=400", "--decay_lr=False", "--optimizer=sgd"]
+    stages = ["--stagewise_ramp_up=True", "--global_batch_sizes=[20,40,80]"]
+    staged = train(tmp_path, *common, *stages, "--max_micro_batch_size=30", name="staged")
+    assert column(staged, "batch_size") == [20.0] * 7 + [40.0] * 4 + [80.0] * 2
+    assert set(column(staged, "micro_batch_size")) == {20.0, 27.0}  # at most 30: 20, 2 × 20, 27 + 27 + 26
+    linear = train(tmp_path, *common, "--linear_ramp_up=True", "--linear_ramp_up_increment=50", "--grad_clip=1e-9",
+                   name="linear")  # fmt: skip
+    assert column(linear, "batch_size") == [16.0, 66.0, 116.0, 166.0, 216.0]
+    assert column(linear, "val_loss")[0] == pytest.approx(2.3, abs=0.2)  # clipped to nothing: nothing is learnt
+
+
+def test_batch_norm_network_on_tiny_images(tmp_path):
+    """1×1 maps: micro_batch cuts the batch no smaller than BatchNorm can bear; a batch too small is refused."""
+    options = ["--model=resnet18", "--test_gradients=micro_batch", "--batch_size=10", "--max_samples=30"]
+    result = train(tmp_path, *options, "--test_type=ip", "--max_batch_size=12", processes=2)
+    assert column(result, "gradient_accumulation_steps")[0] == 2 and column(result, "variance_inner_product")[0] > 0
+    done = launch(
+        sys.executable, "main.py", f"--out_dir={tmp_path}", "--model=resnet18", "--batch_size=2", "--devices=2"
+    )
+    assert done.returncode == 2 and "BatchNorm on 1×1 maps" in done.stderr
+
+
+def test_published_cifar_command(tmp_path, monkeypatch, capsys):
+    """ResNet-18 on CIFAR-10 as published, on one process, twenty samples in the official files."""
+    write_cifar10(tmp_path / "data", monkeypatch)
+    options = f"{PUBLISHED['resnet18']} --max_samples=20 --accelerator=cpu --devices=1 --run_name=run"
+    status = main.main([*options.split(), f"--data_dir={tmp_path / 'data'}", f"--out_dir={tmp_path / 'out'}"])
+    told = capsys.readouterr().out
+    assert status == 0 and "micro_batch is the accurate choice" in told
+    assert "variance" in (tmp_path / "out" / "run" / "metrics.csv").read_text()
+
+
+def test_experiments():
+    listing = launch("bash", str(ROOT / "expt.sh")).stdout
+    assert "ResNet-18 on CIFAR-10, norm test, η = 0.5" in listing
+    unknown = launch("bash", str(ROOT / "expt.sh"), "nothing")
+    assert unknown.returncode == 2 and "no experiment 'nothing'" in unknown.stderr
+
+
+@pytest.mark.parametrize("model", ["logistic", "cnn"])
+@pytest.mark.parametrize("test_type", ["norm", "ip", "ip+orth"])
+def test_mnist(mnist_dir, tmp_path, model, test_type):
+    options = ["--dataset=mnist", f"--data_dir={mnist_dir}", f"--model={model}", f"--test_type={test_type}"]
+    options += ["--max_samples=60000", "--learning_rate=0.003", "--eta=1", "--theta=1", "--nu=1.5", "--batch_size=32"]
+    result = train(tmp_path, *options, processes=2)
+    accuracy = result.summary["val_accuracy"]
+    assert accuracy > (0.88 if model == "logistic" else 0.95)
+    assert result.summary["world_size"] == 2 and result.summary["samples"] >= 60_000

@@ -1,0 +1,442 @@
+"""Every option: its name, type, default and unit, and which combinations are refused.
+
+`Config` is one dataclass made of one class per topic; `--help` shows the topics as groups. `parse` reads the command
+line and YAML files (`--config run.yaml`; `--print_config` writes one).
+"""
+
+import argparse
+import difflib
+import importlib
+import math
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class UsageError(Exception):
+    """Something the user can put right: shown as one line, without a traceback. Names the option and the remedy."""
+
+
+@dataclass
+class DataOptions:
+    """Data"""
+
+    dataset: str = "digits"
+    """digits, mnist, fashion_mnist, cifar10, cifar100, or an import path package.module:function"""
+    data_dir: Path = Path("data")
+    """folder of the data sets; what is missing is downloaded into it"""
+    shuffle: bool = True
+    """a new random order of the training set every epoch"""
+    num_workers: int = 0
+    """worker processes a device that load data sets which do not fit in memory (in-memory data sets need none)"""
+
+
+@dataclass
+class ModelOptions:
+    """Model"""
+
+    model: str = "cnn"
+    """logistic, cnn, any torchvision classifier (resnet18, vit_b_16, …), or an import path package.module:function"""
+    compile: bool = False
+    """compile the model by torch.compile"""
+
+
+@dataclass
+class BatchOptions:
+    """Batch size"""
+
+    batch_size: int = 16
+    """initial global batch size [samples, over all devices]"""
+    max_batch_size: int | None = None
+    """largest global batch size [samples]; default: the size of the training set"""
+    max_micro_batch_size: int = 4096
+    """most samples a device processes at once; larger batches are accumulated [samples per device]"""
+    gradient_accumulation_steps: int = 1
+    """least number of accumulation steps in a batch"""
+
+
+@dataclass
+class TestOptions:
+    """Adaptive batch size"""
+
+    test: bool = True
+    """grow the batch by a statistical test; False: constant batch size, or one of the ramp-ups below"""
+    test_type: Literal["norm", "ip", "ip+orth"] = "norm"
+    """norm test, inner product test, or inner product test with orthogonality test (augmented)"""
+    eta: float = 1.0
+    """η of the norm test: smaller means larger batches"""
+    theta: float = 1.0
+    """θ of the inner product test: smaller means larger batches"""
+    nu: float = 1.0
+    """ν of the orthogonality test: smaller means larger batches"""
+    test_interval: int = 1
+    """test every so many steps"""
+    test_gradients: Literal["auto", "ghost", "vmap", "micro_batch"] = "auto"
+    """where the statistics come from. ghost: exact, norms without per-sample gradients; vmap: exact, per-sample
+    gradients by torch.func; micro_batch: variance between micro-batches; auto: ghost where it can, else vmap"""
+    test_groups: int = 8
+    """least number of micro-batches, over all devices, into which micro_batch cuts a tested batch"""
+    max_test_micro_batch_size: int = 256
+    """most samples of a device in a pass of the test's own [samples per device]"""
+    ramp_up_type: Literal["test", "factor"] = "test"
+    """where the test fails: take the size that the test asks for, or multiply the batch size by ramp_up_factor"""
+    ramp_up_factor: float = 2.0
+    """factor of ramp_up_type=factor"""
+
+
+@dataclass
+class RampOptions:
+    """Ramp-up without a test (needs --test=False)"""
+
+    stagewise_ramp_up: bool = False
+    """use the sizes in global_batch_sizes one after the other"""
+    global_batch_sizes: list[int] = field(default_factory=list)
+    """batch sizes of the stages [samples]"""
+    samples_stages: list[int] = field(default_factory=list)
+    """length of each stage [samples]; default: equal lengths"""
+    linear_ramp_up: bool = False
+    """add linear_ramp_up_increment to the batch size at every step"""
+    linear_ramp_up_increment: int = 256
+    """increment of linear_ramp_up [samples per step]"""
+
+
+@dataclass
+class OptimizerOptions:
+    """Optimizer"""
+
+    optimizer: str = "adam"
+    """adagrad, adagradnorm, adam, adamw, sgd, sgdm, any torch.optim class, or an import path package.module:Class"""
+    learning_rate: float = 0.01
+    """learning rate; with decay_lr=True its peak"""
+    weight_decay: float | None = None
+    """weight decay; default: the optimizer's own, 5e-4 for sgdm"""
+    momentum: float | None = None
+    """momentum of SGD-like optimizers; default: the optimizer's own, 0.9 for sgdm"""
+    beta1: float = 0.9
+    """first coefficient of optimizers with betas, such as Adam"""
+    beta2: float = 0.95
+    """second coefficient of optimizers with betas, such as Adam"""
+    optimizer_args: dict[str, Any] = field(default_factory=dict)
+    """further arguments of the optimizer, as --optimizer_args.NAME=VALUE"""
+    grad_clip: float = 0.0
+    """clip the norm of the batch gradient at this value; 0: do not clip"""
+
+
+@dataclass
+class ScheduleOptions:
+    """Learning-rate schedule"""
+
+    decay_lr: bool = True
+    """warm up and decay the learning rate; False: constant, capped by max_lr"""
+    max_lr: float | None = None
+    """cap on the learning rate where decay_lr=False; default: none"""
+    scheduler: Literal["cosine", "linear", "multistep"] = "cosine"
+    """form of the decay after the linear warm-up"""
+    lr_decay_type: Literal["sample", "iter"] = "sample"
+    """what the schedule counts: samples or iterations (steps)"""
+    min_lr: float = 0.0
+    """learning rate at the end of the decay"""
+    warmup_samples: int = 0
+    """length of the warm-up [samples]"""
+    lr_decay_samples: int | None = None
+    """the decay ends here [samples]; default: max_samples"""
+    warmup_iters: int = 0
+    """length of the warm-up [steps]"""
+    lr_decay_iters: int | None = None
+    """the decay ends here [steps]; default: max_iters"""
+    milestones: list[int] = field(default_factory=list)
+    """where scheduler=multistep multiplies the learning rate by gamma [samples or steps]"""
+    gamma: float = 0.1
+    """factor of scheduler=multistep"""
+
+
+@dataclass
+class DurationOptions:
+    """Length of the run"""
+
+    training_type: Literal["sample", "iter"] = "sample"
+    """end after max_samples or after max_iters"""
+    max_samples: int | None = None
+    """length of the run [samples]; default: 30 epochs"""
+    max_iters: int = 1000
+    """length of the run with training_type=iter [steps]"""
+    seed: int = 42
+    """seed of everything random: weights, order, augmentation, dropout"""
+
+
+@dataclass
+class DeviceOptions:
+    """Devices (under `fabric run`, the launcher reads these)"""
+
+    accelerator: Literal["auto", "cpu", "gpu", "cuda"] = "auto"
+    """kind of device"""
+    strategy: Literal["auto", "ddp", "ddp_find_unused_parameters_true"] = "auto"
+    """how processes work together; ddp_find_unused_parameters_true: where a step may leave out parameters"""
+    devices: int | Literal["auto"] = "auto"
+    """devices (processes) a node; auto: all GPUs, or one process on CPU"""
+    num_nodes: int = 1
+    """number of nodes (machines)"""
+    precision: Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true", "32", "bf16", "64"] = "32-true"
+    """floating-point precision"""
+
+
+@dataclass
+class LogOptions:
+    """Logs and results"""
+
+    out_dir: Path = Path("out")
+    """folder that takes the run folders"""
+    run_name: str | None = None
+    """name of the run's folder; default: model, data set, schedule or test, seed and time"""
+    log_interval: int = 1
+    """log every so many steps"""
+    eval_interval: int = 0
+    """evaluate every so many steps; 0: after every epoch's worth of samples, and at the end"""
+
+
+@dataclass
+class Config(
+    DataOptions,
+    ModelOptions,
+    BatchOptions,
+    TestOptions,
+    RampOptions,
+    OptimizerOptions,
+    ScheduleOptions,
+    DurationOptions,
+    DeviceOptions,
+    LogOptions,
+):
+    """All options of a run."""
+
+    def __post_init__(self):
+        """Refuse what can be refused without looking at data, model or devices.
+
+        Raises:
+            UsageError: a value is out of range or options contradict each other.
+        """
+        self._check_ranges()
+        self._check_without_effect()
+        self._check_batch_sizes()
+        self._check_schedules()
+        if self.run_name is not None and (self.run_name in ("", ".", "..") or set(self.run_name) & set("/\\\0")):
+            raise UsageError(f"--run_name='{self.run_name}' must be the name of a folder: one word without '/'")
+
+    def _check_ranges(self):
+        positive = (
+            "batch_size max_batch_size max_micro_batch_size max_test_micro_batch_size gradient_accumulation_steps "
+            "eta theta nu test_interval test_groups learning_rate max_lr gamma max_samples max_iters devices num_nodes "
+            "log_interval linear_ramp_up_increment lr_decay_samples lr_decay_iters"
+        )
+        not_negative = (
+            "num_workers weight_decay grad_clip min_lr warmup_samples warmup_iters eval_interval momentum seed"
+        )
+        for name in positive.split():
+            _require_range(name, getattr(self, name), "positive", lambda value: value > 0)
+        for name in not_negative.split():
+            _require_range(name, getattr(self, name), "zero or positive", lambda value: value >= 0)
+        for name in ("beta1", "beta2"):
+            _require_range(name, getattr(self, name), "in [0, 1)", lambda value: 0 <= value < 1)
+        for name in ("global_batch_sizes", "samples_stages", "milestones"):
+            for value in getattr(self, name):
+                _require_range(name, value, "a list of positive numbers", lambda value: value > 0)
+        _require_range("seed", self.seed, "below 2^32", lambda value: value < 2**32)
+        _require_range("ramp_up_factor", self.ramp_up_factor, "larger than 1", lambda value: value > 1)
+
+    def _check_without_effect(self):
+        """Refuse options that nothing would read: whoever sets them expects something else of the run."""
+        for names, other, value in (
+            ("global_batch_sizes samples_stages", "stagewise_ramp_up", True),
+            ("ramp_up_factor", "ramp_up_type", "factor"),
+            ("warmup_samples warmup_iters", "decay_lr", True),
+            ("warmup_iters lr_decay_iters", "lr_decay_type", "iter"),
+            ("milestones gamma", "scheduler", "multistep"),
+            ("max_iters", "training_type", "iter"),
+        ):
+            for name in names.split():
+                if getattr(self, name) != getattr(_DEFAULTS, name) and getattr(self, other) != value:
+                    raise UsageError(f"--{name} acts only with --{other}={value}: add that, or leave --{name} out")
+
+    def _check_batch_sizes(self):
+        if self.max_batch_size is not None and self.batch_size > self.max_batch_size:
+            raise UsageError(
+                f"--batch_size={self.batch_size} is above --max_batch_size={self.max_batch_size} "
+                "(default: the size of the training set): lower one or raise the other"
+            )
+        if self.test and (self.stagewise_ramp_up or self.linear_ramp_up):
+            ramp = "stagewise_ramp_up" if self.stagewise_ramp_up else "linear_ramp_up"
+            raise UsageError(f"--{ramp} contradicts --test=True: add --test=False to ramp up without a test")
+        if self.stagewise_ramp_up and self.linear_ramp_up:
+            raise UsageError("--stagewise_ramp_up and --linear_ramp_up contradict each other: choose one")
+        if self.stagewise_ramp_up and not self.global_batch_sizes:
+            raise UsageError("--stagewise_ramp_up needs --global_batch_sizes=[SIZE,SIZE,…]")
+        if self.samples_stages and len(self.samples_stages) != len(self.global_batch_sizes):
+            raise UsageError(
+                f"--samples_stages has {len(self.samples_stages)} entries for the {len(self.global_batch_sizes)} of "
+                "--global_batch_sizes: give as many"
+            )
+        if self.stagewise_ramp_up and self.training_type == "iter" and not self.samples_stages:
+            raise UsageError("--stagewise_ramp_up with --training_type=iter needs --samples_stages=[SAMPLES,SAMPLES,…]")
+        largest = max(self.global_batch_sizes, default=0)
+        if self.max_batch_size is not None and largest > self.max_batch_size:
+            raise UsageError(f"--global_batch_sizes has {largest}, above --max_batch_size={self.max_batch_size}")
+        if self.test and self.batch_size == 1:
+            raise UsageError("--batch_size=1 has no variance to test: start with 2 or more, or add --test=False")
+
+    def _check_schedules(self):
+        if not self.decay_lr:
+            return
+        if self.max_lr is not None:
+            raise UsageError("--max_lr caps a constant learning rate: add --decay_lr=False, or leave it out")
+        if self.min_lr > self.learning_rate:
+            raise UsageError(f"--min_lr={self.min_lr} is above the peak --learning_rate={self.learning_rate}")
+        if self.scheduler == "multistep" and not self.milestones:
+            raise UsageError("--scheduler=multistep needs --milestones=[N,N,…]")
+        if sorted(self.milestones) != self.milestones:
+            raise UsageError(f"--milestones={self.milestones} must rise: sort them")
+        if self.lr_decay_type == "iter" and self.lr_decay_iters is None and self.training_type == "sample":
+            raise UsageError("--lr_decay_type=iter needs --lr_decay_iters (or --training_type=iter with --max_iters)")
+        if self.lr_decay_type == "sample" and self.lr_decay_samples is None and self.training_type == "iter":
+            raise UsageError("--lr_decay_type=sample needs --lr_decay_samples here (or take --lr_decay_type=iter)")
+        self._check_warmup()
+
+    def _check_warmup(self):
+        unit = "samples" if self.lr_decay_type == "sample" else "iters"
+        warmup = getattr(self, f"warmup_{unit}")
+        for name in (f"lr_decay_{unit}", f"max_{unit}"):
+            end = getattr(self, name)
+            if end is not None:
+                if warmup >= end:
+                    raise UsageError(f"--warmup_{unit}={warmup} is not before --{name}={end}: shorten the warm-up")
+                return
+
+
+_DEFAULTS = SimpleNamespace(
+    **{
+        entry.name: entry.default_factory() if entry.default_factory is not MISSING else entry.default
+        for entry in fields(Config)
+    }
+)
+
+
+def _require_range(name: str, value, words: str, holds) -> None:
+    if value is None or isinstance(value, str):
+        return
+    if not (math.isfinite(value) and holds(value)):
+        raise UsageError(f"--{name} must be {words}, not {value}")
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """ "; did you mean 'resnet18'?", or nothing where no known name is close."""
+    lower = {entry.lower(): entry for entry in reversed(known)}
+    close = difflib.get_close_matches(name.lower(), lower, n=1)
+    return f"; did you mean '{lower[close[0]]}'?" if close else ""
+
+
+class HelpFormatter(DefaultHelpFormatter):
+    """An option is shown as `--name TYPE`, its choices in braces, and its default once."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.default in (None, argparse.SUPPRESS) or "default:" in text:
+            return text
+        return f"{text} (default: %(default)s)"
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        words = (self._get_type_str(action) or action.dest).split(" | ")[0]
+        return {"<class 'Path'>": "PATH", "dict[str, Any]": "DICT"}.get(words, words.upper())
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="main.py",
+        usage="python main.py | fabric run main.py | torchrun main.py | srun python main.py  [--OPTION=VALUE …]",
+        description="Train a network with a batch size that grows when the gradient's statistics ask for it.",
+        formatter_class=HelpFormatter,
+        exit_on_error=False,
+    )
+    help_text = "YAML file with options, such as a run's config.yaml; later options override it"
+    parser.add_argument("--config", action="config", metavar="FILE", help=help_text)
+    for topic in Config.__bases__:
+        parser.add_class_arguments(topic)
+    return parser
+
+
+def parse(arguments: Sequence[str] | None = None) -> Config:
+    """The options from the command line (default: `sys.argv`).
+
+    Raises:
+        UsageError: an unknown option or value, or one that cannot be.
+    """
+    try:
+        options = build_parser().parse_args(arguments)
+    except (argparse.ArgumentError, UnicodeDecodeError) as error:
+        raise UsageError(_explain(str(error))) from None
+    options.pop("config", None)
+    return Config(**{name: getattr(options, name) for name in (entry.name for entry in fields(Config))})
+
+
+def _explain(message: str) -> str:
+    """One line with the nearest valid name, from the parser's message."""
+    names = [entry.name for entry in fields(Config)] + ["config", "help", "print_config"]
+    if unknown := re.match(r"unrecognized arguments: (?P<dashes>-*)(?P<name>[^\s=.]+)", message):
+        if not unknown["dashes"]:
+            return f"unexpected argument '{unknown['name']}': options are written --NAME=VALUE (--help lists all)"
+        return f"unknown option --{unknown['name']}{nearest(unknown['name'], names)} (--help lists all)"
+    if unknown := re.search(r"[Kk]ey '(\w+)' is not expected|Option '(\w+)' is not accepted", message):
+        name = unknown[1] or unknown[2]
+        return f"unknown option {name} in the --config file{nearest(name, names)} (--help lists all)"
+    if missing := re.match(r"argument (--\w+): expected", message):
+        return f"{missing[1]} needs a value: write {missing[1]}=VALUE"
+    if bad := re.match(r'Parser key "(?P<name>[\w.]+)":.*?[vV]alue: (?P<value>[^\n]*)\Z', message, re.S):
+        value, types = bad["value"].strip(), re.findall(r"Expected (?:an? )?(.+?)(?=\.?\n|\. Got|\Z)", message, re.S)
+        choices = re.findall(r"'([^']+)'", " ".join(kind for kind in types if "Literal" in kind))
+        return f"--{bad['name']} must be {_in_words(types)}, not '{value}'{nearest(value, choices)}"
+    message = " ".join(re.sub(r'Parser key "config":|Problems parsing config:|Unexpected config:', "", message).split())
+    return f"--config: {message}: give a YAML file with lines OPTION: VALUE"
+
+
+def _in_words(types: Sequence[str]) -> str:
+    known = {
+        "bool": "True or False",
+        "int": "a whole number",
+        "float": "a number",
+        "dict": "of the form NAME=VALUE",
+        "list": "a list, [N,N,…]",
+    }
+    words = []
+    for kind in types:
+        if choices := re.match(r"typing\.Literal\[(.*)\]", kind):
+            words.append("one of " * ("," in choices[1]) + choices[1].replace("'", ""))
+        elif plain := re.fullmatch(r"<class '(\w+)'>", kind):
+            words += [known.get(plain[1], plain[1])] * (plain[1] != "NoneType")
+        else:
+            words.append(kind.replace("typing.", ""))
+    return " or ".join(words) or "something else"
+
+
+def import_object(option: str, path: str) -> Any:
+    """What `package.module:name` names; modules beside main.py and in the current folder are found.
+
+    Raises:
+        UsageError: there is no such module or name.
+    """
+    module_name, _, name = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UsageError(f"--{option}={path}: cannot import {module_name} ({error})") from None
+    if not hasattr(module, name):
+        raise UsageError(f"--{option}={path}: {module_name} has no '{name}'{nearest(name, dir(module))}")
+    return getattr(module, name)

@@ -1,0 +1,567 @@
+"""Train with a batch size that grows when the gradient's statistics ask for it (arXiv:2402.11215).
+
+One process or several on this machine:
+    python main.py --model=cnn --dataset=mnist --devices=2 --accelerator=cpu
+    fabric run main.py --devices=4 --model=resnet18 --dataset=cifar10 --test_type=norm --eta=0.5
+    torchrun --nproc_per_node=4 main.py …
+On a cluster:
+    srun python main.py …
+
+Exit status: 0 finished, 2 refused (bad options or data), 3 diverged.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+import batching
+import config as options
+import data
+import gradients
+import models
+import optim
+import tests
+from config import Config, UsageError
+from runlog import RunLog
+
+EXIT_STATUS = {"finished": 0, "refused": 2, "diverged": 3}
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    batch_size: int
+    steps: int = 0
+    samples: int = 0
+
+
+class Trainer:
+    """One run: what the loop needs, and the loop."""
+
+    def __init__(self, fabric: Fabric, config: Config):
+        self.fabric = fabric
+        together(fabric, lambda: fabric.is_global_zero and data.prepare(config.dataset, config.data_dir))
+        data_set = together(fabric, lambda: data.load(config.dataset, config.data_dir))
+        self.samples_per_epoch = len(data_set.train)
+        requested_precision = os.environ.get("LT_PRECISION", config.precision)
+        self.config = config = together(fabric, lambda: resolve(config, fabric, self.samples_per_epoch))
+        fabric.seed_everything(config.seed, verbose=False)  # the same weights on every rank
+        self.module = together(fabric, lambda: models.build(config.model, data_set.image_shape, data_set.num_classes))
+        self.min_micro_batch_size = models.smallest_micro_batch(self.module, data_set.image_shape)
+        together(fabric, self.refuse_single_samples)
+        optimizer = together(fabric, lambda: optim.build(self.module.parameters(), config))
+        self.model, self.optimizer = fabric.setup(
+            torch.compile(self.module) if config.compile else self.module, optimizer
+        )
+        if fabric.world_size > 1:
+            # Ranks may evaluate different numbers of micro-batches; running statistics are averaged in `evaluate`.
+            self.model._forward_module.broadcast_buffers = False
+        torch.manual_seed(config.seed + 1 + fabric.global_rank)  # dropout differs between ranks
+        dtype = next(self.module.parameters()).dtype
+        self.stream = data.InMemoryStream(data_set, config.seed, config.shuffle, fabric.device, dtype)
+        self.learning_rate = optim.LearningRate(config, config.max_samples)
+        self.schedule = batch_size_schedule(config)
+        self.progress = Progress(config.batch_size)
+        self.notices: list[str] = []
+        if fabric.device.type == "cpu" and requested_precision.startswith("16"):
+            self.notices.append(f"precision is {config.precision}: {requested_precision} needs a GPU")
+        self.test, self.estimator = self.set_up_test()
+        self.metrics = {
+            "val_loss": MeanMetric().set_dtype(torch.float64).to(fabric.device),
+            "val_accuracy": MulticlassAccuracy(data_set.num_classes, average="micro").to(fabric.device),
+        }
+        self.totals = Totals(fabric.device)
+        self.evaluations: list[dict[str, float]] = []
+        self.told = ""
+        self.log = together(fabric, lambda: RunLog(config, fabric.world_size) if fabric.is_global_zero else None)
+        for line in (introduction(config, self.module, self.samples_per_epoch, fabric), *self.notices):
+            self.say(line)
+
+    def refuse_single_samples(self) -> None:
+        """Where BatchNorm meets maps of one position, a micro-batch of one sample has nothing to normalise by."""
+        c, least = self.config, self.min_micro_batch_size
+        smallest = min(c.global_batch_sizes) if c.stagewise_ramp_up else c.batch_size
+        if least > 1 and smallest // self.fabric.world_size < least:
+            raise UsageError(
+                f"--batch_size: {c.model} has BatchNorm on 1×1 maps of these images and needs at least {least} samples "
+                f"a device: use {least * self.fabric.world_size} or more, or fewer --devices"
+            )
+        if least > 1 and c.max_micro_batch_size < 3:
+            raise UsageError(f"--max_micro_batch_size: {c.model} has BatchNorm on 1×1 maps and needs 3 or more")
+
+    def set_up_test(self) -> tuple[tests.Test | None, gradients.Estimator | None]:
+        c = self.config
+        if not c.test:
+            return None, None
+        test = tests.build(c.test_type, c.eta, c.theta, c.nu)
+        self.model.train()
+        estimator, told = gradients.build(
+            c.test_gradients,
+            self.module,
+            mean_loss,
+            test.needs_inner_products,
+            c.max_test_micro_batch_size,
+            probe=next(self.stream.take([range(min(3, self.samples_per_epoch))])),
+            autocast=self.fabric.autocast,
+            in_training_pass=not c.compile,
+            num_groups=c.test_groups,
+            notify=self.say,
+        )
+        self.notices += told
+        if models.couples_samples(self.module) and c.test_gradients != "micro_batch":
+            self.notices.append(
+                f"{c.model} has BatchNorm, which couples the samples of a batch: "
+                "--test_gradients=micro_batch is the accurate choice (README, section BatchNorm)"
+            )
+        return test, estimator
+
+    def fit(self) -> str:
+        """Train to the end; returns the run's status."""
+        progress = self.progress
+        while not self.finished():
+            testing = self.test_is_due()
+            plan = self.plan(testing)
+            moments = self.train_step(plan, testing)
+            decision = self.test(moments) if moments else None
+            progress.batch_size = self.schedule(plan.batch_size, progress.samples, decision)
+            self.explain(decision)
+            evaluation = self.evaluate() if self.evaluation_is_due(plan) else {}
+            log_is_due = evaluation or progress.steps % self.config.log_interval == 0
+            if log_is_due and not self.log_step(plan, moments, evaluation):
+                return "diverged"
+        return "finished"
+
+    def finished(self) -> bool:
+        if self.config.training_type == "iter":
+            return self.progress.steps >= self.config.max_iters
+        return self.progress.samples >= self.config.max_samples
+
+    def plan(self, testing: bool) -> batching.Plan:
+        c, progress = self.config, self.progress
+        steps = c.gradient_accumulation_steps
+        if testing and c.test_gradients == "micro_batch":  # a variance between micro-batches needs enough of them
+            steps = max(steps, -(-c.test_groups // self.fabric.world_size))
+        return batching.plan(
+            progress.samples,
+            progress.batch_size,
+            self.fabric.world_size,
+            c.max_micro_batch_size,
+            steps,
+            self.min_micro_batch_size,
+        )
+
+    def test_is_due(self) -> bool:
+        """Every `test_interval` steps until the batch has its largest size."""
+        c = self.config
+        return c.test and self.progress.steps % c.test_interval == 0 and self.progress.batch_size < c.max_batch_size
+
+    def train_step(self, plan: batching.Plan, testing: bool) -> tests.Moments | None:
+        """One optimizer step on one global batch; the moments of its gradients where they are tested."""
+        fabric, progress = self.fabric, self.progress
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(progress.samples, progress.steps)
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        micro_batches = plan.micro_batches(fabric.global_rank)
+        # DDP averages over ranks: together this is the mean over the global batch, however it was cut.
+        loss_scale = fabric.world_size / plan.batch_size
+        for i, (inputs, targets) in enumerate(self.stream.take(micro_batches), start=1):
+            with (
+                fabric.no_backward_sync(self.model, enabled=i < len(micro_batches)),
+                self.observing(testing, inputs, targets, loss_scale),
+            ):
+                logits = self.model(inputs)
+                losses = cross_entropy(logits, targets, reduction="none")
+                fabric.backward(losses.sum() * loss_scale)
+            self.totals.add(losses.detach(), logits.detach(), targets, progress.steps)
+        moments = self.test_moments() if testing else None
+        if self.config.grad_clip:
+            fabric.clip_gradients(self.model, self.optimizer, max_norm=self.config.grad_clip)
+        self.optimizer.step()
+        progress.steps += 1
+        progress.samples += plan.batch_size
+        return moments
+
+    @contextlib.contextmanager
+    def observing(self, testing: bool, inputs: Tensor, targets: Tensor, loss_scale: float):
+        """The training pass on a micro-batch, watched by the estimator where the step is tested."""
+        if not testing:
+            yield
+            return
+        started = time.perf_counter()
+        with self.estimator.observe(inputs, targets, loss_scale):
+            self.totals.test_time += time.perf_counter() - started
+            yield
+
+    def test_moments(self) -> tests.Moments:
+        started = time.perf_counter()
+        scaler = getattr(self.fabric.strategy.precision, "scaler", None)
+        moments = self.estimator.moments(scaler.get_scale() if scaler else 1.0)
+        self.totals.test_time += time.perf_counter() - started
+        return moments
+
+    def explain(self, decision: tests.Decision | None) -> None:
+        """Say why nothing could be decided; once, until the reason changes."""
+        if decision and decision.reason != self.told:
+            self.told = decision.reason
+            if decision.reason:
+                self.say(
+                    f"step {self.progress.steps}: the test decides nothing, the batch size stays: {decision.reason}"
+                )
+
+    def evaluation_is_due(self, plan: batching.Plan) -> bool:
+        if self.config.eval_interval:
+            due = self.progress.steps % self.config.eval_interval == 0
+        else:
+            due = self.progress.samples // self.samples_per_epoch > plan.start // self.samples_per_epoch
+        return due or self.finished()
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Loss and accuracy over all validation samples, each used once whatever the number of ranks."""
+        started = time.perf_counter()
+        average_over_ranks(self.module.buffers(), self.fabric.world_size)
+        self.model.eval()
+        micro_batch_size = min(self.config.max_micro_batch_size, 1024)
+        for inputs, targets in self.stream.validation(
+            self.fabric.global_rank, self.fabric.world_size, micro_batch_size
+        ):
+            logits = self.model(inputs)
+            self.metrics["val_loss"].update(cross_entropy(logits, targets, reduction="none"))
+            self.metrics["val_accuracy"].update(logits, targets)
+        evaluation = {name: float(metric.compute()) for name, metric in self.metrics.items()}  # sums over the ranks
+        for metric in self.metrics.values():
+            metric.reset()
+        self.evaluations.append(evaluation)
+        self.totals.pause(time.perf_counter() - started)
+        return evaluation
+
+    def log_step(self, plan: batching.Plan, moments: tests.Moments | None, evaluation: dict[str, float]) -> bool:
+        """Write a row; False where the loss has ceased to be finite."""
+        progress = self.progress
+        statistics, diverged_at = self.totals.read()
+        row = {
+            "step": progress.steps,
+            "samples": progress.samples,
+            "epoch": progress.samples / self.samples_per_epoch,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "batch_size": plan.batch_size,
+            "micro_batch_size": plan.micro_batch_size,
+            "gradient_accumulation_steps": plan.steps,
+            "next_batch_size": progress.batch_size,
+            **statistics,
+            **evaluation,
+        }
+        if moments:
+            names = ("variance", "variance_inner_product", "variance_orthogonality", "grad_norm_sq", "noise_scale")
+            row |= {name: getattr(moments, name) for name in names}
+        if self.log:
+            self.log.write(row)
+            self.log.advance(progress.samples if self.config.training_type == "sample" else progress.steps)
+        if evaluation:
+            self.say(
+                f"step {progress.steps:>6,}  samples {progress.samples:>10,}  batch {plan.batch_size:>7,}  "
+                f"train loss {row['train_loss']:.4f}  "
+                f"val loss {row['val_loss']:.4f}  val accuracy {row['val_accuracy']:.2%}"
+            )
+        if diverged_at is not None:
+            self.say(
+                f"diverged: the loss was not finite at step {diverged_at + 1}: lower --learning_rate or set --grad_clip"
+            )
+        return diverged_at is None
+
+    def say(self, line: str) -> None:
+        if self.log:
+            self.log.say(line)
+
+    def results(self) -> dict:
+        """What summary.json says of the training itself."""
+        progress = self.progress
+        last = self.evaluations[-1] if self.evaluations else {}
+        return {
+            "val_accuracy": last.get("val_accuracy"),
+            "val_loss": last.get("val_loss"),
+            "best_val_accuracy": max((e["val_accuracy"] for e in self.evaluations), default=None),
+            "best_val_loss": min((e["val_loss"] for e in self.evaluations), default=None),
+            "steps": progress.steps,
+            "samples": progress.samples,
+            "mean_batch_size": progress.samples / max(progress.steps, 1),
+            "final_batch_size": progress.batch_size,
+            "world_size": self.fabric.world_size,
+            "device": device_name(self.fabric.device),
+        }
+
+
+class Totals:
+    """Loss, accuracy and time since the last log line; kept on the device, so that no step waits for the host."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.clear()
+
+    def clear(self) -> None:
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, samples
+        self.not_finite_at = torch.full((), math.inf, dtype=torch.float64, device=self.device)
+        self.steps: set[int] = set()
+        self.test_time = 0.0
+        self.started = time.perf_counter()
+
+    def pause(self, seconds: float) -> None:
+        """Do not count these seconds."""
+        self.started += seconds
+
+    def add(self, losses: Tensor, logits: Tensor, targets: Tensor, step: int) -> None:
+        loss = losses.double().sum()
+        correct = (logits.argmax(1) == targets).sum()
+        self.sums += torch.stack([loss, correct, torch.full_like(loss, len(targets))])
+        at = torch.where(torch.isfinite(loss), math.inf, float(step))
+        self.not_finite_at = torch.minimum(self.not_finite_at, at)
+        self.steps.add(step)
+
+    def read(self) -> tuple[dict[str, float], int | None]:
+        """Means over all ranks, and the first step whose loss was not finite; then start anew. Waits for the device."""
+        if dist.is_initialized():
+            dist.all_reduce(self.sums)
+            dist.all_reduce(self.not_finite_at, dist.ReduceOp.MIN)
+        loss, correct, samples = self.sums.tolist()
+        at = float(self.not_finite_at)
+        seconds = time.perf_counter() - self.started
+        statistics = {
+            "train_loss": loss / samples,
+            "train_accuracy": correct / samples,
+            "step_time": seconds / len(self.steps),
+            "test_time": self.test_time / len(self.steps),
+            "samples_per_second": samples / seconds,
+        }
+        self.clear()
+        return statistics, None if math.isinf(at) else int(at)
+
+
+def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """The loss that is differentiated, in the default dtype as in the training pass."""
+    return cross_entropy(logits.to(torch.get_default_dtype()), targets)
+
+
+@torch.no_grad()
+def average_over_ranks(buffers: Iterable[Tensor], world_size: int) -> None:
+    """Replace floating-point buffers (BatchNorm's running statistics) by their mean over the ranks, in one exchange."""
+    buffers = [buffer for buffer in buffers if buffer.is_floating_point()]
+    if world_size == 1 or not buffers:
+        return
+    flat = gradients.sum_over_ranks(torch.cat([buffer.flatten() for buffer in buffers])) / world_size
+    for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers])):
+        buffer.copy_(part.view_as(buffer))
+
+
+def batch_size_schedule(config: Config):
+    """How the next batch's size follows from the present one."""
+    if config.test:
+        factor = config.ramp_up_factor if config.ramp_up_type == "factor" else None
+        return batching.Adaptive(config.max_batch_size, factor)
+    if config.stagewise_ramp_up:
+        return batching.Stagewise(config.global_batch_sizes, config.samples_stages)
+    if config.linear_ramp_up:
+        return batching.Linear(config.max_batch_size, config.linear_ramp_up_increment)
+    return batching.Constant()
+
+
+def resolve(config: Config, fabric: Fabric, training_samples: int) -> Config:
+    """The options as they take effect: defaults that depend on the data, and the devices that Fabric really uses.
+
+    Raises:
+        UsageError: the options do not fit the data or the devices.
+    """
+    world_size, effective = fabric.world_size, {}
+    if config.max_samples is None:
+        effective["max_samples"] = 30 * training_samples
+    if config.stagewise_ramp_up:
+        sizes = config.global_batch_sizes
+        effective["batch_size"] = sizes[0]
+        if not config.samples_stages:
+            effective["samples_stages"] = [effective.get("max_samples", config.max_samples) // len(sizes)] * len(sizes)
+    if config.max_batch_size is None:
+        effective["max_batch_size"] = max([training_samples, *config.global_batch_sizes])
+    smallest = min(config.global_batch_sizes) if config.stagewise_ramp_up else config.batch_size
+    if training_samples < world_size:
+        raise UsageError(
+            f"--dataset={config.dataset} has {training_samples} training samples for {world_size} devices: "
+            "use fewer --devices"
+        )
+    if smallest < world_size:
+        option = "global_batch_sizes" if config.stagewise_ramp_up else "batch_size"
+        raise UsageError(
+            f"--{option}: a batch of {smallest} cannot be shared by {world_size} devices: "
+            "raise it or use fewer --devices"
+        )
+    return replace(
+        config,
+        **effective,
+        accelerator="cpu" if fabric.device.type == "cpu" else "cuda",
+        devices=world_size // getattr(fabric.strategy, "num_nodes", 1),
+        num_nodes=getattr(fabric.strategy, "num_nodes", 1),
+        precision=fabric._precision.precision,
+    )
+
+
+def introduction(config: Config, module: torch.nn.Module, training_samples: int, fabric: Fabric) -> str:
+    """The run in one line."""
+    c, parameters = config, sum(parameter.numel() for parameter in module.parameters())
+    if c.test:
+        test = {
+            "norm": f"norm test, η = {c.eta:g}",
+            "ip": f"inner product test, θ = {c.theta:g}",
+            "ip+orth": f"augmented inner product test, θ = {c.theta:g}, ν = {c.nu:g}",
+        }[c.test_type]
+        growth = f"batch size {c.batch_size:,} to at most {c.max_batch_size:,} ({test})"
+    elif c.stagewise_ramp_up:
+        growth = f"batch size {', '.join(f'{size:,}' for size in c.global_batch_sizes)} in stages"
+    elif c.linear_ramp_up:
+        growth = f"batch size {c.batch_size:,} and {c.linear_ramp_up_increment:,} more every step"
+    else:
+        growth = f"batch size {c.batch_size:,}"
+    return (
+        f"{c.model} ({parameters:,} parameters) on {c.dataset} ({training_samples:,} training samples), {growth}, "
+        f"{c.optimizer}, {fabric.world_size} × {fabric.device.type}, {c.precision}"
+    )
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+
+
+def together(fabric: Fabric, function: Callable):
+    """Call on every rank; where one is refused, all are, with the same words, so that none is left waiting."""
+    result, problem = None, ""
+    try:
+        result = function()
+    except UsageError as error:
+        problem = str(error)
+    problems = [problem]
+    if fabric.world_size > 1:
+        problems = [None] * fabric.world_size
+        dist.all_gather_object(problems, problem)
+    for problem in filter(None, problems):
+        raise UsageError(problem)
+    return result
+
+
+def start_fabric(config: Config) -> Fabric:
+    """Fabric on the devices of the launcher (`fabric run`, torchrun, srun) or, without one, on those of the options.
+
+    Raises:
+        UsageError: there are no such devices.
+    """
+    by_fabric_run = bool(os.environ.get("LT_CLI_USED"))  # then Fabric itself reads what the launcher set
+    strategy = os.environ.get("LT_STRATEGY", "auto") if by_fabric_run else config.strategy
+    if strategy not in ("auto", "ddp", "ddp_find_unused_parameters_true"):  # the launcher takes any
+        raise UsageError(f"--strategy={strategy} is not supported: whole gradients are needed; choose auto or ddp")
+    launched = launched_size()
+    if not (by_fabric_run or launched):
+        refuse_too_many_processes(config)
+    try:
+        if by_fabric_run:
+            return Fabric()
+        devices, num_nodes = launched or (config.devices, config.num_nodes)
+        fabric = Fabric(
+            accelerator=config.accelerator,
+            strategy=strategy,
+            devices=devices,
+            num_nodes=num_nodes,
+            precision=config.precision,
+        )
+        fabric.launch()
+        return fabric
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--accelerator={config.accelerator} --devices={config.devices}: {reason}") from None
+
+
+def refuse_too_many_processes(config: Config) -> None:
+    """More CPU processes than cores work, and serve tests; so many that the machine comes to a stop are a mistake."""
+    most = 8 * (os.cpu_count() or 1)
+    on_cpu = config.accelerator == "cpu" or (config.accelerator == "auto" and not torch.cuda.is_available())
+    if on_cpu and isinstance(config.devices, int) and config.devices > most:
+        raise UsageError(f"--devices={config.devices}: on the {os.cpu_count()} CPU cores here use at most {most}")
+
+
+def launched_size() -> tuple[int, int] | None:
+    """Processes a node and nodes, where torchrun or srun has started this process; None where nothing has."""
+    env = os.environ
+    if "LOCAL_WORLD_SIZE" in env:
+        return int(env["LOCAL_WORLD_SIZE"]), int(env["WORLD_SIZE"]) // int(env["LOCAL_WORLD_SIZE"])
+    if SLURMEnvironment.detect():
+        tasks = int(env.get("SLURM_STEP_NUM_TASKS", env["SLURM_NTASKS"]))
+        nodes = int(env.get("SLURM_STEP_NUM_NODES", env["SLURM_NNODES"]))
+        env["SLURM_NTASKS"], env["SLURM_NTASKS_PER_NODE"] = str(tasks), str(tasks // nodes)  # Fabric insists on both
+        return tasks // nodes, nodes
+    return None
+
+
+def show_summary(log: RunLog, summary: dict) -> None:
+    """One screen at the end of a run."""
+    rows = {
+        "validation accuracy": f"{summary['val_accuracy']:.2%} (best {summary['best_val_accuracy']:.2%})"
+        if summary["val_accuracy"] is not None
+        else "-",
+        "steps": f"{summary['steps']:,}",
+        "samples": f"{summary['samples']:,}",
+        "batch size": f"mean {summary['mean_batch_size']:,.1f}, final {summary['final_batch_size']:,}",
+        "wall time": f"{summary['wall_time']:.1f} s on {summary['world_size']} × {summary['device']}",
+        "run folder": str(log.folder),
+    }
+    log.say("\n".join([f"\n{summary['status']}", *(f"  {name:<20} {value}" for name, value in rows.items())]))
+
+
+def run(config: Config) -> str:
+    """Train as the options say; returns the status.
+
+    Raises:
+        UsageError: the options cannot be met.
+    """
+    fabric = start_fabric(config)
+    if fabric._precision.precision == "64-true":
+        torch.set_default_dtype(torch.float64)  # else Fabric hands the model's outputs back in float32
+    trainer = Trainer(fabric, config)
+    status = trainer.fit()
+    if trainer.log:
+        show_summary(trainer.log, trainer.log.finish(status, trainer.results()))
+    return status
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program on these arguments (default: `sys.argv`); returns the exit status."""
+    for name in ("lightning.fabric", "lightning_utilities", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    try:
+        status = run(options.parse(arguments))
+    except UsageError as error:
+        if rank_zero_only.rank == 0:
+            print(f"main.py: error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(5)  # launchers end all processes when the first one ends: let rank 0 speak before
+        status = "refused"
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return EXIT_STATUS[status]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""Models by name: two small ones for any image shape, every torchvision classifier, and a user's own."""
+
+import copy
+import inspect
+import warnings
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from config import UsageError, import_object, nearest
+
+ImageShape = tuple[int, int, int]
+"""Channels, height, width."""
+
+
+def logistic(image_shape: ImageShape, num_classes: int) -> nn.Module:
+    """Multinomial logistic regression on the pixels."""
+    channels, height, width = image_shape
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, num_classes))
+
+
+def cnn(image_shape: ImageShape, num_classes: int) -> nn.Module:
+    """A small convolutional network.
+
+    Grey images: conv 5×5/16, pool, conv 5×5/32, pool, linear (28,938 parameters on 28×28).
+    Colour images: conv 3×3/16, /32, /64, each pooled, linear 500, linear (541,094 parameters on 32×32).
+    """
+    channels, height, width = image_shape
+    kernel, widths, hidden = (5, (16, 32), None) if channels == 1 else (3, (16, 32, 64), 500)
+    layers: list[nn.Module] = []
+    for features in widths:
+        layers += [nn.Conv2d(channels, features, kernel, padding=kernel // 2), nn.ReLU(), nn.MaxPool2d(2)]
+        channels, height, width = features, height // 2, width // 2
+    features = channels * height * width
+    layers.append(nn.Flatten())
+    if hidden:
+        layers += [nn.Linear(features, hidden), nn.ReLU()]
+        features = hidden
+    return nn.Sequential(*layers, nn.Linear(features, num_classes))
+
+
+OWN = {"logistic": logistic, "cnn": cnn}
+
+
+def names() -> list[str]:
+    """All names that `build` knows."""
+    return [*OWN, *torchvision.models.list_models(module=torchvision.models)]
+
+
+def build(name: str, image_shape: ImageShape, num_classes: int) -> nn.Module:
+    """The model of that name, for images of this shape; weights are random (set the seed before).
+
+    An import path `package.module:function` names a function `(image_shape, num_classes) -> nn.Module`.
+
+    Raises:
+        UsageError: unknown name, or a model that cannot take such images.
+    """
+    if ":" in name:
+        create = import_object("model", name)
+    elif name in OWN:
+        create = OWN[name]
+    elif name in names():
+        create = _torchvision_factory(name)
+    else:
+        raise UsageError(
+            f"--model={name} is unknown{nearest(name, names())} (logistic, cnn or a torchvision classifier)"
+        )
+    size = "×".join(map(str, image_shape))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torchvision announces changes of its initialisers
+            model = create(image_shape, num_classes)
+            output_shape = _output_shape(model, (2, *image_shape))
+    except (RuntimeError, ValueError, AssertionError, TypeError, IndexError, ZeroDivisionError) as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UsageError(f"--model={name} cannot take images of {size} (channels × height × width): {reason}") from None
+    if output_shape != (2, num_classes):
+        raise UsageError(f"--model={name} gives an output of shape {output_shape} for 2 images, not (2, {num_classes})")
+    return model
+
+
+def _output_shape(model: nn.Module, input_shape: tuple[int, ...], training: bool = False) -> tuple[int, ...]:
+    """Run the model on the meta device: shapes only, no memory, no arithmetic."""
+    tensors = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            output = functional_call(model.train(training), tensors, torch.zeros(input_shape, device="meta"))
+        return tuple(output.shape)
+    finally:
+        model.train(was_training)
+
+
+def _torchvision_factory(name: str):
+    def create(image_shape: ImageShape, num_classes: int) -> nn.Module:
+        builder = torchvision.models.get_model_builder(name)
+        model = builder(weights=None, num_classes=num_classes, **_size_arguments(name, image_shape))
+        for auxiliary in ("AuxLogits", "aux1", "aux2"):  # no auxiliary heads
+            if hasattr(model, auxiliary):
+                setattr(model, auxiliary, None)
+        channels, height, width = image_shape
+        if isinstance(model, torchvision.models.ResNet) and max(height, width) <= 32:
+            model.conv1 = nn.Conv2d(channels, model.conv1.out_channels, 3, stride=1, padding=1, bias=False)
+            model.maxpool = nn.Identity()
+        if channels != 3:
+            _change_input_channels(model, channels)
+        return model
+
+    return create
+
+
+def _size_arguments(name: str, image_shape: ImageShape) -> dict:
+    """What torchvision's builders need to be told: image sizes of transformers, and no auxiliary heads."""
+    _, height, width = image_shape
+    if name.startswith("vit_"):
+        if height != width:
+            raise ValueError("vision transformers need square images")
+        return {"image_size": height}
+    if name.startswith("maxvit"):
+        return {"input_size": (height, width)}
+    if name in ("googlenet", "inception_v3"):
+        return {"aux_logits": False, "init_weights": True}
+    return {}
+
+
+def _change_input_channels(model: nn.Module, channels: int) -> None:
+    """Replace the first convolution by one that takes `channels` channels instead of three."""
+    for module_name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            if module.in_channels == 3:
+                arguments = {
+                    key: getattr(module, key) for key in inspect.signature(nn.Conv2d).parameters if hasattr(module, key)
+                }
+                arguments |= {"in_channels": channels, "bias": module.bias is not None}
+                parent_name, _, child_name = module_name.rpartition(".")
+                setattr(model.get_submodule(parent_name), child_name, nn.Conv2d(**arguments))
+            return
+
+
+# Per-sample copies: layers that couple the samples of a batch, or draw one random number for all of them, are
+# replaced by layers that treat each sample by itself, as if it were a batch of one.
+
+
+class PerSampleBatchNorm(nn.Module):
+    """Batch normalisation of every sample by its own statistics over its positions (as the paper's code does).
+
+    Works on a batch as on a single sample under vmap, and on 1×1 maps (the variance is then zero, the output the bias).
+
+    Shape: (N, C, *) → (N, C, *).
+    """
+
+    def __init__(self, batch_norm: nn.modules.batchnorm._BatchNorm):
+        super().__init__()
+        self.weight, self.bias, self.eps = batch_norm.weight, batch_norm.bias, batch_norm.eps
+        self.num_features = batch_norm.num_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        # One group per channel is exactly this normalisation. (nn.functional's wrapper refuses single values.)
+        return torch.group_norm(x, self.num_features, self.weight, self.bias, self.eps)
+
+
+class PerSampleStochasticDepth(nn.Module):
+    """Stochastic depth by samples that draws its noise out of place, as vmap needs. Shape: (N, *) → (N, *)."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        survives = torch.rand_like(x[(slice(None), *[slice(0, 1)] * (x.dim() - 1))]) >= self.p
+        return x * survives.to(x.dtype) / max(1 - self.p, 1e-12)
+
+
+def couples_samples(model: nn.Module) -> bool:
+    """True where a layer makes the gradient of one sample depend on the others of its batch (BatchNorm in training)."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+def smallest_micro_batch(model: nn.Module, image_shape: ImageShape) -> int:
+    """Samples that a training pass needs at least: two where BatchNorm meets maps of a single position, else one."""
+    if not couples_samples(model):
+        return 1
+    try:
+        _output_shape(model, (1, *image_shape), training=True)
+    except Exception as error:  # whatever else is wrong with the model is said where it is trained
+        return 2 if "more than 1 value per channel" in str(error) else 1
+    return 1
+
+
+def per_sample_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model's structure in which no layer couples samples; parameters and buffers are on the meta device.
+
+    Names of parameters and buffers are the model's, so `torch.func.functional_call` runs it with the model's own.
+    """
+    template = copy.deepcopy(model)
+    for name, module in list(template.named_modules()):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            replacement: nn.Module = PerSampleBatchNorm(module)
+        elif isinstance(module, torchvision.ops.StochasticDepth):
+            replacement = PerSampleStochasticDepth(module.p)
+        else:
+            continue
+        parent_name, _, child_name = name.rpartition(".")
+        if not name:
+            template = replacement
+        else:
+            setattr(template.get_submodule(parent_name), child_name, replacement)
+    return template.train(model.training).to("meta")

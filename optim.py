@@ -1,0 +1,187 @@
+"""Optimizers by name, AdaGrad-Norm, and learning-rate schedules."""
+
+import inspect
+import math
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from config import Config, UsageError, import_object, nearest
+
+NAMES = {
+    "adagrad": torch.optim.Adagrad,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+    "sgdm": torch.optim.SGD,
+}
+
+
+class AdaGradNorm(torch.optim.Optimizer):
+    """AdaGrad-Norm (Ward, Wu, Bottou, JMLR 21, 2020, algorithm 1): AdaGrad with one scalar for all parameters.
+
+    b²_k = b²_{k−1} + ‖g_k‖² over all parameters of all groups, w_k = w_{k−1} − lr · g_k / b_k. The scalar is kept in
+    float64 as `param_groups[0]["sum_of_squares"]`, so the state dict carries it.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: learning rate.
+        weight_decay: coefficient of the L2 penalty, added to the gradient.
+        initial_accumulator_value: b²_0.
+        eps: added to b_k.
+
+    Raises:
+        ValueError: a negative argument.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 1e-2,
+        weight_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+    ):
+        defaults = {"lr": lr, "weight_decay": weight_decay, "eps": eps}
+        for name, value in {**defaults, "initial_accumulator_value": initial_accumulator_value}.items():
+            if not value >= 0:
+                raise ValueError(f"{name} must not be negative, not {value}")
+        super().__init__(params, defaults)
+        self.param_groups[0]["sum_of_squares"] = torch.tensor(initial_accumulator_value, dtype=torch.float64)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step; returns the closure's loss where there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = [self._parameters_and_gradients(group) for group in self.param_groups]
+        gradients = [gradient for _, group_gradients in groups for gradient in group_gradients]
+        if not gradients:
+            return loss
+        norms = torch.stack([norm.double() for norm in torch._foreach_norm(gradients)])
+        total = self.param_groups[0]["sum_of_squares"].to(norms.device) + norms.square().sum()
+        self.param_groups[0]["sum_of_squares"] = total
+        for group, (parameters, group_gradients) in zip(self.param_groups, groups):
+            # A tensor, not a number: reading it would make the host wait for the device.
+            scale = -group["lr"] / (total.sqrt() + group["eps"])
+            if parameters:
+                torch._foreach_add_(parameters, torch._foreach_mul(group_gradients, scale))
+        return loss
+
+    @staticmethod
+    def _parameters_and_gradients(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in parameters]
+        if group["weight_decay"] and parameters:
+            gradients = list(torch._foreach_add(gradients, parameters, alpha=group["weight_decay"]))
+        return parameters, gradients
+
+
+NAMES["adagradnorm"] = AdaGradNorm
+
+
+def build(parameters: Iterable[Tensor], config: Config) -> torch.optim.Optimizer:
+    """The optimizer that the options name.
+
+    Raises:
+        UsageError: an unknown name, or an argument that the optimizer does not take.
+    """
+    optimizer_class = _find_class(config.optimizer)
+    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
+        raise UsageError(f"--optimizer={config.optimizer} is not a torch.optim.Optimizer class")
+    accepted = inspect.signature(optimizer_class).parameters
+    arguments: dict[str, Any] = {"lr": config.learning_rate}
+    if config.optimizer == "sgdm":
+        arguments |= {"momentum": 0.9, "weight_decay": 5e-4}
+    if "betas" in accepted:
+        arguments["betas"] = (config.beta1, config.beta2)
+    for name in ("momentum", "weight_decay"):
+        if getattr(config, name) is not None:
+            arguments[name] = getattr(config, name)
+    arguments |= config.optimizer_args
+    for name in arguments:
+        if name not in accepted:
+            option = name if hasattr(config, name) else f"optimizer_args.{name}"
+            raise UsageError(f"--{option}: {config.optimizer} takes no '{name}'{nearest(name, list(accepted))}")
+    try:
+        _try_out(optimizer_class, arguments)
+        return optimizer_class(parameters, **arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        raise UsageError(f"--optimizer={config.optimizer} with {arguments} cannot be used here: {reason}") from None
+
+
+def _try_out(optimizer_class: type[torch.optim.Optimizer], arguments: dict[str, Any]) -> None:
+    """One step on a toy: some optimizers take no dense gradients, or want a closure that recomputes the loss."""
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    parameter.grad = torch.ones(2, 2)
+    optimizer_class([parameter], **arguments).step()
+
+
+def _find_class(name: str) -> type[torch.optim.Optimizer]:
+    if ":" in name:
+        return import_object("optimizer", name)
+    available = NAMES | {
+        key: value
+        for key, value in vars(torch.optim).items()
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and key != "Optimizer"
+    }
+    if name not in available:
+        raise UsageError(
+            f"--optimizer={name} is unknown{nearest(name, list(available))} (known: {', '.join(available)})"
+        )
+    return available[name]
+
+
+def cosine(progress: float) -> float:
+    """Falls from 1 to 0 along half a cosine as `progress` goes from 0 to 1."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def linear(progress: float) -> float:
+    """Falls from 1 to 0 along a line as `progress` goes from 0 to 1."""
+    return 1 - progress
+
+
+def multistep(position: int, learning_rate: float, milestones: list[int], gamma: float, min_lr: float = 0.0) -> float:
+    """`learning_rate` times `gamma` for every milestone reached, but not below `min_lr`."""
+    return max(min_lr, learning_rate * gamma ** bisect_right(milestones, position))
+
+
+def warmup_decay(position: int, learning_rate: float, warmup: int, end: int, min_lr: float, shape=cosine) -> float:
+    """Rises linearly from 0 to `learning_rate` at `warmup`, falls along `shape` to `min_lr` at `end`, stays there."""
+    if position < warmup:
+        return learning_rate * position / warmup
+    if position >= end:
+        return min_lr
+    return min_lr + shape((position - warmup) / (end - warmup)) * (learning_rate - min_lr)
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """The learning rate of a step, a pure function of the samples and the steps done before it."""
+
+    config: Config
+    max_samples: int
+
+    def __call__(self, samples: int, steps: int) -> float:
+        c = self.config
+        if not c.decay_lr:
+            return c.learning_rate if c.max_lr is None else min(c.learning_rate, c.max_lr)
+        if c.lr_decay_type == "sample":
+            position, warmup, end = samples, c.warmup_samples, c.lr_decay_samples or self.max_samples
+        else:
+            position, warmup, end = steps, c.warmup_iters, c.lr_decay_iters or c.max_iters
+        if c.scheduler == "multistep":
+            if position < warmup:
+                return c.learning_rate * position / warmup
+            return multistep(position, c.learning_rate, c.milestones, c.gamma, c.min_lr)
+        return warmup_decay(
+            position, c.learning_rate, warmup, end, c.min_lr, {"cosine": cosine, "linear": linear}[c.scheduler]
+        )

@@ -1,0 +1,197 @@
+"""What a run leaves behind and shows: its folder, metrics.csv, TensorBoard events, progress, summary.json."""
+
+import csv
+import dataclasses
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.fabric.loggers import TensorBoardLogger
+from tqdm import tqdm
+
+import report
+from config import Config, UsageError
+
+COLUMNS = """
+    step samples epoch train_loss train_accuracy val_loss val_accuracy lr
+    batch_size micro_batch_size gradient_accumulation_steps
+    variance variance_inner_product variance_orthogonality grad_norm_sq noise_scale next_batch_size
+    step_time test_time samples_per_second
+""".split()  # noqa: SIM905
+
+# Column → the tag that the paper's code used for it, under sample/ (against samples) and step/ (against steps).
+TAGS = {
+    "train_loss": "train/loss",
+    "train_accuracy": "train/accuracy",
+    "val_loss": "val/loss",
+    "val_accuracy": "val/accuracy",
+    "lr": "lr",
+    "batch_size": "batch_size",
+    "micro_batch_size": "micro_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "variance": "var_one_norm",
+    "variance_inner_product": "var_inner_prod",
+    "variance_orthogonality": "var_orth",
+    "grad_norm_sq": "grad_norm_sq",
+    "noise_scale": "noise_scale",
+    "step_time": "time",
+}
+
+
+def default_name(config: Config) -> str:
+    """Model, data set, schedule or test with its parameters, seed, time."""
+    if config.test:
+        used = {"norm": ("eta",), "ip": ("theta",), "ip+orth": ("theta", "nu")}[config.test_type]
+        schedule = "_".join([config.test_type, *(f"{name}{getattr(config, name):g}" for name in used)])
+    elif config.stagewise_ramp_up:
+        schedule = "stagewise" + "-".join(map(str, config.global_batch_sizes))
+    elif config.linear_ramp_up:
+        schedule = f"linear{config.linear_ramp_up_increment}"
+    else:
+        schedule = f"constant{config.batch_size}"
+    names = (name.replace(":", ".") for name in (config.model, config.dataset))
+    return "_".join([*names, schedule, f"seed{config.seed}", time.strftime("%Y%m%d-%H%M%S")])
+
+
+QUIET_SECONDS = 60.0
+"""Without a progress bar, a line of progress follows after so long without any."""
+
+
+class RunLog:
+    """The run's folder and its progress; made and used by global rank 0 alone.
+
+    Raises:
+        UsageError: the folder exists already or cannot be made.
+    """
+
+    def __init__(self, config: Config, world_size: int):
+        self.config = config
+        self.folder = self._make_folder()
+        self.start = self._last_line = time.perf_counter()
+        (self.folder / "checkpoints").mkdir()
+        self._write_config(world_size)
+        self._csv = open(self.folder / "metrics.csv", "w", newline="")  # noqa: SIM115 (closed by `finish`)
+        self._writer = csv.DictWriter(self._csv, COLUMNS, restval="")
+        self._writer.writeheader()
+        self._tensorboard = TensorBoardLogger(config.out_dir, self.folder.name, version="")
+        by_samples = config.training_type == "sample"
+        self._bar = tqdm(
+            total=config.max_samples if by_samples else config.max_iters,
+            unit=" samples" if by_samples else " steps",
+            unit_scale=by_samples,
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+            bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]{postfix}",
+        )
+
+    def _make_folder(self) -> Path:
+        name = self.config.run_name or default_name(self.config)
+        folder, count = self.config.out_dir / name, 1
+        while not self.config.run_name and folder.exists():
+            count += 1
+            folder = self.config.out_dir / f"{name}-{count}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            raise UsageError(f"--run_name={name}: {folder} exists already: choose another name or remove it") from None
+        except OSError as error:
+            out_dir = self.config.out_dir
+            raise UsageError(f"--out_dir={out_dir} cannot be written ({error.strerror}): choose another one") from None
+        return folder
+
+    def _write_config(self, world_size: int) -> None:
+        options = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in dataclasses.asdict(self.config).items()
+        }
+        with open(self.folder / "config.yaml", "w") as file:
+            file.write(f"# The options as they were in effect, on {world_size} processes. Again: --config THIS_FILE\n")
+            yaml.safe_dump(options, file, sort_keys=False, allow_unicode=True)
+
+    def say(self, line: str) -> None:
+        """A line on standard output that does not break the progress bar."""
+        self._last_line = time.perf_counter()
+        with tqdm.external_write_mode():
+            print(line, flush=True)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """One row of metrics.csv and of TensorBoard; keys are `COLUMNS`, what is missing stays empty."""
+        self._writer.writerow({name: value for name, value in row.items() if value is not None})
+        self._csv.flush()
+        for axis, at in (("sample", row["samples"]), ("step", row["step"])):
+            metrics = {f"{axis}/{tag}": row[name] for name, tag in TAGS.items() if row.get(name) is not None}
+            if axis == "sample":
+                metrics["sample/step"] = row["step"]
+                metrics |= {f"sample/{name}": getattr(self.config, name) for name in ("eta", "theta", "nu")}
+            self._tensorboard.log_metrics(metrics, step=at)
+        self._progress = (
+            f"step {row['step']:>6,}  samples {row['samples']:>10,}  batch {row['batch_size']:>7,}  "
+            f"train loss {row['train_loss']:.4f}  {row['samples_per_second']:,.0f} samples/s"
+        )
+        self._bar.set_postfix_str(
+            f"batch {row['batch_size']}, loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.1%}",
+            refresh=False,
+        )
+
+    def advance(self, done: int) -> None:
+        """Move the progress bar to `done` samples or steps; a log file gets a line now and then."""
+        self._bar.update(min(done, self._bar.total) - self._bar.n)
+        now = time.perf_counter()
+        if self._bar.disable and now - self._last_line >= QUIET_SECONDS:
+            left = max(self._bar.total / done - 1, 0) * (now - self.start)
+            self.say(f"{self._progress}  {tqdm.format_interval(left)} left")
+
+    def finish(self, status: str, results: dict[str, Any]) -> dict[str, Any]:
+        """Close the files; write summary.json and curves.png. Returns the summary."""
+        self._bar.close()
+        self._csv.close()
+        self._tensorboard.finalize(status)
+        summary = {
+            "status": status,
+            **results,
+            "wall_time": time.perf_counter() - self.start,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "versions": versions(),
+            "git_commit": git_commit(),
+            "command": sys.argv,
+        }
+        finite = {  # JSON has no NaN
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in summary.items()
+        }
+        (self.folder / "summary.json").write_text(json.dumps(finite, indent=2, allow_nan=False) + "\n")
+        report.curves(self.folder)
+        return summary
+
+
+def peak_memory_bytes() -> int:
+    """The largest memory this process has held: on the GPU where there is one, else resident."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def versions() -> dict[str, str]:
+    import lightning
+    import torchvision
+
+    modules = {"torch": torch, "torchvision": torchvision, "lightning": lightning}
+    return {"python": platform.python_version(), **{name: module.__version__ for name, module in modules.items()}}
+
+
+def git_commit() -> str | None:
+    """The commit of the program's own folder, None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
