@@ -1,0 +1,99 @@
+"""Models and data of the benchmarks, in the form in which main.py takes them (`--model=benchmarks.cases:…`)."""
+
+import platform
+import re
+from datetime import date
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+from torchvision.models.resnet import BasicBlock
+
+import models
+from data import DataSet
+from runlog import versions
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def random_mnist(data_dir: Path) -> DataSet:
+    """Noise in MNIST's form."""
+    return _random_images((1, 28, 28))
+
+
+def random_cifar(data_dir: Path) -> DataSet:
+    """Noise in CIFAR-10's form."""
+    return _random_images((3, 32, 32))
+
+
+def random_imagenet(data_dir: Path) -> DataSet:
+    """Noise in the form of ImageNet's crops."""
+    return _random_images((3, 224, 224), count=64)
+
+
+def _random_images(shape: tuple[int, int, int], count: int = 4096) -> DataSet:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=generator)
+    split = TensorDataset(images, torch.randint(10, (count,), generator=generator))
+    return DataSet(split, split, num_classes=10)
+
+
+class OutOfPlaceBlock(BasicBlock):
+    """A ResNet block without in-place operations: Opacus' backward hooks on modules cannot bear them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        return torch.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels)
+
+
+def resnet18_group_norm(image_shape: models.ImageShape, num_classes: int) -> nn.Module:
+    """ResNet-18 for small images (3×3 stem) with GroupNorm (32 groups) in the place of BatchNorm."""
+    return _small_stem(torchvision.models.resnet18(num_classes=num_classes, norm_layer=group_norm))
+
+
+def resnet18_batch_norm(image_shape: models.ImageShape, num_classes: int) -> nn.Module:
+    """ResNet-18 for small images (3×3 stem)."""
+    return _small_stem(torchvision.models.resnet18(num_classes=num_classes))
+
+
+def without_in_place(model: nn.Module) -> nn.Module:
+    """The same model for libraries that hook modules."""
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+        if isinstance(module, BasicBlock):
+            module.__class__ = OutOfPlaceBlock
+    return model
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """The same model with every probability of dropout and stochastic depth at 0, where passes must agree."""
+    for module in model.modules():
+        if isinstance(module, (nn.modules.dropout._DropoutNd, torchvision.ops.StochasticDepth)):
+            module.p = 0.0
+        if isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+    return model
+
+
+def _small_stem(model: torchvision.models.ResNet) -> nn.Module:
+    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
+
+
+def provenance() -> str:
+    """Machine, versions and date of a measurement, in one line."""
+    if torch.cuda.is_available():
+        machine = torch.cuda.get_device_name()
+    else:
+        model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        machine = f"{torch.get_num_threads()} threads of {model[1] if model else platform.machine()}"
+    software = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return f"{machine}; {software}; {date.today().isoformat()}"
