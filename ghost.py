@@ -32,7 +32,7 @@ def _per_chunk(numbers_per_sample: int, device: torch.device) -> int:
 
 def _norm_sq(per_sample: Tensor) -> Tensor:
     """(n, …) → (n,)."""
-    return torch.linalg.vector_norm(per_sample.reshape(len(per_sample), -1), dim=1).double().square()
+    return torch.linalg.vector_norm(per_sample.flatten(1), dim=1, dtype=torch.float64).square()
 
 
 def _by_sample(tensor: Tensor, n: int) -> Tensor:
@@ -447,10 +447,10 @@ def _group_norm(mode: GhostMode, function, input, num_groups, weight=None, bias=
     x, n = input.detach(), mode.n
 
     def weight_gradient(B: Tensor) -> Contribution:
-        maps, B = _full(x).reshape(len(x), x.shape[1], -1), B.reshape(len(x), x.shape[1], -1)
-        variance, mean = torch.var_mean(maps.reshape(len(x), num_groups, -1), 2, correction=0)
-        width = x.shape[1] // num_groups
-        mean, scale = (t.repeat_interleave(width, 1) for t in (mean, (variance + eps).rsqrt()))
+        maps, B = (tensor.reshape(len(x), x.shape[1], -1) for tensor in (_full(x), B))
+        # The statistics by the kernel that the layer itself uses: many times as fast as torch.var_mean on CPU.
+        _, mean, scale = torch.native_group_norm(maps, None, None, *maps.shape, num_groups, eps)
+        mean, scale = (t.repeat_interleave(x.shape[1] // num_groups, 1) for t in (mean, scale))
         # Σ_t B_t (x_t − mean)·scale, without a normalised copy of x
         gradients = ((B * maps).sum(2) - mean * B.sum(2)) * scale
         return Direct(gradients.view(n, -1, x.shape[1]).sum(1))

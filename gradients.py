@@ -141,7 +141,7 @@ class Estimator:
         inner = [None, None]
         if self.inner_products:
             inner = sum_over_ranks(self.inner_product_sums(mean, grad_scale)).tolist()
-        grad_norm_sq = float(sum(gradient.double().square().sum() for gradient in mean.values()))
+        grad_norm_sq = float(_norm_sq(mean.values()))
         self._start()
         return Moments(round(samples), round(groups), grad_norm_sq, sum_norm_sq, inner[1], inner[0])
 
@@ -389,7 +389,8 @@ class MicroBatchGradients(Estimator):
 
     def _start(self) -> None:
         super()._start()
-        self.groups: list[tuple[int, dict[str, Tensor]]] = []  # m_k, Σ of the group's gradients
+        self.groups: list[tuple[int, dict[str, Tensor]]] = []  # m_k, loss_scale · Σ of the group's gradients
+        self.loss_scale = 1.0
 
     @contextlib.contextmanager
     def observe(self, inputs: Tensor, targets: Tensor, loss_scale: float = 1.0) -> Iterator[None]:
@@ -399,9 +400,10 @@ class MicroBatchGradients(Estimator):
         def hook_for(name: str):
             def hook(gradient: Tensor) -> None:
                 nonlocal total
-                total = total + torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
                 if self.inner_products:
-                    group[name] = gradient
+                    group[name] = gradient  # autograd then leaves this tensor alone and adds it up elsewhere
+                else:
+                    total = total + _norm_sq([gradient])
 
             return hook
 
@@ -414,16 +416,14 @@ class MicroBatchGradients(Estimator):
         # m_k‖ḡ_k‖² with ḡ_k = (the loss's gradient) / (m_k · loss_scale)
         self._add(m, total / (m * loss_scale**2), groups=1)
         if self.inner_products:
-            self.groups.append((m, {name: gradient / loss_scale for name, gradient in group.items()}))
+            self.loss_scale = loss_scale
+            self.groups.append((m, group))
             if len(self.groups) > 2 * self.num_groups:
                 self.groups = [_merged(self.groups[i : i + 2]) for i in range(0, len(self.groups), 2)]
 
     def _total(self, grad_scale: float) -> Tensor:
         if self.inner_products:  # of the groups that are left, so that all statistics are of the same groups
-            norms_sq = [
-                sum(torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in group.values()) / m
-                for m, group in self.groups
-            ]
+            norms_sq = [_norm_sq(group.values()) / (m * self.loss_scale**2) for m, group in self.groups]
             self.sums[1], self.sums[2] = len(norms_sq), sum(norms_sq)
         self.sums[2] /= grad_scale**2
         return self.sums
@@ -434,7 +434,7 @@ class MicroBatchGradients(Estimator):
     def inner_product_sums(self, mean: dict[str, Tensor], grad_scale: float) -> Tensor:
         sums = self.sums.new_zeros(2)
         for m, group in self.groups:
-            inner = sum((g.double() * mean[name]).sum() for name, g in group.items()) / grad_scale  # m_k p_k
+            inner = _inner(group, mean) / (grad_scale * self.loss_scale)  # m_k p_k
             sums += torch.stack([inner, inner.square() / m])
         return sums
 
@@ -447,10 +447,13 @@ def _merged(groups: list[tuple[int, dict[str, Tensor]]]) -> tuple[int, dict[str,
 
 def _training_gradient(parameters: dict[str, nn.Parameter], grad_scale: float) -> dict[str, Tensor]:
     """ḡ as the training step has it: averaged over the ranks, before clipping."""
-    return {
-        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad / grad_scale
-        for name, parameter in parameters.items()
-    }
+
+    def unscaled(parameter: nn.Parameter) -> Tensor:
+        if parameter.grad is None:
+            return torch.zeros_like(parameter)
+        return parameter.grad if grad_scale == 1 else parameter.grad / grad_scale
+
+    return {name: unscaled(parameter) for name, parameter in parameters.items()}
 
 
 def _listed(names: list[str], most: int = 3) -> str:
@@ -459,6 +462,25 @@ def _listed(names: list[str], most: int = 3) -> str:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
+
+
+# Of tensors as large as the model: rows in the gradients' own precision, their sum in double. (A norm or product in
+# double throughout costs a copy in double of every tensor.)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(len(tensor) if tensor.dim() else 1, -1)
+
+
+def _norm_sq(tensors: Iterable[Tensor]) -> Tensor:
+    """The squared norm of all of them as one vector, float64 ()."""
+    return sum(torch.linalg.vector_norm(_rows(tensor), dim=1).double().square().sum() for tensor in tensors)
+
+
+def _inner(first: dict[str, Tensor], second: dict[str, Tensor]) -> Tensor:
+    """The inner product as one vector, float64 ()."""
+    rows = (torch.linalg.vecdot(_rows(tensor), _rows(second[name])) for name, tensor in first.items())
+    return sum(row.sum(dtype=torch.float64) for row in rows)
 
 
 def _norms_sq(gradients: dict[str, Tensor]) -> Tensor:

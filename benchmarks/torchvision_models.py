@@ -1,0 +1,152 @@
+"""Every classifier of torchvision: one tested training step with vmap, with auto and with micro_batch.
+
+    python -m benchmarks.torchvision_models                    # all; writes benchmarks/results/models.md and .json
+    python -m benchmarks.torchvision_models --names='[resnet18,vit_b_16]' --out=/tmp
+
+Each model at its own image size, in a process of its own, on noise images, with all statistics (ip+orth). Shown is the
+largest relative difference of `auto` to `vmap` over V, V_ip, V_orth and ‖ḡ‖². Where that is above 1e-4 in float32, the
+comparison is made again in float64, and the error that float32 makes in the reference itself is shown beside it.
+Goes on where it was interrupted: delete models.json to start anew.
+"""
+
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torchvision
+from jsonargparse import auto_cli
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import gradients
+import models
+from benchmarks.cases import RESULTS, provenance, without_dropout
+
+NAMES = torchvision.models.list_models(module=torchvision.models)
+CLASSES = 10
+TOLERANCE = 1e-4
+STATISTICS = ("variance", "variance_inner_product", "variance_orthogonality", "grad_norm_sq")
+
+
+def image_size(name: str) -> int:
+    """The smallest size for which torchvision has weights of this model [pixels]."""
+    sizes = [weights.transforms().crop_size for weights in torchvision.models.get_model_weights(name)]
+    return min(size[0] for size in sizes)
+
+
+def tested_step(model: nn.Module, test_gradients: str, inputs, targets) -> tuple[dict, str, float]:
+    """One training step, its statistics, the estimator that was taken, and the seconds it took."""
+    torch.manual_seed(0)
+    probe, chunk = (inputs[:2], targets[:2]), len(inputs) // 2
+    estimator, _ = gradients.build(
+        test_gradients, model, cross_entropy, True, chunk, probe, in_training_pass=True, num_groups=2
+    )
+    started = time.perf_counter()
+    model.zero_grad(set_to_none=True)
+    scale = 1 / len(inputs)
+    for x, y in zip(inputs.split(chunk), targets.split(chunk)):
+        with estimator.observe(x, y, scale):
+            (cross_entropy(model(x), y, reduction="sum") * scale).backward()
+    moments = estimator.moments()
+    with torch.no_grad():  # the step itself must be possible; so small that all three see the same weights
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= 1e-30 * parameter.grad
+    kind = {"GhostNorms": "ghost", "PerSampleGradients": "vmap"}.get(type(estimator).__name__, test_gradients)
+    statistics = {name: getattr(moments, name) for name in STATISTICS}
+    return statistics, kind, time.perf_counter() - started
+
+
+def difference(one: dict, other: dict) -> float:
+    """The largest relative one."""
+    return max(abs(one[name] / other[name] - 1) for name in STATISTICS)
+
+
+def examine(name: str, batch_size: int) -> dict:
+    size = image_size(name)
+    torch.manual_seed(0)
+    model = without_dropout(models.build(name, (3, size, size), CLASSES))
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(batch_size, 3, size, size, generator=generator)
+    targets = torch.arange(batch_size) % CLASSES
+    result = {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "image_size": size,
+        "batch_size": batch_size,
+    }
+    steps = {kind: tested_step(model, kind, inputs, targets) for kind in ("vmap", "auto", "micro_batch")}
+    result["taken"] = steps["auto"][1]
+    result["seconds"] = {kind: seconds for kind, (_, _, seconds) in steps.items()}
+    result["finite"] = all(math.isfinite(v) for statistics, *_ in steps.values() for v in statistics.values())
+    result["difference"] = difference(steps["auto"][0], steps["vmap"][0])
+    if not result["difference"] < TOLERANCE:
+        model, inputs = model.double(), inputs.double()
+        auto, exact = (tested_step(model, kind, inputs, targets)[0] for kind in ("auto", "vmap"))
+        result["difference_float64"] = difference(auto, exact)
+        result["error_of_vmap"] = difference(steps["vmap"][0], exact)
+    return result
+
+
+def table(results: dict[str, dict]) -> str:
+    lines = [
+        "| model | parameters | image | batch | finite | auto takes | largest difference | s: vmap, auto, micro_batch |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, r in sorted(results.items()):
+        if "error" in r:
+            lines.append(f"| {name} | | | | | | *{r['error']}* | |")
+            continue
+        difference = f"{r['difference']:.0e}"
+        if "difference_float64" in r:
+            difference += f" (float64: {r['difference_float64']:.0e}; vmap's own rounding: {r['error_of_vmap']:.0e})"
+        seconds = ", ".join(f"{value:.1f}" for value in r["seconds"].values())
+        lines.append(
+            f"| {name} | {r['parameters'] / 1e6:.1f} M | {r['image_size']} | {r['batch_size']} | "
+            f"{'yes' if r['finite'] else '**no**'} | {r['taken']} | {difference} | {seconds} |"
+        )
+    return "\n".join(lines)
+
+
+def examine_all(names: list[str] = NAMES, batch_size: int = 4, out: Path = RESULTS, worker: str | None = None) -> None:
+    """One tested training step of each of torchvision's classifiers.
+
+    Args:
+        names: models.
+        batch_size: samples in the step, in two micro-batches.
+        out: folder for models.md and models.json.
+        worker: the model of a process of its own (used by the program itself).
+    """
+    if worker:
+        print(json.dumps(examine(worker, batch_size)))
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "models.json"
+    results = json.loads(path.read_text())["results"] if path.exists() else {}
+    for name in names:
+        if name in results:
+            continue
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.torchvision_models",
+            f"--worker={name}",
+            f"--batch_size={batch_size}",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0:
+            results[name] = json.loads(done.stdout.strip().splitlines()[-1])
+        else:
+            lines = done.stderr.strip().splitlines()
+            results[name] = {"error": lines[-1] if done.returncode > 0 and lines else "killed: out of memory"}
+        print(name, results[name], file=sys.stderr, flush=True)
+        path.write_text(json.dumps({"machine": provenance(), "results": results}, indent=1) + "\n")
+        text = f"{table(results)}\n\n`python -m benchmarks.torchvision_models` on {provenance()}.\n"
+        (out / "models.md").write_text(text)
+
+
+if __name__ == "__main__":
+    auto_cli(examine_all, as_positional=False)
