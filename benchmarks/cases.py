@@ -2,9 +2,11 @@
 
 import platform
 import re
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -31,6 +33,19 @@ def random_cifar(data_dir: Path) -> DataSet:
 def random_imagenet(data_dir: Path) -> DataSet:
     """Noise in the form of ImageNet's crops."""
     return _random_images((3, 224, 224), count=64)
+
+
+def cifar10_npz(data_dir: Path) -> DataSet:
+    """CIFAR-10 from `cifar10.npz`: x_train, y_train, x_test, y_test, images uint8 (N, 32, 32, 3)."""
+    arrays = np.load(data_dir / "cifar10.npz")
+    splits = (
+        TensorDataset(
+            torch.from_numpy(arrays[f"x_{name}"]).permute(0, 3, 1, 2).contiguous(),
+            torch.from_numpy(arrays[f"y_{name}"]),
+        )
+        for name in ("train", "test")
+    )
+    return DataSet(*splits, 10, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), crop_and_flip=True)
 
 
 def _random_images(shape: tuple[int, int, int], count: int = 4096) -> DataSet:
@@ -60,6 +75,29 @@ def resnet18_group_norm(image_shape: models.ImageShape, num_classes: int) -> nn.
 def resnet18_batch_norm(image_shape: models.ImageShape, num_classes: int) -> nn.Module:
     """ResNet-18 for small images (3×3 stem)."""
     return _small_stem(torchvision.models.resnet18(num_classes=num_classes))
+
+
+class SmallResNet(nn.Sequential):
+    """ResNet-8: three blocks of 16, 32 and 64 channels (about 78,000 parameters on colour images)."""
+
+    def __init__(self, channels: int, num_classes: int, norm: Callable[[int], nn.Module]):
+        def block(inputs: int, outputs: int, stride: int) -> BasicBlock:
+            shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), norm(outputs))
+            return BasicBlock(inputs, outputs, stride, None if inputs == outputs else shortcut, norm_layer=norm)
+
+        super().__init__(
+            *(nn.Conv2d(channels, 16, 3, padding=1, bias=False), norm(16), nn.ReLU()),
+            *(block(16, 16, 1), block(16, 32, 2), block(32, 64, 2)),
+            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes)),
+        )
+
+
+def small_resnet_batch_norm(image_shape: models.ImageShape, num_classes: int) -> nn.Module:
+    return SmallResNet(image_shape[0], num_classes, nn.BatchNorm2d)
+
+
+def small_resnet_group_norm(image_shape: models.ImageShape, num_classes: int) -> nn.Module:
+    return SmallResNet(image_shape[0], num_classes, lambda channels: nn.GroupNorm(8, channels))
 
 
 def without_in_place(model: nn.Module) -> nn.Module:

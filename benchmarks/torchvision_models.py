@@ -93,7 +93,7 @@ def examine(name: str, batch_size: int) -> dict:
 
 def table(results: dict[str, dict]) -> str:
     lines = [
-        "| model | parameters | image | batch | finite | auto takes | largest difference | s: vmap, auto, micro_batch |",
+        "| model | parameters | image | batch | finite | auto takes | largest difference | s: vmap, auto, groups |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, r in sorted(results.items()):
