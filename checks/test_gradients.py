@@ -7,6 +7,7 @@ from torch.nn.functional import cross_entropy
 
 import gradients
 import models
+import tests
 from checks import oracle
 
 
@@ -91,3 +92,47 @@ def test_torchvision_families(name):
     moments = gradients.moments(model, cross_entropy, inputs.float(), targets, max_micro_batch_size=2)
     assert 0 < moments.variance < float("inf")
     assert moments.sum_inner == pytest.approx(3 * moments.grad_norm_sq, rel=1e-3)
+
+
+@pytest.mark.parametrize("test_gradients", ["vmap", "ghost", "micro_batch"])
+def test_mixed_precision_and_a_scaler_do_not_change_the_decision(test_gradients):
+    """bfloat16 autocast and scaled gradients ask for the batch that single precision asks for, but for rounding."""
+    torch.manual_seed(0)
+    model = models.cnn((1, 8, 8), 4)
+    inputs, targets = batch(64, (1, 8, 8))
+    inputs, scaler = inputs.float(), torch.amp.GradScaler("cpu", init_scale=2.0**12)
+
+    def asked(mixed: bool) -> tuple[int, int]:
+        def autocast():
+            return torch.autocast("cpu", torch.bfloat16, enabled=mixed)
+
+        estimator, told = gradients.build(
+            test_gradients, model, cross_entropy, True, 16, (inputs[:3], targets[:3]), autocast, in_training_pass=True
+        )
+        assert not told
+        model.zero_grad()
+        for x, y in zip(inputs.split(8), targets.split(8)):
+            with estimator.observe(x, y, 1 / 64):
+                with autocast():
+                    logits = model(x)
+                loss = cross_entropy(logits.float(), y, reduction="sum") / 64
+                (scaler.scale(loss) if mixed else loss).backward()
+        moments = estimator.moments(scaler.get_scale() if mixed else 1.0)
+        norm, augmented = tests.NormTest(0.3), tests.AugmentedInnerProductTest(0.05, 0.2)
+        return norm(moments).next_batch_size, augmented(moments).next_batch_size
+
+    expected = asked(mixed=False)
+    assert min(expected) > 100
+    assert asked(mixed=True) == pytest.approx(expected, rel=0.02)
+
+
+def test_overflow_under_a_scaler_decides_nothing():
+    """Where the scaled gradients overflow, the scaler skips the step; the batch stays as well."""
+    model, (inputs, targets) = small_net(), batch(12)
+    estimator, _ = gradients.build(
+        "ghost", model, cross_entropy, False, 16, (inputs[:3], targets[:3]), in_training_pass=True
+    )
+    with estimator.observe(inputs, targets, 1 / 12):
+        (cross_entropy(model(inputs), targets) * float("inf")).backward()
+    decision = tests.NormTest(0.1)(estimator.moments(grad_scale=2.0**40))
+    assert decision.passed is None and decision.next_batch_size == 12 and "not finite" in decision.reason
