@@ -55,12 +55,12 @@ def estimated_variance(model: nn.Module, test_gradients: str, batches: Iterable[
         estimator, _ = gradients.build(
             test_gradients, model, cross_entropy, False, 256, (inputs[:3], targets[:3]), num_groups=groups
         )
-        pieces = groups if test_gradients == "micro_batch" else 1
-        for x, y in zip(inputs.chunk(pieces), targets.chunk(pieces)):
-            with estimator.observe(x, y):
-                if pieces > 1:
-                    cross_entropy(model(x), y, reduction="sum").backward()
         model.zero_grad(set_to_none=True)
+        pieces, scale = groups if test_gradients == "micro_batch" else 1, 1 / len(inputs)
+        for x, y in zip(inputs.chunk(pieces), targets.chunk(pieces)):
+            with estimator.observe(x, y, scale):
+                if pieces > 1:
+                    (cross_entropy(model(x), y, reduction="sum") * scale).backward()
         found.append(estimator.moments().variance)
     return mean_and_error(torch.tensor(found, dtype=torch.float64))
 
