@@ -32,7 +32,7 @@ def _per_chunk(numbers_per_sample: int, device: torch.device) -> int:
 
 def _norm_sq(per_sample: Tensor) -> Tensor:
     """(n, …) → (n,)."""
-    return torch.linalg.vector_norm(per_sample.flatten(1), dim=1, dtype=torch.float64).square()
+    return torch.linalg.vector_norm(per_sample.reshape(len(per_sample), -1), dim=1, dtype=torch.float64).square()
 
 
 def _by_sample(tensor: Tensor, n: int) -> Tensor:

@@ -12,23 +12,19 @@ Exit status: 0 finished, 2 refused (bad options or data), 3 diverged.
 
 import contextlib
 import logging
-import math
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
-from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
 
 import batching
 import config as options
@@ -38,6 +34,8 @@ import models
 import optim
 import tests
 from config import Config, UsageError
+from launch import device_name, start_fabric, together
+from metrics import Totals, Validation
 from runlog import RunLog
 
 EXIT_STATUS = {"finished": 0, "refused": 2, "diverged": 3}
@@ -83,12 +81,8 @@ class Trainer:
         if fabric.device.type == "cpu" and requested_precision.startswith("16"):
             self.notices.append(f"precision is {config.precision}: {requested_precision} needs a GPU")
         self.test, self.estimator = self.set_up_test()
-        self.metrics = {
-            "val_loss": MeanMetric().set_dtype(torch.float64).to(fabric.device),
-            "val_accuracy": MulticlassAccuracy(data_set.num_classes, average="micro").to(fabric.device),
-        }
         self.totals = Totals(fabric.device)
-        self.evaluations: list[dict[str, float]] = []
+        self.validation = Validation(data_set.num_classes, fabric.device)
         self.told = ""
         self.log = together(fabric, lambda: RunLog(config, fabric.world_size) if fabric.is_global_zero else None)
         for line in (introduction(config, self.module, self.samples_per_epoch, fabric), *self.notices):
@@ -243,13 +237,8 @@ class Trainer:
         for inputs, targets in self.stream.validation(
             self.fabric.global_rank, self.fabric.world_size, micro_batch_size
         ):
-            logits = self.model(inputs)
-            self.metrics["val_loss"].update(cross_entropy(logits, targets, reduction="none"))
-            self.metrics["val_accuracy"].update(logits, targets)
-        evaluation = {name: float(metric.compute()) for name, metric in self.metrics.items()}  # sums over the ranks
-        for metric in self.metrics.values():
-            metric.reset()
-        self.evaluations.append(evaluation)
+            self.validation.update(self.model(inputs), targets)
+        evaluation = self.validation.compute()
         self.totals.pause(time.perf_counter() - started)
         return evaluation
 
@@ -294,12 +283,8 @@ class Trainer:
     def results(self) -> dict:
         """What summary.json says of the training itself."""
         progress = self.progress
-        last = self.evaluations[-1] if self.evaluations else {}
         return {
-            "val_accuracy": last.get("val_accuracy"),
-            "val_loss": last.get("val_loss"),
-            "best_val_accuracy": max((e["val_accuracy"] for e in self.evaluations), default=None),
-            "best_val_loss": min((e["val_loss"] for e in self.evaluations), default=None),
+            **self.validation.results(),
             "steps": progress.steps,
             "samples": progress.samples,
             "mean_batch_size": progress.samples / max(progress.steps, 1),
@@ -307,51 +292,6 @@ class Trainer:
             "world_size": self.fabric.world_size,
             "device": device_name(self.fabric.device),
         }
-
-
-class Totals:
-    """Loss, accuracy and time since the last log line; kept on the device, so that no step waits for the host."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.clear()
-
-    def clear(self) -> None:
-        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, samples
-        self.not_finite_at = torch.full((), math.inf, dtype=torch.float64, device=self.device)
-        self.steps: set[int] = set()
-        self.test_time = 0.0
-        self.started = time.perf_counter()
-
-    def pause(self, seconds: float) -> None:
-        """Do not count these seconds."""
-        self.started += seconds
-
-    def add(self, losses: Tensor, logits: Tensor, targets: Tensor, step: int) -> None:
-        loss = losses.double().sum()
-        correct = (logits.argmax(1) == targets).sum()
-        self.sums += torch.stack([loss, correct, torch.full_like(loss, len(targets))])
-        at = torch.where(torch.isfinite(loss), math.inf, float(step))
-        self.not_finite_at = torch.minimum(self.not_finite_at, at)
-        self.steps.add(step)
-
-    def read(self) -> tuple[dict[str, float], int | None]:
-        """Means over all ranks, and the first step whose loss was not finite; then start anew. Waits for the device."""
-        if dist.is_initialized():
-            dist.all_reduce(self.sums)
-            dist.all_reduce(self.not_finite_at, dist.ReduceOp.MIN)
-        loss, correct, samples = self.sums.tolist()
-        at = float(self.not_finite_at)
-        seconds = time.perf_counter() - self.started
-        statistics = {
-            "train_loss": loss / samples,
-            "train_accuracy": correct / samples,
-            "step_time": seconds / len(self.steps),
-            "test_time": self.test_time / len(self.steps),
-            "samples_per_second": samples / seconds,
-        }
-        self.clear()
-        return statistics, None if math.isinf(at) else int(at)
 
 
 def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -440,78 +380,6 @@ def introduction(config: Config, module: torch.nn.Module, training_samples: int,
         f"{c.model} ({parameters:,} parameters) on {c.dataset} ({training_samples:,} training samples), {growth}, "
         f"{c.optimizer}, {fabric.world_size} × {fabric.device.type}, {c.precision}"
     )
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-
-
-def together(fabric: Fabric, function: Callable):
-    """Call on every rank; where one is refused, all are, with the same words, so that none is left waiting."""
-    result, problem = None, ""
-    try:
-        result = function()
-    except UsageError as error:
-        problem = str(error)
-    problems = [problem]
-    if fabric.world_size > 1:
-        problems = [None] * fabric.world_size
-        dist.all_gather_object(problems, problem)
-    for problem in filter(None, problems):
-        raise UsageError(problem)
-    return result
-
-
-def start_fabric(config: Config) -> Fabric:
-    """Fabric on the devices of the launcher (`fabric run`, torchrun, srun) or, without one, on those of the options.
-
-    Raises:
-        UsageError: there are no such devices.
-    """
-    by_fabric_run = bool(os.environ.get("LT_CLI_USED"))  # then Fabric itself reads what the launcher set
-    strategy = os.environ.get("LT_STRATEGY", "auto") if by_fabric_run else config.strategy
-    if strategy not in ("auto", "ddp", "ddp_find_unused_parameters_true"):  # the launcher takes any
-        raise UsageError(f"--strategy={strategy} is not supported: whole gradients are needed; choose auto or ddp")
-    launched = launched_size()
-    if not (by_fabric_run or launched):
-        refuse_too_many_processes(config)
-    try:
-        if by_fabric_run:
-            return Fabric()
-        devices, num_nodes = launched or (config.devices, config.num_nodes)
-        fabric = Fabric(
-            accelerator=config.accelerator,
-            strategy=strategy,
-            devices=devices,
-            num_nodes=num_nodes,
-            precision=config.precision,
-        )
-        fabric.launch()
-        return fabric
-    except (RuntimeError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"--accelerator={config.accelerator} --devices={config.devices}: {reason}") from None
-
-
-def refuse_too_many_processes(config: Config) -> None:
-    """More CPU processes than cores work, and serve tests; so many that the machine comes to a stop are a mistake."""
-    most = 8 * (os.cpu_count() or 1)
-    on_cpu = config.accelerator == "cpu" or (config.accelerator == "auto" and not torch.cuda.is_available())
-    if on_cpu and isinstance(config.devices, int) and config.devices > most:
-        raise UsageError(f"--devices={config.devices}: on the {os.cpu_count()} CPU cores here use at most {most}")
-
-
-def launched_size() -> tuple[int, int] | None:
-    """Processes a node and nodes, where torchrun or srun has started this process; None where nothing has."""
-    env = os.environ
-    if "LOCAL_WORLD_SIZE" in env:
-        return int(env["LOCAL_WORLD_SIZE"]), int(env["WORLD_SIZE"]) // int(env["LOCAL_WORLD_SIZE"])
-    if SLURMEnvironment.detect():
-        tasks = int(env.get("SLURM_STEP_NUM_TASKS", env["SLURM_NTASKS"]))
-        nodes = int(env.get("SLURM_STEP_NUM_NODES", env["SLURM_NNODES"]))
-        env["SLURM_NTASKS"], env["SLURM_NTASKS_PER_NODE"] = str(tasks), str(tasks // nodes)  # Fabric insists on both
-        return tasks // nodes, nodes
-    return None
 
 
 def show_summary(log: RunLog, summary: dict) -> None:

@@ -53,6 +53,7 @@ def trainer_of(case: Case, test_gradients: str | None, test_type: str, out_dir: 
     """main.py's own trainer; its `train_step` is what is measured."""
     import main
     from config import Config
+    from launch import start_fabric
 
     own = case.model != "cnn" and not case.model.startswith("vit")
     config = Config(
@@ -68,7 +69,7 @@ def trainer_of(case: Case, test_gradients: str | None, test_type: str, out_dir: 
         out_dir=Path(out_dir),
         run_name="run",
     )
-    return main.Trainer(main.start_fabric(config), config)
+    return main.Trainer(start_fabric(config), config)
 
 
 def seconds(step: Callable[[], object]) -> float:
@@ -86,10 +87,11 @@ def seconds(step: Callable[[], object]) -> float:
 
 
 def alternate(steps: dict[str, Callable[[], object]], budget: float) -> dict[str, list[float]]:
-    """Seconds of each kind of step, taken in turn; after two rounds that do not count, for about `budget` seconds."""
+    """Seconds of each kind of step, taken in turn; after some that do not count, for about `budget` seconds."""
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for step in (*steps.values(), *steps.values()):
-        step()
+    for step in steps.values():
+        if seconds(step) < 1:
+            step()
     started = time.perf_counter()
     while len(times["plain"]) < 3 or (time.perf_counter() - started < budget and len(times["plain"]) < 100):
         for name, step in steps.items():

@@ -1,0 +1,89 @@
+"""What a run measures of itself: training totals since the last log line, and the validation metrics."""
+
+import math
+import time
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+
+class Totals:
+    """Loss, accuracy and time since the last log line; kept on the device, so that no step waits for the host."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.clear()
+
+    def clear(self) -> None:
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, samples
+        self.not_finite_at = torch.full((), math.inf, dtype=torch.float64, device=self.device)
+        self.steps: set[int] = set()
+        self.test_time = 0.0
+        self.started = time.perf_counter()
+
+    def pause(self, seconds: float) -> None:
+        """Do not count these seconds."""
+        self.started += seconds
+
+    def add(self, losses: Tensor, logits: Tensor, targets: Tensor, step: int) -> None:
+        loss = losses.double().sum()
+        correct = (logits.argmax(1) == targets).sum()
+        self.sums += torch.stack([loss, correct, torch.full_like(loss, len(targets))])
+        at = torch.where(torch.isfinite(loss), math.inf, float(step))
+        self.not_finite_at = torch.minimum(self.not_finite_at, at)
+        self.steps.add(step)
+
+    def read(self) -> tuple[dict[str, float], int | None]:
+        """Means over all ranks, and the first step whose loss was not finite; then start anew. Waits for the device."""
+        if dist.is_initialized():
+            dist.all_reduce(self.sums)
+            dist.all_reduce(self.not_finite_at, dist.ReduceOp.MIN)
+        loss, correct, samples = self.sums.tolist()
+        at = float(self.not_finite_at)
+        seconds = time.perf_counter() - self.started
+        statistics = {
+            "train_loss": loss / samples,
+            "train_accuracy": correct / samples,
+            "step_time": seconds / len(self.steps),
+            "test_time": self.test_time / len(self.steps),
+            "samples_per_second": samples / seconds,
+        }
+        self.clear()
+        return statistics, None if math.isinf(at) else int(at)
+
+
+class Validation:
+    """Loss and accuracy over the validation samples, and the best of them so far; sums run over all ranks."""
+
+    def __init__(self, num_classes: int, device: torch.device):
+        self.metrics = {
+            "val_loss": MeanMetric().set_dtype(torch.float64).to(device),
+            "val_accuracy": MulticlassAccuracy(num_classes, average="micro").to(device),
+        }
+        self.history: list[dict[str, float]] = []
+
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        self.metrics["val_loss"].update(cross_entropy(logits, targets, reduction="none"))
+        self.metrics["val_accuracy"].update(logits, targets)
+
+    def compute(self) -> dict[str, float]:
+        """The metrics of what was seen since the last call, on all ranks. Waits for the device."""
+        evaluation = {name: float(metric.compute()) for name, metric in self.metrics.items()}
+        for metric in self.metrics.values():
+            metric.reset()
+        self.history.append(evaluation)
+        return evaluation
+
+    def results(self) -> dict[str, float | None]:
+        """Last and best values, as summary.json has them; None where nothing was evaluated."""
+        last = self.history[-1] if self.history else {}
+        return {
+            "val_accuracy": last.get("val_accuracy"),
+            "val_loss": last.get("val_loss"),
+            "best_val_accuracy": max((e["val_accuracy"] for e in self.history), default=None),
+            "best_val_loss": min((e["val_loss"] for e in self.history), default=None),
+        }
