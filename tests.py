@@ -26,7 +26,7 @@ class Moments:
         grad_norm_sq: ‖ḡ‖².
         sum_norm_sq: Σ m_k ‖ḡ_k‖².
         sum_inner_sq: Σ m_k p_k²; None where it was not measured (the norm test does not need it).
-        sum_inner: Σ m_k p_k; equals b‖ḡ‖² up to rounding (a check on the measurement).
+        sum_inner: Σ m_k p_k; equals b‖ḡ‖² up to rounding, and stands for it where it was not measured.
     """
 
     batch_size: int
@@ -46,7 +46,10 @@ class Moments:
         """V_ip: the sample variance of p_i = ⟨g_i, ḡ⟩."""
         if self.sum_inner_sq is None:
             return None
-        return self._per_degree_of_freedom(self.sum_inner_sq - self.batch_size * self.grad_norm_sq**2)
+        # About the mean of the p_i as measured, not about ‖ḡ‖²: in float32 the two differ by a rounding that can be
+        # thousands of times V_ip where the p_i hardly differ.
+        mean = self.grad_norm_sq if self.sum_inner is None else self.sum_inner / self.batch_size
+        return self._per_degree_of_freedom(self.sum_inner_sq - self.batch_size * mean**2)
 
     @property
     def variance_orthogonality(self) -> float | None:

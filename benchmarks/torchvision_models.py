@@ -3,7 +3,8 @@
     python -m benchmarks.torchvision_models                    # all; writes benchmarks/results/models.md and .json
     python -m benchmarks.torchvision_models --names='[resnet18,vit_b_16]' --out=/tmp
 
-Each model at its own image size, in a process of its own, on noise images, with all statistics (ip+orth). Shown is the
+Each model at its own image size, in a process of its own, on noise images, with all statistics (ip+orth); batches of 4,
+of 2 for models of more than 50 million parameters. Shown is the
 largest relative difference of `auto` to `vmap` over V, V_ip, V_orth and ‖ḡ‖². Where that is above 1e-4 in float32, the
 comparison is made again in float64, and the error that float32 makes in the reference itself is shown beside it.
 Goes on where it was interrupted: delete models.json to start anew.
@@ -66,10 +67,13 @@ def difference(one: dict, other: dict) -> float:
     return max(abs(one[name] / other[name] - 1) for name in STATISTICS)
 
 
-def examine(name: str, batch_size: int) -> dict:
+def examine(name: str, batch_size: int | None = None) -> dict:
+    """The three ways on one model; by default 4 samples, 2 for models of more than 50 million parameters."""
     size = image_size(name)
     torch.manual_seed(0)
     model = without_dropout(models.build(name, (3, size, size), CLASSES))
+    if batch_size is None:
+        batch_size = 2 if sum(parameter.numel() for parameter in model.parameters()) > 50e6 else 4
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(batch_size, 3, size, size, generator=generator)
     targets = torch.arange(batch_size) % CLASSES
@@ -107,17 +111,16 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def examine_all(names: list[str] = NAMES, batch_size: int = 4, out: Path = RESULTS, worker: str | None = None) -> None:
+def examine_all(names: list[str] = NAMES, out: Path = RESULTS, worker: str | None = None) -> None:
     """One tested training step of each of torchvision's classifiers.
 
     Args:
         names: models.
-        batch_size: samples in the step, in two micro-batches.
         out: folder for models.md and models.json.
         worker: the model of a process of its own (used by the program itself).
     """
     if worker:
-        print(json.dumps(examine(worker, batch_size)))
+        print(json.dumps(examine(worker)))
         return
     out.mkdir(parents=True, exist_ok=True)
     path = out / "models.json"
@@ -125,13 +128,7 @@ def examine_all(names: list[str] = NAMES, batch_size: int = 4, out: Path = RESUL
     for name in names:
         if name in results:
             continue
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.torchvision_models",
-            f"--worker={name}",
-            f"--batch_size={batch_size}",
-        ]
+        command = [sys.executable, "-m", "benchmarks.torchvision_models", f"--worker={name}"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 0:
             results[name] = json.loads(done.stdout.strip().splitlines()[-1])

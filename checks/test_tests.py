@@ -41,6 +41,13 @@ def test_written_out_example():
     assert tests.NormTest(1.0)(m) == tests.Decision(True, 4)
 
 
+def test_inner_products_that_hardly_differ():
+    """V_ip of p_i measured in float32, a relative rounding of 1e-7 away from ‖ḡ‖²: about their own mean it is exact."""
+    p = 0.7 + 1e-4 * torch.randn(8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    m = Moments(8, 8, float(p.mean()) * (1 + 1e-7), 9.0, float(p.square().sum()), float(p.sum()))
+    assert m.variance_inner_product == pytest.approx(float(p.var()), rel=1e-6)
+
+
 @given(st.integers(2, 9), st.integers(1, 6), st.integers(0, 2**31))
 def test_variance_splits_into_parallel_and_orthogonal(n, p, seed):
     m = moments_of(torch.randn(n, p, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
