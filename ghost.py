@@ -30,9 +30,24 @@ def _per_chunk(numbers_per_sample: int, device: torch.device) -> int:
     return max(1, CHUNK.get(device.type, 2**24) // max(numbers_per_sample, 1))
 
 
-def _norm_sq(per_sample: Tensor) -> Tensor:
-    """(n, …) → (n,)."""
-    return torch.linalg.vector_norm(per_sample.reshape(len(per_sample), -1), dim=1, dtype=torch.float64).square()
+def at_least_single(tensor: Tensor) -> Tensor:
+    """At least single precision: squares of half-precision gradients would be lost."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def per_sample_norms_sq(per_sample: Tensor) -> Tensor:
+    """Each sample's squared norm: (n, …) → float64 (n,).
+
+    Rows in the gradients' own precision, their sum in double: double throughout costs a copy in double of everything.
+    """
+    per_sample = at_least_single(per_sample)
+    rows = per_sample.flatten(2) if per_sample.dim() > 2 else per_sample.reshape(len(per_sample), 1, -1)
+    return torch.linalg.vector_norm(rows, dim=2).double().square().sum(1)
+
+
+def _sum_of_products(first: Tensor, second: Tensor) -> Tensor:
+    """Σ_ts first[t, s] · second[t, s] of every sample: (n, T, S) twice → float64 (n,)."""
+    return (first * second).sum(2).sum(1, dtype=torch.float64)
 
 
 def _by_sample(tensor: Tensor, n: int) -> Tensor:
@@ -54,7 +69,7 @@ class Contribution:
         raise NotImplementedError
 
     def norms_sq(self) -> Tensor:
-        return torch.cat([_norm_sq(self.instantiate(chunk)) for chunk in self.chunks()])
+        return torch.cat([per_sample_norms_sq(self.instantiate(chunk)) for chunk in self.chunks()])
 
     def chunks(self, numbers_per_sample: int | None = None) -> Iterable[slice]:
         size = _per_chunk(numbers_per_sample or self.numbers_per_sample, self.device)
@@ -72,7 +87,7 @@ class Direct(Contribution):
         return self.gradients[chunk]
 
     def norms_sq(self) -> Tensor:
-        return _norm_sq(self.gradients)
+        return per_sample_norms_sq(self.gradients)
 
 
 class OuterProducts(Contribution):
@@ -91,12 +106,12 @@ class OuterProducts(Contribution):
 
     def norms_sq(self) -> Tensor:
         if self.x.shape[1] == 1:
-            return _norm_sq(self.x) * _norm_sq(self.B)
+            return per_sample_norms_sq(self.x) * per_sample_norms_sq(self.B)
         if self.instantiate_cost < self.gram_cost:
             return super().norms_sq()
         # ‖Σ_t B_t x_tᵀ‖² = Σ_ts ⟨x_t, x_s⟩⟨B_t, B_s⟩
         grams = ((torch.bmm(a, a.mT), torch.bmm(b, b.mT)) for a, b in self._gram_chunks())
-        return torch.cat([(gram_x * gram_B).sum((1, 2)).double() for gram_x, gram_B in grams])
+        return torch.cat([_sum_of_products(gram_x, gram_B) for gram_x, gram_B in grams])
 
     def _gram_chunks(self):
         return ((self.x[chunk], self.B[chunk]) for chunk in self.chunks(self.gram_numbers))
@@ -107,6 +122,8 @@ class Convolution(Contribution):
 
     # A shifted addition of Gram matrices is bound by memory: it costs as much as about so many multiplications.
     ADDITION = 10
+    # Grouped convolutions of fewer input channels than this leave most of a processor's vector units idle.
+    FEW_CHANNELS = 8
 
     def __init__(self, x: Tensor, B: Tensor, weight_shape: torch.Size, stride, padding, dilation, groups: int):
         self.x, self.B, self.n, self.device = x, B, len(x), x.device
@@ -114,13 +131,30 @@ class Convolution(Contribution):
         self.groups = groups
         inputs, outputs, kernel = (math.prod(shape[2:]) for shape in (x.shape, B.shape, weight_shape))
         self.numbers_per_sample = x.shape[1] * inputs + B.shape[1] * outputs + math.prod(weight_shape)
+        patches = outputs * math.prod(weight_shape[1:])
+        fits = _per_chunk(patches + self.numbers_per_sample, self.device) > 1
+        self.by_patches = groups == 1 and x.shape[1] < self.FEW_CHANNELS and fits
+        self.numbers_per_sample += patches if self.by_patches else 0
         self.gram_numbers = inputs**2 + 2 * outputs**2
         self.instantiate_cost = outputs * math.prod(weight_shape)
         self.gram_cost = inputs**2 * x.shape[1] + outputs**2 * (B.shape[1] + kernel * self.ADDITION)
 
     def instantiate(self, chunk: slice) -> Tensor:
-        """One grouped convolution with a group (or `groups` of them) for every sample."""
         x, B = self.x[chunk], self.B[chunk]
+        return self._from_patches(x, B) if self.by_patches else self._from_grouped_convolution(x, B)
+
+    def _from_patches(self, x: Tensor, B: Tensor) -> Tensor:
+        """A product with the patches of the input that the outputs see: (n, C·kernel, out) × (n, out, O)."""
+        x = F.pad(x, [p for p in reversed(self.padding) for _ in range(2)])
+        kernel, strides = self.weight_shape[2:], x.stride()
+        taps = (s * d for s, d in zip(strides[2:], self.dilation))
+        steps = (s * d for s, d in zip(strides[2:], self.stride))
+        patches = x.as_strided((*x.shape[:2], *kernel, *B.shape[2:]), (*strides[:2], *taps, *steps))
+        gradients = torch.bmm(patches.reshape(len(x), -1, math.prod(B.shape[2:])), B.flatten(2).mT)
+        return gradients.mT.unflatten(2, (x.shape[1], *kernel))
+
+    def _from_grouped_convolution(self, x: Tensor, B: Tensor) -> Tensor:
+        """One grouped convolution with a group (or `groups` of them) for every sample."""
         m, dims = len(x), x.dim() - 2
         weight = x.new_empty(m * self.weight_shape[0], *self.weight_shape[1:])
         arguments = (self.stride, self.padding, self.dilation, False, (0,) * dims, m * self.groups)
@@ -150,7 +184,7 @@ class Convolution(Contribution):
             if all(seen.stop > seen.start for seen, _ in windows):
                 out, seen = (tuple(window[i] for window in windows) for i in (0, 1))
                 patches[(slice(None), *out, *out)] += pixels[(slice(None), *seen, *seen)]
-        return (patches * gram_B).flatten(1).sum(1).double()
+        return _sum_of_products(patches.flatten(2), gram_B.flatten(2))
 
     def _window(self, axis: int, offset: int, x: Tensor, B: Tensor) -> tuple[slice, slice]:
         """Along one axis: the outputs whose tap at this offset lies inside the input, and the inputs it sees."""
@@ -177,7 +211,7 @@ class EmbeddingRows(Contribution):
     def norms_sq(self) -> Tensor:
         def gram(chunk: slice) -> Tensor:
             same_row = self.indices[chunk].unsqueeze(1) == self.indices[chunk].unsqueeze(2)
-            return (torch.bmm(self.B[chunk], self.B[chunk].mT) * same_row).sum((1, 2)).double()
+            return _sum_of_products(torch.bmm(self.B[chunk], self.B[chunk].mT), same_row)
 
         return torch.cat([gram(chunk) for chunk in self.chunks(2 * self.indices.shape[1] ** 2)])
 
@@ -302,7 +336,7 @@ class GhostMode(TorchFunctionMode):
 
         def hook(B: Tensor) -> None:
             with torch.no_grad(), torch._C.DisableTorchFunction():
-                self._add(source, ancestors, contribute(_full(B)))
+                self._add(source, ancestors, contribute(at_least_single(B)))
 
         output.register_hook(hook)
 
@@ -318,7 +352,7 @@ class GhostMode(TorchFunctionMode):
 
     def __exit__(self, *exception):
         for gradients in self._shared.values():
-            self.norms_sq += _norm_sq(sum(gradients))
+            self.norms_sq += per_sample_norms_sq(sum(gradients))
         self._shared.clear()
         return super().__exit__(*exception)
 
@@ -329,11 +363,6 @@ def _flatten(args, kwargs):
             yield from _flatten(argument, {})
         else:
             yield argument
-
-
-def _full(tensor: Tensor) -> Tensor:
-    """At least single precision: squares of half-precision gradients would be lost."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 # Rules: call the function, then say what its parameters' per-sample gradients are.
@@ -351,7 +380,7 @@ def _record_linear(mode: GhostMode, output: Tensor, input: Tensor, weight: Tenso
         mode._give_up([weight, *([bias] if bias is not None else [])])
         return
     x = input.detach()
-    mode.use(output, weight, lambda B: OuterProducts(_by_sample(_full(x), n), _by_sample(B, n)))
+    mode.use(output, weight, lambda B: OuterProducts(_by_sample(at_least_single(x), n), _by_sample(B, n)))
     mode.use(output, bias, lambda B: Direct(_by_sample(B, n).sum(1)))
 
 
@@ -362,7 +391,7 @@ def _matmul(mode: GhostMode, function, input: Tensor, other: Tensor) -> Tensor:
         return output
     x, n = input.detach(), mode.n
     # x @ W: the gradient of W is that of a linear layer's weight, transposed.
-    mode.use(output, other, lambda B: OuterProducts(_by_sample(B, n), _by_sample(_full(x), n)))
+    mode.use(output, other, lambda B: OuterProducts(_by_sample(B, n), _by_sample(at_least_single(x), n)))
     return output
 
 
@@ -379,7 +408,7 @@ def _convolution(mode: GhostMode, function, input, weight, bias=None, stride=1, 
     k, n = len(input) // mode.n, mode.n
 
     def weight_gradient(B: Tensor) -> Contribution:
-        inputs = _full(x)
+        inputs = at_least_single(x)
         pointwise = groups == 1 and math.prod(weight.shape[2:]) == 1 and not any(padding)
         if pointwise or k > 1:
             if k > 1:  # several maps a sample: unfold them into one
@@ -434,7 +463,9 @@ def _layer_norm(mode: GhostMode, function, input, normalized_shape, weight=None,
     def rows(B: Tensor) -> Tensor:
         return B.reshape(n, -1, *shape)
 
-    mode.use(output, weight, lambda B: Direct((rows(B) * rows(F.layer_norm(_full(x), shape, eps=eps))).sum(1)))
+    mode.use(
+        output, weight, lambda B: Direct((rows(B) * rows(F.layer_norm(at_least_single(x), shape, eps=eps))).sum(1))
+    )
     mode.use(output, bias, lambda B: Direct(rows(B).sum(1)))
     return output
 
@@ -447,7 +478,7 @@ def _group_norm(mode: GhostMode, function, input, num_groups, weight=None, bias=
     x, n = input.detach(), mode.n
 
     def weight_gradient(B: Tensor) -> Contribution:
-        maps, B = (tensor.reshape(len(x), x.shape[1], -1) for tensor in (_full(x), B))
+        maps, B = (tensor.reshape(len(x), x.shape[1], -1) for tensor in (at_least_single(x), B))
         # The statistics by the kernel that the layer itself uses: many times as fast as torch.var_mean on CPU.
         _, mean, scale = torch.native_group_norm(maps, None, None, *maps.shape, num_groups, eps)
         mean, scale = (t.repeat_interleave(x.shape[1] // num_groups, 1) for t in (mean, scale))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ghost import GhostMode
+from ghost import GhostMode, at_least_single, per_sample_norms_sq
 from models import couples_samples, per_sample_copy
 from tests import Moments
 
@@ -394,16 +394,15 @@ class MicroBatchGradients(Estimator):
 
     @contextlib.contextmanager
     def observe(self, inputs: Tensor, targets: Tensor, loss_scale: float = 1.0) -> Iterator[None]:
-        m, total = len(inputs), self.sums.new_zeros(())
+        m, norms = len(inputs), []
         group: dict[str, Tensor] = {}
 
         def hook_for(name: str):
             def hook(gradient: Tensor) -> None:
-                nonlocal total
                 if self.inner_products:
                     group[name] = gradient  # autograd then leaves this tensor alone and adds it up elsewhere
                 else:
-                    total = total + _norm_sq([gradient])
+                    norms.append(_row_norms(gradient))
 
             return hook
 
@@ -414,7 +413,7 @@ class MicroBatchGradients(Estimator):
             for handle in handles:
                 handle.remove()
         # m_k‖ḡ_k‖² with ḡ_k = (the loss's gradient) / (m_k · loss_scale)
-        self._add(m, total / (m * loss_scale**2), groups=1)
+        self._add(m, _sum_of_squares(norms) / (m * loss_scale**2) if norms else 0.0, groups=1)
         if self.inner_products:
             self.loss_scale = loss_scale
             self.groups.append((m, group))
@@ -432,11 +431,9 @@ class MicroBatchGradients(Estimator):
         return _training_gradient(self.parameters(), grad_scale)
 
     def inner_product_sums(self, mean: dict[str, Tensor], grad_scale: float) -> Tensor:
-        sums = self.sums.new_zeros(2)
-        for m, group in self.groups:
-            inner = _inner(group, mean) / (grad_scale * self.loss_scale)  # m_k p_k
-            sums += torch.stack([inner, inner.square() / m])
-        return sums
+        sizes = self.sums.new_tensor([m for m, _ in self.groups])
+        inner = _inner([group for _, group in self.groups], mean) / (grad_scale * self.loss_scale)  # m_k p_k
+        return torch.stack([inner.sum(), (inner.square() / sizes).sum()])
 
 
 def _merged(groups: list[tuple[int, dict[str, Tensor]]]) -> tuple[int, dict[str, Tensor]]:
@@ -464,28 +461,44 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
-# Of tensors as large as the model: rows in the gradients' own precision, their sum in double. (A norm or product in
-# double throughout costs a copy in double of every tensor.)
+# Of tensors as large as the model: short stretches in the gradients' own precision, their sum in double. (Double
+# throughout costs a copy in double of every tensor.)
+
+BLOCK = 2**16
+"""Numbers in a stretch of an inner product."""
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(len(tensor) if tensor.dim() else 1, -1)
+def _row_norms(tensor: Tensor) -> Tensor:
+    """‖row‖ of every row of the first dimension."""
+    return torch.linalg.vector_norm(at_least_single(tensor).reshape(len(tensor) if tensor.dim() else 1, -1), dim=1)
+
+
+def _sum_of_squares(norms: list[Tensor]) -> Tensor:
+    return torch.cat(norms).double().square().sum()
 
 
 def _norm_sq(tensors: Iterable[Tensor]) -> Tensor:
     """The squared norm of all of them as one vector, float64 ()."""
-    return sum(torch.linalg.vector_norm(_rows(tensor), dim=1).double().square().sum() for tensor in tensors)
+    return _sum_of_squares([_row_norms(tensor) for tensor in tensors])
 
 
-def _inner(first: dict[str, Tensor], second: dict[str, Tensor]) -> Tensor:
-    """The inner product as one vector, float64 ()."""
-    rows = (torch.linalg.vecdot(_rows(tensor), _rows(second[name])) for name, tensor in first.items())
-    return sum(row.sum(dtype=torch.float64) for row in rows)
+def _inner(groups: list[dict[str, Tensor]], mean: dict[str, Tensor]) -> Tensor:
+    """The inner product of each with `mean` as one vector, float64 (K,). By parameter, so that `mean` stays in cache.
+
+    torch.dot is ten times as fast here as other ways to a sum of products, but keeps its sum in single precision.
+    """
+    products: list[list[Tensor]] = [[] for _ in groups]
+    for name, direction in mean.items():
+        direction = at_least_single(direction).flatten().split(BLOCK)
+        for own, group in zip(products, groups):
+            if name in group:
+                own += [torch.dot(a, b) for a, b in zip(at_least_single(group[name]).flatten().split(BLOCK), direction)]
+    return torch.stack([torch.stack(own).sum(dtype=torch.float64) for own in products])
 
 
 def _norms_sq(gradients: dict[str, Tensor]) -> Tensor:
     """‖g_i‖² over all parameters, float64 (n,)."""
-    return sum(torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64).square() for g in gradients.values())
+    return sum(per_sample_norms_sq(gradient) for gradient in gradients.values())
 
 
 def _random_states(device: torch.device) -> list[Tensor]:

@@ -4,7 +4,7 @@
     python -m benchmarks.torchvision_models --names='[resnet18,vit_b_16]' --out=/tmp
 
 Each model at its own image size, in a process of its own, on noise images, with all statistics (ip+orth); batches of 4,
-of 2 for models of more than 50 million parameters. Shown is the
+of 2 where the model (50 million parameters) or its images (300×300 pixels) are large. Shown is the
 largest relative difference of `auto` to `vmap` over V, V_ip, V_orth and ‖ḡ‖². Where that is above 1e-4 in float32, the
 comparison is made again in float64, and the error that float32 makes in the reference itself is shown beside it.
 Goes on where it was interrupted: delete models.json to start anew.
@@ -68,12 +68,12 @@ def difference(one: dict, other: dict) -> float:
 
 
 def examine(name: str, batch_size: int | None = None) -> dict:
-    """The three ways on one model; by default 4 samples, 2 for models of more than 50 million parameters."""
+    """The three ways on one model; by default 4 samples, 2 where the model or its images are large."""
     size = image_size(name)
     torch.manual_seed(0)
     model = without_dropout(models.build(name, (3, size, size), CLASSES))
     if batch_size is None:
-        batch_size = 2 if sum(parameter.numel() for parameter in model.parameters()) > 50e6 else 4
+        batch_size = 2 if size > 300 or sum(parameter.numel() for parameter in model.parameters()) > 50e6 else 4
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(batch_size, 3, size, size, generator=generator)
     targets = torch.arange(batch_size) % CLASSES
