@@ -150,7 +150,7 @@ def main(
     steps: list[int] = [0, 20, 200, 1000],  # noqa: B006 (never changed)
     batch_sizes: list[int] = [32, 128, 512],  # noqa: B006
     batches: int = 100,
-    looks: int = 20,
+    looks: int = 4,
     out: Path = RESULTS,
 ) -> None:
     """Compare estimates of V with the variance of the real training gradient.
@@ -175,8 +175,8 @@ def main(
         for row in calibrate(model, images, labels, steps, batch_sizes, batches, looks):
             rows.append({"network": network, **row})
             print(rows[-1], flush=True)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "calibration.json").write_text(json.dumps({"machine": provenance(), "rows": rows}, indent=1) + "\n")
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "calibration.json").write_text(json.dumps({"machine": provenance(), "rows": rows}, indent=1) + "\n")
     text = f"{table(rows)}\n\n`python -m benchmarks.calibration` on {provenance()}.\n"
     (out / "calibration.md").write_text(text)
     figure(rows, out / "calibration.png")
