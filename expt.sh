@@ -91,7 +91,7 @@ choose_point() {
 run_name() {
   local word joined=$1
   for word in "${point[@]#--}"; do
-    [[ $word == data_dir=* ]] || joined+="_${word/=/}"
+    [[ $word == @(data_dir|main-port|main_port)=* ]] || joined+="_${word/=/}"
   done
   echo "${joined//[\/: ]/.}"
 }
