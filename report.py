@@ -1,77 +1,221 @@
-"""Figures of finished runs."""
+"""Tables and figures of runs, of which those that differ only in the seed count as one configuration.
 
+python report.py out/                                            the table
+python report.py out/ --where model=cnn --where eta=0.1          of some runs
+python report.py out/ --format=latex > table.tex                 or markdown, csv
+python report.py out/ --target=0.98 --figures=figures/           also steps and seconds to 98 %; and the figures
+"""
+
+import argparse
 import csv
+import io
+import statistics
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-PANELS = (
-    ("loss", {"train": "train_loss", "validation": "val_loss"}),
-    ("accuracy", {"train": "train_accuracy", "validation": "val_accuracy"}),
-    ("batch size", {"batch size": "batch_size"}),
-    ("learning rate", {"learning rate": "lr"}),
+from tabulate import tabulate
+
+import figures
+import runs
+from config import UsageError
+from runs import DamagedRun, Group, Run
+
+
+@dataclass(frozen=True)
+class Column:
+    """One quantity of the table: its heading, how it is written, and where a run has it (None: it has not)."""
+
+    name: str
+    form: str
+    value: Callable[[Run], float | None]
+    percent: bool = False
+
+
+def of_summary(name: str) -> Callable[[Run], float | None]:
+    return lambda run: run.summary.get(name)
+
+
+def of_target(target: float, name: str) -> Callable[[Run], float | None]:
+    return lambda run: (run.reached(target) or {}).get(name)
+
+
+COLUMNS = (
+    Column("steps", ",.0f", of_summary("steps")),
+    Column("mean batch", ",.0f", of_summary("mean_batch_size")),
+    Column("final batch", ",.0f", of_summary("final_batch_size")),
+    Column("train loss", ".4f", of_summary("train_loss")),
+    Column("val loss", ".4f", of_summary("val_loss")),
+    Column("val accuracy [%]", ".2f", of_summary("val_accuracy"), percent=True),
+    Column("wall time [s]", ",.1f", of_summary("wall_time")),
+    Column("samples/s", ",.0f", of_summary("samples_per_second")),
 )
-COLORS = {"train": "tab:blue", "validation": "tab:orange", "batch size": "tab:green", "learning rate": "tab:purple"}
-POINTS = 400
-"""A training curve of more points is drawn as means over so many stretches; the eye sees no more."""
 
 
-def read_metrics(folder: Path) -> dict[str, list[float | None]]:
-    """The columns of a run's metrics.csv; empty cells are None."""
-    with open(folder / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    names = rows[0] if rows else []
-    return {name: [float(row[name]) if row[name] else None for row in rows] for name in names}
+def columns(target: float | None) -> tuple[Column, ...]:
+    if target is None:
+        return COLUMNS
+    to = f"to {100 * target:g} %"
+    return (
+        *COLUMNS,
+        Column(f"steps {to}", ",.0f", of_target(target, "step")),
+        Column(f"seconds {to}", ",.1f", of_target(target, "seconds")),
+    )
 
 
-def curves(folder: Path) -> None:
-    """Draw `curves.png` in a run's folder: loss, accuracy, batch size and learning rate against samples and steps."""
-    from matplotlib.figure import Figure
+@dataclass(frozen=True)
+class Row:
+    """Runs that are shown together: the finished ones of a configuration, or one that did not finish."""
 
-    metrics = read_metrics(folder)
-    if not metrics:
-        return
-    figure = Figure(figsize=(15, 6.6), layout="constrained")
-    figure.suptitle(folder.name)
-    rows = figure.subplots(2, len(PANELS), sharey="col")
-    for row, (column, label) in zip(rows, (("samples", "samples"), ("step", "steps"))):
-        for axes, (title, lines) in zip(row, PANELS):
-            for name, values in lines.items():
-                _draw(axes, name, [(x, y) for x, y in zip(metrics[column], metrics[values]) if y is not None])
-            _finish(axes, label, title, legend=len(lines) > 1)
-    figure.savefig(folder / "curves.png", dpi=110)
+    configuration: str
+    status: str
+    members: list[Run]
 
+    def values(self, column: Column) -> list[float]:
+        values = (column.value(run) for run in self.members)
+        return [value * 100 if column.percent else value for value in values if value is not None]
 
-def _draw(axes, name: str, points: list[tuple[float, float]]) -> None:
-    style = {"color": COLORS[name], "label": name, "linewidth": 1.6}
-    if name == "train":
-        points, style["linewidth"] = _thinned(points), 0.9
-    elif name == "batch size":
-        style["drawstyle"] = "steps-pre"  # a row tells of the step that ends there
-    elif name == "validation" and len(points) <= 40:
-        style |= {"marker": "o", "markersize": 3}
-    axes.plot(*zip(*points) if points else ((), ()), **style)
+    @property
+    def seeds(self) -> str:
+        return " ".join(str(run.seed) for run in self.members)
 
 
-def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Means over stretches of equal numbers of points, where there are more than `POINTS`."""
-    size = -(-len(points) // POINTS)
-    stretches = (points[i : i + size] for i in range(0, len(points), size)) if points else ()
-    return [tuple(sum(values) / len(stretch) for values in zip(*stretch)) for stretch in stretches]
+def rows(groups: Sequence[Group]) -> list[Row]:
+    table = []
+    for entry in groups:
+        if entry.finished:
+            table.append(Row(entry.name, "finished", entry.finished))
+        table += [Row(entry.name, run.status, [run]) for run in entry.others]
+    return table
 
 
-def _finish(axes, label: str, title: str, legend: bool) -> None:
-    from matplotlib.ticker import EngFormatter, NullFormatter
+def cell(row: Row, column: Column) -> str:
+    """Mean ± standard deviation over seeds; how many have a value, where not all do."""
+    values = row.values(column)
+    if not values:
+        return "-"
+    text = format(statistics.mean(values), column.form)
+    if len(set(values)) > 1:  # a constant batch takes the same steps in every run
+        text += f" ± {statistics.stdev(values):{column.form}}"
+    return text if len(values) == len(row.members) else f"{text} ({len(values)} of {len(row.members)})"
 
-    axes.set_xlabel(label)
-    axes.set_ylabel(title)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.locator_params(axis="x", nbins=6)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    if title == "loss":
-        axes.set_yscale("log")
-    if title == "batch size":
-        axes.set_yscale("log", base=2)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    if legend:
-        axes.legend(frameon=False)
+
+def table(groups: Sequence[Group], style: str, target: float | None) -> str:
+    shown = columns(target)
+    if style == "csv":
+        return csv_table(rows(groups), shown)
+    header = ["configuration", "n", *(column.name for column in shown)]
+    body = [[row.configuration, number_of_runs(row), *(cell(row, column) for column in shown)] for row in rows(groups)]
+    if style == "table":  # narrow enough for a terminal
+        header = [name.replace(" ", "\n", 1) for name in header]
+        body = [[textwrap.fill(first, 36), *others] for first, *others in body]
+    formats = {"table": "simple", "markdown": "github", "latex": "latex_booktabs"}
+    align = ("left", "left", *["right"] * len(shown))
+    text = tabulate(body, header, formats[style], disable_numparse=True, colalign=align if body else None)
+    return mathematics(text) if style == "latex" else text
+
+
+def number_of_runs(row: Row) -> str:
+    return str(len(row.members)) if row.status == "finished" else f"{row.status} (seed {row.seeds})"
+
+
+def mathematics(text: str) -> str:
+    """Letters and signs that LaTeX sets in math mode."""
+    for sign, command in {"η": "eta", "θ": "theta", "ν": "nu", "±": "pm"}.items():
+        text = text.replace(sign, f"$\\{command}$")
+    return text
+
+
+def csv_table(table_rows: Sequence[Row], shown: Sequence[Column]) -> str:
+    """One line a row, means and standard deviations in columns of their own, as exact as they are."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    header = [name for column in shown for name in (column.name, f"{column.name} std", f"{column.name} n")]
+    writer.writerow(["configuration", "status", "n", "seeds", *header])
+    for row in table_rows:
+        cells = []
+        for column in shown:
+            values = row.values(column)
+            cells += [statistics.mean(values) if values else "", statistics.stdev(values) if len(values) > 1 else ""]
+            cells.append(len(values))
+        writer.writerow([row.configuration, row.status, len(row.members), row.seeds, *cells])
+    return file.getvalue().rstrip("\n")
+
+
+def caption(chosen: Sequence[Run], groups: Sequence[Group]) -> str:
+    shared = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in runs.common(chosen).items())
+    return f"{len(chosen)} runs in {len(groups)} configurations; all: {shared}"
+
+
+def readable(chosen: Sequence[Run]) -> tuple[list[Run], list[str]]:
+    """The runs whose metrics.csv can be read, and what is wrong with the others."""
+    good, damaged = [], []
+    for run in chosen:
+        try:
+            run.metrics  # noqa: B018 (read now, kept)
+            good.append(run)
+        except DamagedRun as problem:
+            damaged.append(str(problem))
+    return good, damaged
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders that have run folders in them")
+    parser.add_argument("--where", action="append", default=[], metavar="OPTION=VALUE",
+                        help="only runs with this value of an option; may be given several times")  # fmt: skip
+    parser.add_argument("--format", choices=("table", "markdown", "csv", "latex"), default="table",
+                        help="how the table is written (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--target", type=float, metavar="ACCURACY",
+                        help="also steps and seconds to this validation accuracy, between 0 and 1")  # fmt: skip
+    parser.add_argument("--figures", type=Path, metavar="FOLDER",
+                        help="write the figures as PNG and PDF into this folder")  # fmt: skip
+    return parser.parse_args(arguments)
+
+
+def report(options: argparse.Namespace) -> None:
+    """
+    Raises:
+        UsageError: there is nothing to report, or an option is not usable.
+    """
+    if options.target is not None and not 0 < options.target < 1:
+        raise UsageError(f"--target={options.target} must be an accuracy between 0 and 1, such as 0.98")
+    found, problems = runs.find(options.folders)
+    chosen = runs.choose(found, options.where)
+    if options.figures or options.target is not None:
+        chosen, damaged = readable(chosen)
+        problems += damaged
+    groups, twins = runs.group(chosen)
+    for line in problems + twins:
+        print(f"passed over: {line}", file=sys.stderr)
+    if not groups:
+        raise UsageError("none of the runs can be read: see the lines above")
+    if options.format in ("table", "markdown"):
+        print(caption(chosen, groups), end="\n\n")
+    print(table(groups, options.format, options.target))
+    if options.figures:
+        if len(groups) > figures.MOST_CONFIGURATIONS:
+            raise UsageError(
+                f"--figures: {len(groups)} configurations cannot be told apart in one figure: "
+                f"choose at most {figures.MOST_CONFIGURATIONS} by --where"
+            )
+        for file in figures.draw(groups, options.figures, options.target):
+            print(file, file=sys.stderr)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Report as the arguments (default: `sys.argv`) say; returns the exit status."""
+    try:
+        report(parse(arguments))
+    except UsageError as error:
+        print(f"report.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -16,7 +17,8 @@ import yaml
 from lightning.fabric.loggers import TensorBoardLogger
 from tqdm import tqdm
 
-import report
+import figures
+import runs
 from config import Config, UsageError
 
 COLUMNS = """
@@ -48,8 +50,8 @@ TAGS = {
 def default_name(config: Config) -> str:
     """Model, data set, schedule or test with its parameters, seed, time."""
     if config.test:
-        used = {"norm": ("eta",), "ip": ("theta",), "ip+orth": ("theta", "nu")}[config.test_type]
-        schedule = "_".join([config.test_type, *(f"{name}{getattr(config, name):g}" for name in used)])
+        used = (f"{name}{getattr(config, name):g}" for name in runs.TEST_PARAMETERS[config.test_type])
+        schedule = "_".join([config.test_type, *used])
     elif config.stagewise_ramp_up:
         schedule = "stagewise" + "-".join(map(str, config.global_batch_sizes))
     elif config.linear_ramp_up:
@@ -81,6 +83,7 @@ class RunLog:
         self._writer = csv.DictWriter(self._csv, COLUMNS, restval="")
         self._writer.writeheader()
         self._tensorboard = TensorBoardLogger(config.out_dir, self.folder.name, version="")
+        self._tensorboard.experiment.add_text("run", provenance_card())
         by_samples = config.training_type == "sample"
         self._bar = tqdm(
             total=config.max_samples if by_samples else config.max_iters,
@@ -149,13 +152,13 @@ class RunLog:
             self.say(f"{self._progress}  {tqdm.format_interval(left)} left")
 
     def finish(self, status: str, results: dict[str, Any]) -> dict[str, Any]:
-        """Close the files; write summary.json and curves.png. Returns the summary."""
+        """Close the files; write summary.json, TensorBoard's hyper-parameters and curves.png. Returns the summary."""
         self._bar.close()
         self._csv.close()
-        self._tensorboard.finalize(status)
         summary = {
             "status": status,
             **results,
+            **self._training_results(),
             "wall_time": time.perf_counter() - self.start,
             "peak_memory_bytes": peak_memory_bytes(),
             "versions": versions(),
@@ -167,8 +170,32 @@ class RunLog:
             for name, value in summary.items()
         }
         (self.folder / "summary.json").write_text(json.dumps(finite, indent=2, allow_nan=False) + "\n")
-        report.curves(self.folder)
+        self._log_hyperparameters(finite)
+        self._tensorboard.finalize(status)
+        figures.curves(self.folder)
         return summary
+
+    def _training_results(self) -> dict[str, float | None]:
+        """What the rows say of the training as a whole; a run of no steps says nothing."""
+        metrics = runs.read_metrics(self.folder)
+        if not metrics:
+            return {"train_loss": None, "training_time": 0.0, "samples_per_second": None}
+        training_time = runs.seconds(metrics)[-1]
+        return {
+            "train_loss": runs.last_epoch_loss(metrics),
+            "training_time": training_time,
+            "samples_per_second": metrics["samples"][-1] / training_time,
+        }
+
+    def _log_hyperparameters(self, summary: dict[str, Any]) -> None:
+        """The options and what came of them, for TensorBoard's view HParams."""
+        options = {name: value for name, value in dataclasses.asdict(self.config).items() if value is not None}
+        names = (
+            "val_accuracy val_loss best_val_accuracy best_val_loss train_loss steps samples mean_batch_size "
+            "final_batch_size wall_time samples_per_second"
+        )
+        results = {f"final/{name}": summary[name] for name in names.split() if summary[name] is not None}
+        self._tensorboard.log_hyperparams({**options, "status": summary["status"]}, results, summary["steps"])
 
 
 def peak_memory_bytes() -> int:
@@ -186,6 +213,12 @@ def versions() -> dict[str, str]:
 
     modules = {"torch": torch, "torchvision": torchvision, "lightning": lightning}
     return {"python": platform.python_version(), **{name: module.__version__ for name, module in modules.items()}}
+
+
+def provenance_card() -> str:
+    """Command, versions and git commit in Markdown."""
+    facts = {"command": shlex.join(sys.argv), **versions(), "git commit": git_commit() or "-"}
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | `{value}` |" for name, value in facts.items())])
 
 
 def git_commit() -> str | None:

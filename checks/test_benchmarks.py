@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from benchmarks import calibration, cases, speed, torchvision_models
+import config
+from benchmarks import calibration, cases, comparison, speed, torchvision_models
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +62,32 @@ def test_every_model_table():
     assert result["finite"] and result["taken"] == "ghost" and result["difference"] < 1e-4
     assert "| squeezenet1_1 | 0.7 M | 224 | 2 | yes | ghost |" in torchvision_models.table({"squeezenet1_1": result})
     assert len(torchvision_models.NAMES) == 80
+
+
+def test_comparison_takes_the_best_learning_rate(tmp_path, monkeypatch, capsys):
+    """Two learning rates, one of them useless; a second command finds all done, a run that was cut off starts anew."""
+    shared = {"dataset": "digits", "model": "logistic", "optimizer": "adagrad", "max_samples": 2000, "eta": 0.5}
+    part = comparison.Part(shared, {"norm": {"test_type": "norm"}}, learning_rates=(1e-7, 0.01))
+    monkeypatch.setattr(comparison, "PARTS", {"small": part})
+    monkeypatch.setattr(comparison, "SEEDS", (1,))
+    (tmp_path / "out" / "small" / "final" / "norm_seed1").mkdir(parents=True)  # main.py would refuse it
+    words = ["small", "-j", "2", f"--out_dir={tmp_path / 'out'}", f"--results={tmp_path / 'results'}"]
+    comparison.main([*words, "--batch_size=8"])
+    record = json.loads((tmp_path / "results" / "small" / "learning_rates.json").read_text())["norm"]
+    assert record["chosen"] == 0.01 and record["accuracy"]["1e-07"] < 0.2 < record["accuracy"]["0.01"]
+    summary = json.loads((tmp_path / "results" / "small" / "norm_seed1.json").read_text())
+    assert summary["status"] == "finished" and {"--learning_rate=0.01", "--seed=1", "--batch_size=8"} <= set(
+        summary["command"]
+    )
+    assert str(tmp_path) not in json.dumps(summary)
+    monkeypatch.setattr(comparison.subprocess, "run", None)  # nothing is left to run
+    comparison.main(words)
+    assert capsys.readouterr().out.count("finished") == 6
+
+
+def test_comparison_methods_are_accepted_by_the_program():
+    for name, part in comparison.PARTS.items():
+        for method, options in part.methods.items():
+            words = [f"--{key}={value}" for key, value in {**part.shared, **options}.items()]
+            parsed = config.parse(words)
+            assert parsed.seed == 42 and parsed.max_samples == part.shared["max_samples"], (name, method)

@@ -1,0 +1,89 @@
+"""What a run writes as it goes: columns, plain lines without a terminal, strict JSON, TensorBoard's HParams."""
+
+import csv
+import json
+import math
+
+import pytest
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins import base_plugin
+from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment, list_session_groups
+
+import main
+import runlog
+import runs
+
+COLUMNS = (
+    "step,samples,epoch,train_loss,train_accuracy,val_loss,val_accuracy,lr,batch_size,micro_batch_size,"
+    "gradient_accumulation_steps,variance,variance_inner_product,variance_orthogonality,grad_norm_sq,noise_scale,"
+    "next_batch_size,step_time,test_time,samples_per_second"
+)
+
+
+def test_a_log_file_gets_lines_while_nothing_is_evaluated(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runlog, "QUIET_SECONDS", 0.0)
+    options = ["--model=logistic", "--test_type=ip+orth", "--max_samples=96", "--batch_size=32", "--max_batch_size=32"]
+    assert main.main([*options, f"--out_dir={tmp_path}", "--run_name=run", "--accelerator=cpu", "--devices=1"]) == 0
+    output = capsys.readouterr()
+    first, *lines = output.out.splitlines()
+    assert "logistic (650 parameters) on digits (1,437 training samples)" in first and "θ = 1, ν = 1" in first
+    progress = [line for line in lines if "samples/s" in line]
+    assert len(progress) == 3 and progress[0].startswith("step      1  samples         32") and "left" in progress[0]
+    assert output.err == ""
+    assert (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0] == COLUMNS
+
+
+def test_a_diverged_run_leaves_strict_json(tmp_path, capsys):
+    options = ["--optimizer=sgd", "--learning_rate=1e30", "--max_samples=200", f"--out_dir={tmp_path}"]
+    assert main.main([*options, "--run_name=run", "--accelerator=cpu", "--devices=1"]) == 3
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(), parse_constant=lambda word: 1 / 0)
+    assert summary["status"] == "diverged" and "not finite at step" in capsys.readouterr().out
+    assert (tmp_path / "run" / "curves.png").stat().st_size > 10_000
+
+
+def test_empty_cells_are_none(tmp_path):
+    with open(tmp_path / "metrics.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["step", "val_loss"], [1, ""], [2, math.pi]])
+    assert runs.read_metrics(tmp_path) == {"step": [1.0, 2.0], "val_loss": [None, math.pi]}
+
+
+def test_tensorboard_has_the_options_with_their_results(tmp_path):
+    """The HParams view of TensorBoard's own reader: options and final metrics, in the run itself; and the card."""
+    options = ["--model=logistic", "--max_samples=320", "--eta=0.25", f"--out_dir={tmp_path}", "--accelerator=cpu"]
+    for seed in (1, 2):
+        assert main.main([*options, "--devices=1", f"--seed={seed}", f"--run_name=run{seed}"]) == 0
+    assert [path.name for path in sorted((tmp_path / "run1").iterdir()) if path.is_dir()] == ["checkpoints"]
+    summary = json.loads((tmp_path / "run1" / "summary.json").read_text())
+    rows = hparams_view(tmp_path)
+    assert set(rows) == {"run1", "run2"}
+    hparams, metrics = rows["run1"]
+    assert hparams["eta"] == 0.25 and hparams["model"] == "logistic" and hparams["status"] == "finished"
+    assert metrics["final/val_accuracy"] == pytest.approx(summary["val_accuracy"])
+    assert metrics["final/steps"] == summary["steps"] and rows["run2"][0]["seed"] == 2
+    events = EventAccumulator(str(tmp_path / "run1")).Reload()
+    card = events.Tensors("run/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "| command |" in card and "| torch | `" in card and str(summary["git_commit"]) in card
+
+
+def hparams_view(folder):
+    """What TensorBoard's HParams plugin answers its own page: run → (options, metrics)."""
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(folder)).Reload()
+    provider = MultiplexerDataProvider(multiplexer, str(folder))
+    context = backend_context.Context(base_plugin.TBContext(data_provider=provider, logdir=str(folder)))
+    experiment = get_experiment.Handler(RequestContext(), context, "", api_pb2.GetExperimentRequest()).run()
+    names = [metric.name for metric in experiment.metric_infos]
+    request = api_pb2.ListSessionGroupsRequest(
+        start_index=0,
+        slice_size=100,
+        allowed_statuses=api_pb2.Status.values(),
+        col_params=[api_pb2.ColParams(metric=name) for name in names],
+    )
+    answer = list_session_groups.Handler(RequestContext(), context, "", request).run()
+    view = {}
+    for group in answer.session_groups:
+        options = {name: getattr(value, value.WhichOneof("kind")) for name, value in group.hparams.items()}
+        view[group.sessions[0].name] = (options, {entry.name.tag: entry.value for entry in group.metric_values})
+    return view

@@ -1,0 +1,301 @@
+"""Figures: the curves of one run, and several configurations beside each other."""
+
+import math
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from runs import Group, Run, read_metrics
+
+PANELS = (
+    ("loss", {"train": "train_loss", "validation": "val_loss"}),
+    ("accuracy", {"train": "train_accuracy", "validation": "val_accuracy"}),
+    ("batch size", {"batch size": "batch_size"}),
+    ("learning rate", {"learning rate": "lr"}),
+)
+COLORS = {"train": "tab:blue", "validation": "tab:orange", "batch size": "tab:green", "learning rate": "tab:purple"}
+POINTS = 400
+"""A training curve of more points is drawn as means over so many stretches; the eye sees no more."""
+
+AXES = {"step": "steps", "samples": "samples", "seconds": "training time [s]"}
+FILES = {"step": "against_steps", "samples": "against_samples", "seconds": "against_time"}
+COMPARED = {
+    "train_loss": "training loss",
+    "val_loss": "validation loss",
+    "val_accuracy": "validation accuracy",
+    "batch_size": "batch size [samples]",
+}
+COMPARED_POINTS = 100
+"""As `POINTS`, where many curves share a panel."""
+MOST_CONFIGURATIONS = 20
+"""More curves in a panel cannot be told apart."""
+PRINT = {"font.size": 8, "legend.fontsize": 7.5, "axes.linewidth": 0.6, "pdf.fonttype": 42, "lines.markersize": 3.5}
+"""Sizes for the width of a page, 7 inches."""
+
+
+def curves(folder: Path) -> None:
+    """Draw `curves.png` in a run's folder: loss, accuracy, batch size and learning rate against samples and steps."""
+    from matplotlib.figure import Figure
+
+    metrics = read_metrics(folder)
+    if not metrics:
+        return
+    figure = Figure(figsize=(15, 6.6), layout="constrained")
+    figure.suptitle(folder.name)
+    rows = figure.subplots(2, len(PANELS), sharey="col")
+    for row, (column, label) in zip(rows, (("samples", "samples"), ("step", "steps"))):
+        for axes, (title, lines) in zip(row, PANELS):
+            for name, values in lines.items():
+                _draw(axes, name, [(x, y) for x, y in zip(metrics[column], metrics[values]) if y is not None])
+            _finish(axes, label, title, legend=len(lines) > 1)
+    figure.savefig(folder / "curves.png", dpi=110)
+
+
+def _draw(axes, name: str, points: list[tuple[float, float]]) -> None:
+    style = {"color": COLORS[name], "label": name, "linewidth": 1.6}
+    if name == "train":
+        points, style["linewidth"] = _thinned(points), 0.9
+    elif name == "batch size":
+        style["drawstyle"] = "steps-pre"  # a row tells of the step that ends there
+    elif name == "validation" and len(points) <= 40:
+        style |= {"marker": "o", "markersize": 3}
+    axes.plot(*zip(*points) if points else ((), ()), **style)
+
+
+def _thinned(points: list[tuple[float, float]], most: int = POINTS) -> list[tuple[float, float]]:
+    """Means over stretches of equal numbers of points, where there are more than `most`."""
+    size = -(-len(points) // most)
+    stretches = (points[i : i + size] for i in range(0, len(points), size)) if points else ()
+    return [tuple(sum(values) / len(stretch) for values in zip(*stretch)) for stretch in stretches]
+
+
+def _finish(axes, label: str, title: str, legend: bool) -> None:
+    from matplotlib.ticker import EngFormatter, NullFormatter
+
+    axes.set_xlabel(label)
+    axes.set_ylabel(title)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.locator_params(axis="x", nbins=6)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if title == "loss":
+        axes.set_yscale("log")
+    if title == "batch size":
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    if legend:
+        axes.legend(frameon=False)
+
+
+def style(index: int) -> dict:
+    """Colour, dashes and marker of a configuration; they also differ where all is printed in grey."""
+    from matplotlib import color_sequences
+
+    colors, dashes, markers = color_sequences["petroff10"], ("-", "--", "-.", ":"), "os^DvPX<>*"
+    return {
+        "color": colors[index % len(colors)],
+        "linestyle": dashes[index % len(dashes)],
+        "marker": markers[index % len(markers)],
+    }
+
+
+def draw(groups: Sequence[Group], folder: Path, target: float | None) -> list[Path]:
+    """Write `FILES` and, with a target, `pareto` as PNG and PDF; gives the files' paths."""
+    from matplotlib import rc_context
+
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    with rc_context(PRINT):
+        figures = {name: compare(groups, axis) for axis, name in FILES.items()}
+        if target is not None:
+            figures["pareto"] = pareto(groups, target)
+        for name, figure in figures.items():
+            for suffix in ("png", "pdf"):
+                files.append(folder / f"{name}.{suffix}")
+                figure.savefig(files[-1], dpi=200)
+    return files
+
+
+class Curve(NamedTuple):
+    """Mean, smallest and largest value over seeds at each x."""
+
+    x: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def points(run: Run, axis: str, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """x and y of a run's finite values; of training losses, means over stretches."""
+    pairs = [
+        (x, y) for x, y in zip(run.metrics[axis], run.metrics[column]) if y is not None and math.isfinite(y) and x > 0
+    ]
+    if column == "train_loss":
+        pairs = _thinned(pairs, COMPARED_POINTS)
+    return tuple(np.array(pairs).reshape(-1, 2).T)
+
+
+def over_seeds(runs: Sequence[Run], axis: str, column: str, log: bool) -> Curve | None:
+    """Where every seed has values: from the last of their beginnings to the first of their ends."""
+    curves = [points(run, axis, column) for run in runs]
+    if not curves or not all(len(x) for x, _ in curves):
+        return None
+    start, stop = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
+    if start > stop:
+        return None
+    if len(curves) == 1:
+        grid = curves[0][0]
+    else:
+        grid = (np.geomspace if log else np.linspace)(start, stop, 2 * COMPARED_POINTS if stop > start else 1)
+    if column == "batch_size":  # a row tells of the step that ends there
+        values = [y[np.searchsorted(x, np.minimum(grid, x[-1]))] for x, y in curves]
+    else:
+        values = [np.interp(grid, x, y) for x, y in curves]
+    return Curve(grid, np.mean(values, axis=0), np.min(values, axis=0), np.max(values, axis=0))
+
+
+def compare(groups: Sequence[Group], axis: str):
+    """Losses, accuracy and batch size of each configuration against `axis`: a line over seeds, a band from the smallest
+    to the largest. Runs that did not finish are thin lines that end in a cross."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5.4 + 0.16 * math.ceil(len(groups) / 2)), layout="constrained")
+    ends = [run.metrics[axis][-1] for entry in groups for run in entry.finished]
+    log = axis != "samples" and bool(ends) and max(ends) > 10 * min(ends) > 0  # else the short ones cannot be seen
+    for axes, (column, label) in zip(figure.subplots(2, 2, sharex=True).flat, COMPARED.items()):
+        ends = []
+        for i, entry in enumerate(groups):
+            if curve := over_seeds(entry.finished, axis, column, log):
+                marks = 0.25 if len(curve.x) > 12 else 1
+                axes.plot(curve.x, curve.mean, label=entry.name, linewidth=1.2, markevery=marks, **style(i))
+                if len(entry.finished) > 1:
+                    axes.fill_between(curve.x, curve.low, curve.high, color=style(i)["color"], alpha=0.18, linewidth=0)
+                ends.append(curve.mean[-1])
+            for run in entry.others:
+                x, y = points(run, axis, column)
+                axes.plot(x, y, linewidth=0.6, color=style(i)["color"])
+                axes.plot(x[-1:], y[-1:], "x", color=style(i)["color"], markersize=6)
+        axes.set_ylabel(label)
+        _scales(axes, log, column, ends)
+    for axes in figure.axes[2:]:
+        axes.set_xlabel(AXES[axis])
+    figure.align_ylabels()
+    _legend(figure, groups)
+    return figure
+
+
+def _scales(axes, log: bool, column: str, ends: Sequence[float]) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    if log:
+        axes.set_xscale("log")
+        _log_ticks(axes.xaxis, axes.get_xlim())
+    axes.xaxis.set_major_formatter(_short)
+    axes.grid(alpha=0.25, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    if column == "val_accuracy":
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        if ends:  # the ends decide; the first evaluations would flatten them
+            lowest = min(ends) - max(0.04, 1.5 * (max(ends) - min(ends)))
+            axes.set_ylim(max(axes.get_ylim()[0], lowest), min(axes.get_ylim()[1], 1))
+    else:
+        axes.set_yscale("log")
+    if column == "batch_size":
+        axes.yaxis.set_major_formatter(_short)
+
+
+def _short(value: float, _) -> str:
+    """1500000 as 1.5M, 0.5 as 0.5."""
+    from matplotlib.ticker import EngFormatter
+
+    return EngFormatter(sep="")(value) if abs(value) >= 1000 else f"{value:g}"
+
+
+def _legend(figure, groups: Sequence[Group]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], linewidth=1.2, label=entry.name, **style(i)) for i, entry in enumerate(groups)]
+    if any(entry.others for entry in groups):
+        handles.append(Line2D([], [], color="0.3", linewidth=0.6, marker="x", markersize=6, label="did not finish"))
+    columns = 2 if max(len(entry.name) for entry in groups) <= 65 else 1
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, handlelength=3.5)
+
+
+def pareto(groups: Sequence[Group], target: float):
+    """Steps and seconds to the target accuracy, mean and range over seeds, and the front of the best trade-offs.
+
+    Configurations of which not every finished run gets there are named below the picture.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(f"steps to {100 * target:g} % validation accuracy")
+    axes.set_ylabel(f"training time to {100 * target:g} % [s]")
+    places, missing = [], []
+    for i, entry in enumerate(groups):
+        reached = [run.reached(target) for run in entry.finished]
+        if None in reached:
+            missing.append(f"{entry.name} ({len(reached) - reached.count(None)} of {len(reached)})")
+        if not reached or None in reached:
+            continue
+        (x, x_range), (y, y_range) = (_mean_and_range([r[name] for r in reached]) for name in ("step", "seconds"))
+        axes.errorbar(x, y, y_range, x_range, **style(i) | {"linestyle": "none", "markersize": 6}, elinewidth=0.8)
+        places.append((x, y, entry.name))
+    front = [p for p in sorted(places) if not any(q[0] <= p[0] and q[1] < p[1] for q in places)]
+    if front:
+        axes.plot(*zip(*[p[:2] for p in front]), color="0.6", linewidth=1, zorder=0, drawstyle="steps-post")
+        _decorate_pareto(axes)
+        _name_points(axes, places)
+    if missing:
+        words = f"Not at {100 * target:g} % in every run: {'; '.join(missing)}"
+        figure.supxlabel(textwrap.fill(words, 130), fontsize=7, x=0.01, ha="left")
+    return figure
+
+
+def _mean_and_range(values: Sequence[float]) -> tuple[float, list[list[float]]]:
+    """The mean, and the distances to the smallest and largest value as `errorbar` takes them."""
+    mean = sum(values) / len(values)
+    return mean, [[mean - min(values)], [max(values) - mean]]
+
+
+def _log_ticks(side, limits: tuple[float, float]) -> None:
+    """Labels at 1, 2 and 5 of each decade; where there are more than two decades, at 1."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    side.set_major_locator(LogLocator(subs=(1, 2, 5) if limits[1] < 100 * limits[0] else (1,)))
+    side.set_major_formatter(_short)
+    side.set_minor_formatter(NullFormatter())
+
+
+def _decorate_pareto(axes) -> None:
+    (left, right), (bottom, top) = axes.dataLim.intervalx, axes.dataLim.intervaly
+    axes.set(xscale="log", yscale="log", xlim=(left / 1.3, right * 1.3), ylim=(bottom / 1.3, top * 1.3))
+    _log_ticks(axes.xaxis, axes.get_xlim())
+    _log_ticks(axes.yaxis, axes.get_ylim())
+    axes.grid(alpha=0.25, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _name_points(axes, places: Sequence[tuple[float, float, str]]) -> None:
+    """Names in a column right of the axes, in the order of the points' heights, so that none covers another."""
+    gap, at, heights = 0.065, -math.inf, []
+    low, high = (math.log(limit) for limit in axes.get_ylim())
+    for _, y, _ in sorted(places, key=lambda place: place[1]):
+        at = max((math.log(y) - low) / (high - low), at + gap)
+        heights.append(at)
+    above = max(heights[-1] - 1, 0)
+    for height, (x, y, name) in zip(heights, sorted(places, key=lambda place: place[1])):
+        axes.annotate(
+            name,
+            (x, y),
+            (1.03, height - above),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=7.5,
+            arrowprops={"arrowstyle": "-", "color": "0.7", "linewidth": 0.5, "shrinkB": 4},
+        )
