@@ -32,6 +32,7 @@ import data
 import gradients
 import models
 import optim
+import stream
 import tests
 from config import Config, UsageError
 from launch import device_name, start_fabric, together
@@ -73,7 +74,9 @@ class Trainer:
             self.model._forward_module.broadcast_buffers = False
         torch.manual_seed(config.seed + 1 + fabric.global_rank)  # dropout differs between ranks
         dtype = next(self.module.parameters()).dtype
-        self.stream = data.InMemoryStream(data_set, config.seed, config.shuffle, fabric.device, dtype)
+        self.stream = stream.build(
+            data_set, config.seed, config.shuffle, fabric.device, dtype, config.num_workers, config.batch_ahead
+        )
         self.learning_rate = optim.LearningRate(config, config.max_samples)
         self.schedule = batch_size_schedule(config)
         self.progress = Progress(config.batch_size)
@@ -112,7 +115,7 @@ class Trainer:
             mean_loss,
             test.needs_inner_products,
             c.max_test_micro_batch_size,
-            probe=next(self.stream.take([range(min(3, self.samples_per_epoch))])),
+            probe=self.stream.read(range(min(3, self.samples_per_epoch))),
             autocast=self.fabric.autocast,
             in_training_pass=not c.compile,
             num_groups=c.test_groups,

@@ -64,11 +64,14 @@ class Validation:
             "val_loss": MeanMetric().set_dtype(torch.float64).to(device),
             "val_accuracy": MulticlassAccuracy(num_classes, average="micro").to(device),
         }
+        if num_classes >= 100:
+            self.metrics["val_top5_accuracy"] = MulticlassAccuracy(num_classes, top_k=5, average="micro").to(device)
         self.history: list[dict[str, float]] = []
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
         self.metrics["val_loss"].update(cross_entropy(logits, targets, reduction="none"))
-        self.metrics["val_accuracy"].update(logits, targets)
+        for name in self.metrics.keys() - {"val_loss"}:
+            self.metrics[name].update(logits, targets)
 
     def compute(self) -> dict[str, float]:
         """The metrics of what was seen since the last call, on all ranks. Waits for the device."""
