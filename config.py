@@ -26,6 +26,10 @@ class UsageError(Exception):
     """Something the user can put right: shown as one line, without a traceback. Names the option and the remedy."""
 
 
+class RankError(UsageError):
+    """Met by one rank alone, while the others wait for it: that rank says it."""
+
+
 def in_one_line(error: Exception) -> str:
     """An error's kind and words, for a message."""
     words = " ".join(str(error).split())

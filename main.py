@@ -34,8 +34,8 @@ import models
 import optim
 import stream
 import tests
-from config import Config, UsageError
-from launch import device_name, start_fabric, together
+from config import Config, RankError, UsageError
+from launch import device_name, ending_together, start_fabric, together
 from metrics import Totals, Validation
 from runlog import RunLog
 
@@ -410,7 +410,8 @@ def run(config: Config) -> str:
     if fabric._precision.precision == "64-true":
         torch.set_default_dtype(torch.float64)  # else Fabric hands the model's outputs back in float32
     trainer = Trainer(fabric, config)
-    status = trainer.fit()
+    with ending_together(fabric):
+        status = trainer.fit()
     if trainer.log:
         show_summary(trainer.log, trainer.log.finish(status, trainer.results()))
     return status
@@ -424,7 +425,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status = run(options.parse(arguments))
     except UsageError as error:
-        if rank_zero_only.rank == 0:
+        if rank_zero_only.rank == 0 or isinstance(error, RankError):
             print(f"main.py: error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(5)  # launchers end all processes when the first one ends: let rank 0 speak before

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from batching import positions_of_rank
-from config import UsageError, in_one_line
+from config import RankError, in_one_line
 from data import DataSet, described
 
 CHUNK = 32
@@ -224,10 +224,6 @@ def _tensor(positions: range, device: torch.device | str = "cpu") -> Tensor:
     return torch.arange(positions.start, positions.stop, positions.step, device=device)
 
 
-class ReadError(UsageError):
-    """A sample cannot be read. One rank meets it, in the middle of the run; the others wait for that rank."""
-
-
 class Recut:
     """Chunks of samples in, any numbers of samples out, in the same order; on the device."""
 
@@ -289,14 +285,7 @@ class ChunkReader:
     def chunks(self, positions: Iterable[range]) -> Iterator[tuple[Tensor, Tensor]]:
         """The samples at these positions, one chunk a range; ends what was being read before."""
         self.positions = positions
-        try:
-            for chunk in self.loader:
-                yield _checked(chunk)
-        except RuntimeError as error:  # the DataLoader's words for a worker process that is no more
-            raise ReadError(
-                f"--num_workers: {in_one_line(error)}: is there enough memory, shared memory (/dev/shm) included? "
-                "Else take fewer --num_workers or a smaller --batch_ahead"
-            ) from None
+        return map(_checked, self.loader)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         """What the DataLoader asks its worker processes for."""
@@ -314,7 +303,7 @@ def _unchanged(chunk):
 
 def _checked(chunk: list[Tensor] | str) -> tuple[Tensor, Tensor]:
     if isinstance(chunk, str):
-        raise ReadError(chunk)
+        raise RankError(chunk)
     return tuple(chunk)
 
 
