@@ -278,6 +278,10 @@ class Config(
             for name in names.split():
                 if getattr(self, name) != getattr(_DEFAULTS, name) and getattr(self, other) != value:
                     raise UsageError(f"--{name} acts only with --{other}={value}: add that, or leave --{name} out")
+        if self.batch_ahead != _DEFAULTS.batch_ahead and not self.num_workers:
+            raise UsageError(
+                "--batch_ahead acts only with --num_workers=1 or more: add that, or leave --batch_ahead out"
+            )
 
     def _check_batch_sizes(self):
         if self.max_batch_size is not None and self.batch_size > self.max_batch_size:

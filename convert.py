@@ -50,7 +50,7 @@ class RecordedImages:
         return {int(line.split()[0]): line.split(maxsplit=1)[1] for line in self.record.read_text().splitlines()}
 
 
-def convert(images: ImageFolder, target: Path, resolution: int, jpeg_share: float, quality: int, workers: int) -> None:
+def convert(images: ImageFolder, target: Path, workers: int, **encoding) -> None:
     """Write the images into the ffcv file `target`, which appears when it is whole.
 
     Raises:
@@ -59,30 +59,17 @@ def convert(images: ImageFolder, target: Path, resolution: int, jpeg_share: floa
     if is_whole(target):
         print(f"{target} is there already and whole: remove it to write it anew", flush=True)
         return
-    ffcv = import_ffcv()
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished, record = (target.with_name(f".{target.name}.{kind}") for kind in ("unfinished", "unreadable"))
     indices, unreadable = np.arange(len(images)), {}
     try:
-        while True:  # a second time where images turned out to be unreadable: without them
-            source = RecordedImages(images, record)
-            image = ffcv.fields.RGBImageField(
-                "proportion", max_resolution=resolution, compress_probability=jpeg_share, jpeg_quality=quality
-            )
-            page_size = max(SMALLEST_PAGE, 1 << (3 * resolution**2 - 1).bit_length())
-            fields = {"image": image, "label": ffcv.fields.IntField()}
-            print(f"{target}: {len(indices):,} images", flush=True)
-            with ended_with_its_workers():
-                writer = ffcv.writer.DatasetWriter(str(unfinished), fields, page_size, workers)
-                writer.from_indexed_dataset(source, list(indices))
-            failed = source.unreadable()
-            if not failed:
-                break
+        print(f"{target}: {len(indices):,} images", flush=True)
+        while failed := write(unfinished, record, images, indices, workers, **encoding):
             unreadable |= failed
             indices = np.setdiff1d(indices, list(failed))
-            print(f"{len(failed)} of them cannot be read: writing the others again, without them", flush=True)
             if not len(indices):
                 raise UsageError(f"{images.root}: none of the {len(images):,} images can be read")
+            print(f"{len(failed):,} of them cannot be read: writing the others again, without them", flush=True)
         os.replace(unfinished, target)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -90,6 +77,31 @@ def convert(images: ImageFolder, target: Path, resolution: int, jpeg_share: floa
     for index, reason in sorted(unreadable.items()):
         print(f"left out: {images.samples[index][0]}: {reason}", flush=True)
     print(f"{target}: {len(indices):,} images written, {len(unreadable):,} left out", flush=True)
+
+
+def write(
+    file: Path,
+    record: Path,
+    images: ImageFolder,
+    indices: np.ndarray,
+    workers: int,
+    resolution: int,
+    jpeg_share: float,
+    quality: int,
+) -> dict[int, str]:
+    """Write the images with these indices into an ffcv file; those that could not be read, and why."""
+    ffcv = import_ffcv()
+    source = RecordedImages(images, record)
+    image = ffcv.fields.RGBImageField(
+        "proportion", max_resolution=resolution, compress_probability=jpeg_share, jpeg_quality=quality
+    )
+    page_size = max(SMALLEST_PAGE, 1 << (3 * resolution**2 - 1).bit_length())
+    with ended_with_its_workers():
+        writer = ffcv.writer.DatasetWriter(
+            str(file), {"image": image, "label": ffcv.fields.IntField()}, page_size, workers
+        )
+        writer.from_indexed_dataset(source, list(indices))
+    return source.unreadable()
 
 
 def is_whole(target: Path) -> bool:
@@ -109,7 +121,7 @@ class ended_with_its_workers:
 
     def _watch(self) -> None:
         workers = set()
-        while not self.over.wait(0.2):
+        while not self.over.wait(0.05):
             workers |= set(multiprocessing.active_children())
             self.died = next((worker for worker in workers if worker.exitcode), None)
             if self.died:

@@ -129,12 +129,15 @@ class FfcvImages(Dataset):
         self._decode_jpeg, self._resize_crop = ffcv.libffcv.imdecode, ffcv.libffcv.resize_crop
         self._centre_crop = ffcv.fields.rgb_image.get_center_crop
         self._jpeg = ffcv.fields.rgb_image.IMAGE_MODES["jpg"]
-        reader = ffcv.reader.Reader(str(path))
-        image, label = (f"f{reader.field_names.index(name)}" for name in ("image", "label"))
-        self.entries = np.ascontiguousarray(reader.metadata[image])
-        self.labels = reader.metadata[label].astype(np.int32)
-        self.sizes = _sizes(reader.alloc_table, self.entries["data_ptr"])
-        if not reader.header["alloc_table_ptr"] or self.sizes is None:  # it is written last
+        header = np.fromfile(path, ffcv.types.HeaderType, count=1)
+        whole = len(header) and 0 < header["alloc_table_ptr"][0] < path.stat().st_size  # that table is written last
+        if whole:
+            reader = ffcv.reader.Reader(str(path))
+            image, label = (f"f{reader.field_names.index(name)}" for name in ("image", "label"))
+            self.entries = np.ascontiguousarray(reader.metadata[image])
+            self.labels = reader.metadata[label].astype(np.int32)
+            self.sizes = _sizes(reader.alloc_table, self.entries["data_ptr"])
+        if not whole or self.sizes is None:
             raise UsageError(f"{path} is not whole: the program that wrote it was interrupted: write it again")
         self.bytes = np.asarray(np.memmap(path, np.uint8, "r"))
 

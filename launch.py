@@ -100,8 +100,9 @@ def ending_together(fabric: Fabric):
             raise
         remedy = "where memory or shared memory (/dev/shm) ran out, take fewer --num_workers or a smaller --batch_ahead"
         refusal = RankError(f"--num_workers: {' '.join(str(error).split())} ({remedy})")
-    for process in getattr(fabric.strategy.launcher, "procs", []):  # other launchers see to that themselves
-        process.kill()
+    if dist.is_initialized() and "nccl" in dist.get_backend():  # the others would wait; gloo tells them
+        for process in getattr(fabric.strategy.launcher, "procs", []):  # other launchers see to that themselves
+            process.kill()
     raise refusal from None
 
 

@@ -81,6 +81,8 @@ class Trainer:
         self.schedule = batch_size_schedule(config)
         self.progress = Progress(config.batch_size)
         self.notices: list[str] = []
+        if not (data_set.in_memory or config.num_workers):
+            self.notices.append("--num_workers=0: the training process itself reads the samples, and waits for them")
         if fabric.device.type == "cpu" and requested_precision.startswith("16"):
             self.notices.append(f"precision is {config.precision}: {requested_precision} needs a GPU")
         self.test, self.estimator = self.set_up_test()

@@ -85,8 +85,7 @@ class Validation:
         """Last and best values, as summary.json has them; None where nothing was evaluated."""
         last = self.history[-1] if self.history else {}
         return {
-            "val_accuracy": last.get("val_accuracy"),
-            "val_loss": last.get("val_loss"),
+            **{name: last.get(name) for name in self.metrics},
             "best_val_accuracy": max((e["val_accuracy"] for e in self.history), default=None),
             "best_val_loss": min((e["val_loss"] for e in self.history), default=None),
         }

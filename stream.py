@@ -91,7 +91,7 @@ class Normalise:
         )
 
     def __call__(self, images: Tensor) -> Tensor:
-        return (images.to(self.dtype) / 255 - self.mean) / self.std
+        return images.to(self.dtype).div_(255).sub_(self.mean).div_(self.std)
 
 
 class SampleOrder:
@@ -229,19 +229,22 @@ class Recut:
 
     def __init__(self, chunks: Iterator[tuple[Tensor, Tensor]], device: torch.device):
         self.chunks, self.device = chunks, device
-        self.images = self.labels = torch.empty(0)  # what is left of the last chunk
+        self.rest = (torch.empty(0), torch.empty(0))  # of the last chunk: images and labels
 
     def take(self, n: int) -> tuple[Tensor, Tensor]:
         """The next n samples: images uint8 (n, C, H, W), labels int64 (n,)."""
-        parts, missing = [], n
-        while missing:
-            if not len(self.labels):
-                self.images, self.labels = (tensor.to(self.device, non_blocking=True) for tensor in next(self.chunks))
-            parts.append((self.images[:missing], self.labels[:missing]))
-            self.images, self.labels = self.images[missing:], self.labels[missing:]
-            missing -= len(parts[-1][1])
-        images, labels = zip(*parts)
-        return torch.cat(images), torch.cat(labels)
+        taken, filled = None, 0
+        while filled < n:
+            if not len(self.rest[0]):
+                self.rest = next(self.chunks)
+            if taken is None:
+                taken = [torch.empty(n, *t.shape[1:], dtype=t.dtype, device=self.device) for t in self.rest]
+            count = min(n - filled, len(self.rest[0]))
+            for target, chunk in zip(taken, self.rest):
+                target[filled : filled + count].copy_(chunk[:count], non_blocking=True)
+            self.rest = tuple(chunk[count:] for chunk in self.rest)
+            filled += count
+        return tuple(taken)
 
 
 class ChunkReader:
