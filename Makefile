@@ -1,9 +1,10 @@
 # make quickstart: set up and train once.   make test: set up and run the whole test suite.
+# make install-imagenet: what ffcv files need beside the system's libraries (README.md, 'ImageNet').
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint install clean
+.PHONY: quickstart test lint install install-imagenet clean
 
 quickstart: install
 	$(BIN)/python main.py
@@ -25,6 +26,12 @@ install: .venv/.installed
 
 .venv/.installed-test: .venv/.installed requirements-test.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	touch $@
+
+install-imagenet: .venv/.installed-imagenet
+
+.venv/.installed-imagenet: .venv/.installed requirements-imagenet.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-imagenet.txt
 	touch $@
 
 clean:

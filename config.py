@@ -26,18 +26,31 @@ class UsageError(Exception):
     """Something the user can put right: shown as one line, without a traceback. Names the option and the remedy."""
 
 
+class RankError(UsageError):
+    """Met by one rank alone, while the others wait for it: that rank says it."""
+
+
+def in_one_line(error: Exception) -> str:
+    """An error's kind and words, for a message."""
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+
+
 @dataclass
 class DataOptions:
     """Data"""
 
     dataset: str = "digits"
-    """digits, mnist, fashion_mnist, cifar10, cifar100, or an import path package.module:function"""
+    """digits, mnist, fashion_mnist, cifar10, cifar100, imagenet, or an import path package.module:function"""
     data_dir: Path = Path("data")
     """folder of the data sets; what is missing is downloaded into it"""
     shuffle: bool = True
     """a new random order of the training set every epoch"""
     num_workers: int = 0
-    """worker processes a device that load data sets which do not fit in memory (in-memory data sets need none)"""
+    """worker processes a device that read data sets which do not fit in memory (in-memory data sets need none); 0: the
+    training process reads"""
+    batch_ahead: int = 2
+    """chunks of 32 samples that each worker process reads ahead"""
 
 
 @dataclass
@@ -235,7 +248,7 @@ class Config(
         positive = (
             "batch_size max_batch_size max_micro_batch_size max_test_micro_batch_size gradient_accumulation_steps "
             "eta theta nu test_interval test_groups learning_rate max_lr gamma max_samples max_iters devices num_nodes "
-            "log_interval linear_ramp_up_increment lr_decay_samples lr_decay_iters"
+            "log_interval linear_ramp_up_increment lr_decay_samples lr_decay_iters batch_ahead"
         )
         not_negative = (
             "num_workers weight_decay grad_clip min_lr warmup_samples warmup_iters eval_interval momentum seed"
@@ -265,6 +278,10 @@ class Config(
             for name in names.split():
                 if getattr(self, name) != getattr(_DEFAULTS, name) and getattr(self, other) != value:
                     raise UsageError(f"--{name} acts only with --{other}={value}: add that, or leave --{name} out")
+        if self.batch_ahead != _DEFAULTS.batch_ahead and not self.num_workers:
+            raise UsageError(
+                "--batch_ahead acts only with --num_workers=1 or more: add that, or leave --batch_ahead out"
+            )
 
     def _check_batch_sizes(self):
         if self.max_batch_size is not None and self.batch_size > self.max_batch_size:

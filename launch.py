@@ -1,6 +1,8 @@
 """Processes and devices: Fabric under every launcher, and refusing something on all ranks at once."""
 
+import contextlib
 import os
+import re
 from collections.abc import Callable
 
 import torch
@@ -8,7 +10,7 @@ import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
-from config import Config, UsageError
+from config import Config, RankError, UsageError
 
 
 def start_fabric(config: Config) -> Fabric:
@@ -77,6 +79,31 @@ def together(fabric: Fabric, function: Callable):
     for problem in filter(None, problems):
         raise UsageError(problem)
     return result
+
+
+@contextlib.contextmanager
+def ending_together(fabric: Fabric):
+    """Where one rank ends in the middle of the run, those that wait for it end, too, and without a traceback.
+
+    Raises:
+        UsageError: this rank cannot read a sample, a process that reads for it was ended, or another rank has ended.
+    """
+    try:
+        yield
+        return
+    except RankError as error:
+        refusal = error
+    except RuntimeError as error:
+        if re.search("(closed|reset) by peer|remote process exited", str(error)):
+            raise UsageError("another process of this run has ended; what it said tells why") from None
+        if "DataLoader worker" not in str(error):
+            raise
+        remedy = "where memory or shared memory (/dev/shm) ran out, take fewer --num_workers or a smaller --batch_ahead"
+        refusal = RankError(f"--num_workers: {' '.join(str(error).split())} ({remedy})")
+    if dist.is_initialized() and "nccl" in dist.get_backend():  # the others would wait; gloo tells them
+        for process in getattr(fabric.strategy.launcher, "procs", []):  # other launchers see to that themselves
+            process.kill()
+    raise refusal from None
 
 
 def device_name(device: torch.device) -> str:

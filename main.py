@@ -32,9 +32,10 @@ import data
 import gradients
 import models
 import optim
+import stream
 import tests
-from config import Config, UsageError
-from launch import device_name, start_fabric, together
+from config import Config, RankError, UsageError
+from launch import device_name, ending_together, start_fabric, together
 from metrics import Totals, Validation
 from runlog import RunLog
 
@@ -73,11 +74,15 @@ class Trainer:
             self.model._forward_module.broadcast_buffers = False
         torch.manual_seed(config.seed + 1 + fabric.global_rank)  # dropout differs between ranks
         dtype = next(self.module.parameters()).dtype
-        self.stream = data.InMemoryStream(data_set, config.seed, config.shuffle, fabric.device, dtype)
+        self.stream = stream.build(
+            data_set, config.seed, config.shuffle, fabric.device, dtype, config.num_workers, config.batch_ahead
+        )
         self.learning_rate = optim.LearningRate(config, config.max_samples)
         self.schedule = batch_size_schedule(config)
         self.progress = Progress(config.batch_size)
         self.notices: list[str] = []
+        if not (data_set.in_memory or config.num_workers):
+            self.notices.append("--num_workers=0: the training process itself reads the samples, and waits for them")
         if fabric.device.type == "cpu" and requested_precision.startswith("16"):
             self.notices.append(f"precision is {config.precision}: {requested_precision} needs a GPU")
         self.test, self.estimator = self.set_up_test()
@@ -112,7 +117,7 @@ class Trainer:
             mean_loss,
             test.needs_inner_products,
             c.max_test_micro_batch_size,
-            probe=next(self.stream.take([range(min(3, self.samples_per_epoch))])),
+            probe=self.stream.read(range(min(3, self.samples_per_epoch))),
             autocast=self.fabric.autocast,
             in_training_pass=not c.compile,
             num_groups=c.test_groups,
@@ -407,7 +412,8 @@ def run(config: Config) -> str:
     if fabric._precision.precision == "64-true":
         torch.set_default_dtype(torch.float64)  # else Fabric hands the model's outputs back in float32
     trainer = Trainer(fabric, config)
-    status = trainer.fit()
+    with ending_together(fabric):
+        status = trainer.fit()
     if trainer.log:
         show_summary(trainer.log, trainer.log.finish(status, trainer.results()))
     return status
@@ -421,7 +427,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status = run(options.parse(arguments))
     except UsageError as error:
-        if rank_zero_only.rank == 0:
+        if rank_zero_only.rank == 0 or isinstance(error, RankError):
             print(f"main.py: error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(5)  # launchers end all processes when the first one ends: let rank 0 speak before

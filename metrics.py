@@ -64,11 +64,14 @@ class Validation:
             "val_loss": MeanMetric().set_dtype(torch.float64).to(device),
             "val_accuracy": MulticlassAccuracy(num_classes, average="micro").to(device),
         }
+        if num_classes >= 100:
+            self.metrics["val_top5_accuracy"] = MulticlassAccuracy(num_classes, top_k=5, average="micro").to(device)
         self.history: list[dict[str, float]] = []
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
         self.metrics["val_loss"].update(cross_entropy(logits, targets, reduction="none"))
-        self.metrics["val_accuracy"].update(logits, targets)
+        for name in self.metrics.keys() - {"val_loss"}:
+            self.metrics[name].update(logits, targets)
 
     def compute(self) -> dict[str, float]:
         """The metrics of what was seen since the last call, on all ranks. Waits for the device."""
@@ -82,8 +85,7 @@ class Validation:
         """Last and best values, as summary.json has them; None where nothing was evaluated."""
         last = self.history[-1] if self.history else {}
         return {
-            "val_accuracy": last.get("val_accuracy"),
-            "val_loss": last.get("val_loss"),
+            **{name: last.get(name) for name in self.metrics},
             "best_val_accuracy": max((e["val_accuracy"] for e in self.history), default=None),
             "best_val_loss": min((e["val_loss"] for e in self.history), default=None),
         }

@@ -22,7 +22,7 @@ import runs
 from config import Config, UsageError
 
 COLUMNS = """
-    step samples epoch train_loss train_accuracy val_loss val_accuracy lr
+    step samples epoch train_loss train_accuracy val_loss val_accuracy val_top5_accuracy lr
     batch_size micro_batch_size gradient_accumulation_steps
     variance variance_inner_product variance_orthogonality grad_norm_sq noise_scale next_batch_size
     step_time test_time samples_per_second
@@ -34,6 +34,7 @@ TAGS = {
     "train_accuracy": "train/accuracy",
     "val_loss": "val/loss",
     "val_accuracy": "val/accuracy",
+    "val_top5_accuracy": "val/top5_accuracy",
     "lr": "lr",
     "batch_size": "batch_size",
     "micro_batch_size": "micro_batch_size",

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import batching
-from data import SampleOrder
+from stream import SampleOrder
 from tests import Decision
 
 

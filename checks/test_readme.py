@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import torch
+from PIL import Image
 
 import gradients
 import main
@@ -26,6 +27,24 @@ def test_own_model_data_set_and_optimizer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = re.search(r"python main.py (.*)", example)[1].replace("FOLDER", str(tmp_path)).split()
     assert main.main([*options, "--accelerator=cpu", "--devices=1", f"--out_dir={tmp_path}", "--run_name=run"]) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["val_accuracy"] == 1.0
+
+
+def test_own_data_set_too_large_for_memory(tmp_path, monkeypatch):
+    example = next(block for block in BLOCKS if "photos:load" in block)
+    (tmp_path / "photos.py").write_text(example)
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 30), ("val", 5)):
+        for label, name in enumerate(("blue", "green")):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 60, (24, 20, 3), dtype=np.uint8)
+                pixels[..., label] += 150
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    options = re.search(r"python main.py (.*)", example)[1].replace("FOLDER", str(tmp_path)).split()
+    options += ["--model=logistic", "--max_samples=300", f"--out_dir={tmp_path}", "--run_name=run"]
+    assert main.main([*options, "--accelerator=cpu", "--devices=1"]) == 0
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["val_accuracy"] == 1.0
 
 

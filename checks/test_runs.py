@@ -1,10 +1,12 @@
 """Whole runs, as a user starts them: what they leave behind, how they are launched, how they end."""
 
+import functools
 import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -152,3 +154,28 @@ def test_mnist(mnist_dir, tmp_path, model, test_type):
     accuracy = result.summary["val_accuracy"]
     assert accuracy > (0.88 if model == "logistic" else 0.95)
     assert result.summary["world_size"] == 2 and result.summary["samples"] >= 60_000
+
+
+def compiled_run(tmp_path, *options) -> int:
+    """Graphs that a run with some fifty different batch sizes compiles."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    common = ["--accelerator=cpu", "--devices=1", "--compile=True", "--test=False", "--linear_ramp_up=True"]
+    ramp = ["--batch_size=2", "--linear_ramp_up_increment=1", "--max_samples=1400", "--max_micro_batch_size=40"]
+    assert main.main([*common, *ramp, f"--out_dir={tmp_path}", "--run_name=run", *options]) == 0
+    torch._dynamo.reset()
+    assert not counters["recompile_limit"] and not counters["unimplemented"]
+    return counters["stats"]["unique_graphs"]
+
+
+def test_compiled_with_changing_batch_sizes(tmp_path):
+    """At most a graph for the first size and one for all others, in training and in evaluation."""
+    assert 1 <= compiled_run(tmp_path, "--model=logistic") <= 4
+
+
+def test_graphs_of_a_cnn_with_changing_batch_sizes(tmp_path, monkeypatch):
+    """The same of convolutions; graphs are captured, but run as they are (compiling them takes a minute)."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    assert 1 <= compiled_run(tmp_path, "--model=cnn") <= 4

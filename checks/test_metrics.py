@@ -1,0 +1,24 @@
+"""Validation metrics against plain arithmetic."""
+
+import pytest
+import torch
+
+from metrics import Validation
+
+
+@pytest.mark.parametrize("num_classes", [99, 100])
+def test_top5_accuracy_from_100_classes_on(num_classes):
+    torch.manual_seed(0)
+    validation, hits = Validation(num_classes, torch.device("cpu")), []
+    for size in (30, 7):
+        logits, targets = torch.randn(size, num_classes), torch.randint(num_classes, (size,))
+        logits[torch.arange(size), targets] += 1.5
+        validation.update(logits, targets)
+        hits += (logits.topk(5).indices == targets[:, None]).any(1).tolist()
+    evaluation = validation.compute()
+    assert 0 < evaluation["val_accuracy"] < 1
+    if num_classes < 100:
+        assert "val_top5_accuracy" not in evaluation
+    else:
+        assert evaluation["val_top5_accuracy"] == pytest.approx(sum(hits) / 37) and 0 < sum(hits) < 37
+    assert validation.results().get("val_top5_accuracy") == evaluation.get("val_top5_accuracy")

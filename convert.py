@@ -1,0 +1,194 @@
+"""Turn an image folder into ffcv files for --dataset=imagenet.
+
+    python convert.py /data/imagenet /data/imagenet-ffcv
+
+reads IMAGE_FOLDER/train/CLASS/*.JPEG and IMAGE_FOLDER/val/CLASS/*.JPEG, and writes train_500_0.50_90.ffcv and
+val_500_0.50_90.ffcv (resolution, share of JPEG, quality) into OUT_DIR. A file gets its name when it is whole, and one
+that is whole already is left alone: after an interruption, the same command goes on with the file that it was at.
+Images that cannot be read are left out and named. Exit status: 0 done, 2 refused.
+"""
+
+import _thread
+import argparse
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from torchvision.datasets import ImageFolder
+
+from config import UsageError, in_one_line
+from imagenet import DEFAULTS, FFCV_NAME, FfcvImages, import_ffcv, refuse_unlike_classes
+
+SMALLEST_PAGE = 2**23  # bytes; an image has to fit into one page of the file
+
+
+class RecordedImages:
+    """Images of a folder and their labels; those that cannot be read are recorded and stood in for, not raised.
+
+    ffcv's writer, whose processes read them, would wait for ever for one that an exception has ended.
+    """
+
+    def __init__(self, folder: ImageFolder, record: Path):
+        self.folder, self.record = folder, record
+        record.write_text("")
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        path, label = self.folder.samples[index]
+        try:
+            return np.asarray(self.folder.loader(path)), label
+        except Exception as error:  # Pillow raises whatever a damaged file leads it to
+            with open(self.record, "a") as file:
+                file.write(f"{index} {in_one_line(error)}\n")
+            return np.zeros((1, 1, 3), np.uint8), label
+
+    def unreadable(self) -> dict[int, str]:
+        """Index → reason."""
+        return {int(line.split()[0]): line.split(maxsplit=1)[1] for line in self.record.read_text().splitlines()}
+
+
+def convert(images: ImageFolder, target: Path, workers: int, **encoding) -> None:
+    """Write the images into the ffcv file `target`, which appears when it is whole.
+
+    Raises:
+        UsageError: no image can be read, or one of the worker processes was ended.
+    """
+    if is_whole(target):
+        print(f"{target} is there already and whole: remove it to write it anew", flush=True)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished, record = (target.with_name(f".{target.name}.{kind}") for kind in ("unfinished", "unreadable"))
+    indices, unreadable = np.arange(len(images)), {}
+    try:
+        print(f"{target}: {len(indices):,} images", flush=True)
+        while failed := write(unfinished, record, images, indices, workers, **encoding):
+            unreadable |= failed
+            indices = np.setdiff1d(indices, list(failed))
+            if not len(indices):
+                raise UsageError(f"{images.root}: none of the {len(images):,} images can be read")
+            print(f"{len(failed):,} of them cannot be read: writing the others again, without them", flush=True)
+        os.replace(unfinished, target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+        record.unlink(missing_ok=True)
+    for index, reason in sorted(unreadable.items()):
+        print(f"left out: {images.samples[index][0]}: {reason}", flush=True)
+    print(f"{target}: {len(indices):,} images written, {len(unreadable):,} left out", flush=True)
+
+
+def write(
+    file: Path,
+    record: Path,
+    images: ImageFolder,
+    indices: np.ndarray,
+    workers: int,
+    resolution: int,
+    jpeg_share: float,
+    quality: int,
+) -> dict[int, str]:
+    """Write the images with these indices into an ffcv file; those that could not be read, and why."""
+    ffcv = import_ffcv()
+    source = RecordedImages(images, record)
+    image = ffcv.fields.RGBImageField(
+        "proportion", max_resolution=resolution, compress_probability=jpeg_share, jpeg_quality=quality
+    )
+    page_size = max(SMALLEST_PAGE, 1 << (3 * resolution**2 - 1).bit_length())
+    with ended_with_its_workers():
+        writer = ffcv.writer.DatasetWriter(
+            str(file), {"image": image, "label": ffcv.fields.IntField()}, page_size, workers
+        )
+        writer.from_indexed_dataset(source, list(indices))
+    return source.unreadable()
+
+
+def is_whole(target: Path) -> bool:
+    try:
+        return target.exists() and len(FfcvImages(target, train=False)) > 0
+    except Exception:  # not an ffcv file, or half of one
+        return False
+
+
+class ended_with_its_workers:
+    """Ends the block where a process started in it is killed (out of memory, …), and the other processes with it."""
+
+    def __enter__(self):
+        self.over, self.died = threading.Event(), None
+        self.watch = threading.Thread(target=self._watch, daemon=True)
+        self.watch.start()
+
+    def _watch(self) -> None:
+        workers = set()
+        while not self.over.wait(0.05):
+            workers |= set(multiprocessing.active_children())
+            self.died = next((worker for worker in workers if worker.exitcode), None)
+            if self.died:
+                _thread.interrupt_main()
+                return
+
+    def __exit__(self, kind, error, traceback):
+        self.over.set()
+        self.watch.join()
+        if kind:
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+        if self.died:
+            raise UsageError(
+                f"a worker process ended with exit code {self.died.exitcode}: is there enough memory and disk space? "
+                "Else take fewer --num_workers"
+            ) from None
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    def number(kind, low, high=None):
+        def parsed(text: str):
+            value = kind(text)
+            if value < low or (high is not None and value > high):
+                raise ValueError
+            return value
+
+        parsed.__name__ = f"number from {low}" + (f" to {high}" if high is not None else "")
+        return parsed
+
+    parser = argparse.ArgumentParser(
+        prog="convert.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("folder", type=Path, metavar="IMAGE_FOLDER")
+    add("out_dir", type=Path, metavar="OUT_DIR")
+    default = "(default: %(default)s)"
+    add("--resolution", type=number(int, 1), default=DEFAULTS["resolution"],
+        help=f"images are made smaller where their longer side is above this [pixels] {default}")  # fmt: skip
+    add("--jpeg_share", type=number(float, 0, 1), default=DEFAULTS["jpeg_share"],
+        help=f"this share of the images is stored as JPEG, the others as they are {default}")  # fmt: skip
+    add("--quality", type=number(int, 1, 100), default=DEFAULTS["quality"], help=f"quality of the JPEGs {default}")
+    add("--num_workers", type=number(int, 1), default=os.cpu_count(), help="worker processes (default: all cores)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program on these arguments (default: `sys.argv`); returns the exit status."""
+    options = parse(arguments)
+    try:
+        import_ffcv()
+        try:
+            folders = {split: ImageFolder(str(options.folder / split)) for split in ("train", "val")}
+        except OSError as error:
+            raise UsageError(
+                f"{options.folder} is no image folder (train/CLASS/*.JPEG, val/CLASS/*.JPEG): {error}"
+            ) from None
+        refuse_unlike_classes(options.folder, folders["train"].classes, folders["val"].classes)
+        for split, images in folders.items():
+            encoding = {name: getattr(options, name) for name in DEFAULTS}
+            target = options.out_dir / FFCV_NAME.format(split=split, **encoding)
+            convert(images, target, workers=options.num_workers, **encoding)
+    except UsageError as error:
+        print(f"convert.py: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
