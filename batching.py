@@ -27,18 +27,24 @@ class Plan:
     batch_size: int
     world_size: int
     steps: int
+    min_micro_batch_size: int = 1
 
     def micro_batches(self, rank: int) -> list[range]:
-        """The positions of each of this rank's micro-batches; none is empty (so a rank may have one step fewer)."""
+        """The positions of each of this rank's micro-batches; none is too small (so a rank may have one step fewer)."""
         own = positions_of_rank(self.start, self.start + self.batch_size, rank, self.world_size)
-        steps = min(self.steps, len(own))
+        steps = self._steps_of(len(own))
         cuts = [len(own) * i // steps for i in range(steps + 1)]
         return [own[a:b] for a, b in zip(cuts, cuts[1:])]
 
     @property
     def micro_batch_size(self) -> int:
         """Samples in the largest micro-batch of any rank."""
-        return _ceil_div(_ceil_div(self.batch_size, self.world_size), self.steps)
+        shares = (self.batch_size // self.world_size, _ceil_div(self.batch_size, self.world_size))
+        return max(_ceil_div(share, self._steps_of(share)) for share in shares)
+
+    def _steps_of(self, share: int) -> int:
+        """Into how many micro-batches a rank cuts its share of so many samples."""
+        return min(self.steps, max(1, share // self.min_micro_batch_size))
 
 
 def plan(
@@ -59,11 +65,10 @@ def plan(
     """
     if batch_size < world_size:
         raise ValueError(f"a batch of {batch_size} cannot be shared by {world_size} ranks")
-    steps = max(min_steps, _ceil_div(_ceil_div(batch_size, world_size), max_micro_batch_size))
-    most = _ceil_div(batch_size, world_size)
-    if min_micro_batch_size > 1:
-        most = max(1, batch_size // world_size // min_micro_batch_size)
-    return Plan(start, batch_size, world_size, min(steps, most))
+    largest_share = _ceil_div(batch_size, world_size)
+    steps = max(min_steps, _ceil_div(largest_share, max_micro_batch_size))
+    most = max(1, largest_share // min_micro_batch_size)
+    return Plan(start, batch_size, world_size, min(steps, most), min_micro_batch_size)
 
 
 def _ceil_div(a: int, b: int) -> int:

@@ -3,7 +3,7 @@
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import batching
@@ -31,6 +31,7 @@ def test_plan_is_exact_and_even(start, batch_size, world_size, max_micro_batch_s
     assert {len(micro_batches) for micro_batches in ranks} <= {plan.steps, plan.steps - 1}
 
 
+@example(7, 2, 3, 2)  # shares of 4 and 3: two micro-batches and one
 @given(st.integers(1, 300), st.integers(1, 5), st.integers(3, 40), st.integers(1, 9))
 def test_plan_keeps_two_samples_together(batch_size, world_size, max_micro_batch_size, min_steps):
     """For BatchNorm on 1×1 maps: no micro-batch of one, and still none above the largest size."""
@@ -39,6 +40,7 @@ def test_plan_keeps_two_samples_together(batch_size, world_size, max_micro_batch
     plan = batching.plan(5, batch_size, world_size, max_micro_batch_size, min_steps, min_micro_batch_size=2)
     sizes = [len(micro_batch) for rank in range(world_size) for micro_batch in plan.micro_batches(rank)]
     assert min(sizes) >= 2 and max(sizes) <= max_micro_batch_size and sum(sizes) == batch_size
+    assert max(sizes) == plan.micro_batch_size
 
 
 @settings(deadline=None)
