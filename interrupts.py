@@ -1,0 +1,67 @@
+"""Signals: SIGTERM, SIGINT and SIGUSR1 ask for an end after the current step; a second SIGINT is obeyed at once."""
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+from types import TracebackType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SAME_KEY = 1.0
+"""Seconds within which a second SIGINT is the first one again: a terminal and a launcher both hand it on."""
+
+
+class Interrupts(contextlib.AbstractContextManager):
+    """Notes signals while the context lasts.
+
+    The signals are read by a thread: the main thread may be inside an exchange whose other side does not answer, and
+    Python calls its handlers only between two of its own instructions.
+    """
+
+    def __init__(self):
+        self.received: signal.Signals | None = None
+        self._interrupted_at: float | None = None
+
+    @property
+    def name(self) -> str:
+        return self.received.name if self.received else "a signal on another rank"
+
+    def __enter__(self) -> "Interrupts":
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=self._forget)
+        threading.Thread(target=self._read, name="signals", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._writer.close()
+
+    def _forget(self) -> None:
+        """In a forked process (a loader's worker): signals are the parent's business, and end the worker with it."""
+        if self._writer.fileno() == -1:
+            return
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+    def _read(self) -> None:
+        while numbers := self._reader.recv(1):
+            if numbers[0] in SIGNALS:
+                self._note(signal.Signals(numbers[0]))
+        self._reader.close()
+
+    def _note(self, number: signal.Signals) -> None:
+        self.received = self.received or number
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._interrupted_at is not None and now - self._interrupted_at > SAME_KEY:
+                os._exit(128 + number)
+            self._interrupted_at = self._interrupted_at or now
