@@ -21,12 +21,8 @@ class Interrupts(contextlib.AbstractContextManager):
     """
 
     def __init__(self):
-        self.received: signal.Signals | None = None
+        self.received = 0  # the number of the first signal, 0: none
         self._interrupted_at: float | None = None
-
-    @property
-    def name(self) -> str:
-        return self.received.name if self.received else "a signal on another rank"
 
     def __enter__(self) -> "Interrupts":
         self._reader, self._writer = socket.socketpair()
@@ -55,10 +51,10 @@ class Interrupts(contextlib.AbstractContextManager):
     def _read(self) -> None:
         while numbers := self._reader.recv(1):
             if numbers[0] in SIGNALS:
-                self._note(signal.Signals(numbers[0]))
+                self._note(numbers[0])
         self._reader.close()
 
-    def _note(self, number: signal.Signals) -> None:
+    def _note(self, number: int) -> None:
         self.received = self.received or number
         if number == signal.SIGINT:
             now = time.monotonic()

@@ -159,10 +159,15 @@ def _say(line: str) -> None:
 
 def report(error: Exception) -> None:
     """Say in one line why the run ends; with a traceback where nobody has foreseen it."""
-    _leaving.set()
     rank = rank_zero_only.rank
     several = dist.is_initialized() and dist.get_world_size() > 1
     where = f"rank {rank} on {socket.gethostname()}: " if several else ""
+    if several and _is_lost_contact(error):
+        time.sleep(GRACE)  # for the launcher, which knows which process died, to say so
+        _leaving.set()
+        _say(f"{where}another rank is gone ({_first_line(error)}): the run ends")
+        return
+    _leaving.set()
     if isinstance(error, UsageError) or getattr(error, "on_all_ranks", False):
         if rank == 0:
             _say(str(error))
@@ -170,9 +175,6 @@ def report(error: Exception) -> None:
             time.sleep(GRACE)  # launchers end all processes when the first one ends: let rank 0 speak before
     elif isinstance(error, RunError):
         _say(f"{where}{error}")
-    elif several and _is_lost_contact(error):
-        time.sleep(GRACE)  # for the launcher, which knows which process died, to say so
-        _say(f"{where}another rank is gone ({_first_line(error)}): the run ends")
     else:
         traceback.print_exception(error)
         _say(f"{where}{type(error).__name__}: {_first_line(error)}")
@@ -183,7 +185,7 @@ def _is_lost_contact(error: Exception) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    return str(error).strip().split("\n")[0].split(". This is typically")[0]
 
 
 def leave(status: int) -> int:

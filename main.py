@@ -14,6 +14,7 @@ checkpoint was saved (--resume=auto goes on), 130 ended at once by a second SIGI
 import contextlib
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
@@ -36,14 +37,14 @@ import launch
 import models
 import optim
 import tests
-from config import Config, UsageError
+from config import Config, RunError, UsageError
 from interrupts import Interrupts
 from launch import device_name, start_fabric, together
 from metrics import Totals, Validation
 from runlog import RunLog
 
 EXIT_STATUS = {"finished": 0, "failed": 1, "refused": 2, "diverged": 3, "interrupted": os.EX_TEMPFAIL}
-GO_ON, SAVE, STOP = 0, 1, 2  # what ranks agree on after a step; the largest wins
+GO_ON, SAVE = 0, 1  # what ranks agree on after a step: the largest wins, and the number of a signal is larger
 
 
 @dataclass
@@ -173,7 +174,8 @@ class Trainer:
             log_is_due = evaluation or progress.steps % self.config.log_interval == 0
             if log_is_due and not self.log_step(plan, moments, evaluation):
                 return "diverged"
-            if self.save_when_due(evaluation) == STOP and not self.finished():
+            self.save_when_due(evaluation)
+            if self.interrupts.received and not self.finished():
                 return "interrupted"
         if self.checkpoints.saved_step != progress.steps:
             self.save()
@@ -215,6 +217,7 @@ class Trainer:
         loss_scale = fabric.world_size / plan.batch_size
         for i, (inputs, targets) in enumerate(self.stream.take(micro_batches), start=1):
             with (
+                out_of_memory_means("a micro-batch", f"--max_micro_batch_size (this one has {len(inputs)} samples)"),
                 fabric.no_backward_sync(self.model, enabled=i < len(micro_batches)),
                 self.observing(testing, inputs, targets, loss_scale),
             ):
@@ -237,14 +240,17 @@ class Trainer:
             yield
             return
         started = time.perf_counter()
-        with self.estimator.observe(inputs, targets, loss_scale):
+        with contextlib.ExitStack() as observation:
+            with out_of_memory_means(*IN_THE_TEST):
+                observation.enter_context(self.estimator.observe(inputs, targets, loss_scale))
             self.totals.test_time += time.perf_counter() - started
             yield
 
     def test_moments(self) -> tests.Moments:
         started = time.perf_counter()
         scaler = getattr(self.fabric.strategy.precision, "scaler", None)
-        moments = self.estimator.moments(scaler.get_scale() if scaler else 1.0)
+        with out_of_memory_means(*IN_THE_TEST):
+            moments = self.estimator.moments(scaler.get_scale() if scaler else 1.0)
         self.totals.test_time += time.perf_counter() - started
         return moments
 
@@ -313,16 +319,17 @@ class Trainer:
             )
         return diverged_at is None
 
-    def save_when_due(self, evaluation: dict[str, float]) -> int:
-        """Save a checkpoint where any rank finds that one is due; what the ranks agreed on."""
+    def save_when_due(self, evaluation: dict[str, float]) -> None:
+        """Save a checkpoint where any rank finds that one is due, or has received a signal: then all have."""
         progress = self.progress
-        wanted = STOP if self.interrupts.received else SAVE if self.checkpoints.due(progress.steps) else GO_ON
+        wanted = self.interrupts.received or (SAVE if self.checkpoints.due(progress.steps) else GO_ON)
         agreed = launch.largest_over_ranks(self.fabric, wanted)
+        if agreed > SAVE:
+            self.interrupts.received = agreed
         if best := bool(evaluation) and self.validation.is_best():
             progress.best_step = progress.steps
         if best or agreed:
             self.save()
-        return agreed
 
     def state(self) -> dict[str, Any]:
         """What Fabric saves and restores by itself."""
@@ -383,6 +390,20 @@ class Trainer:
             "world_size": self.fabric.world_size,
             "device": device_name(self.fabric.device),
         }
+
+
+IN_THE_TEST = "the test", "--max_test_micro_batch_size or --max_micro_batch_size (or take --test_gradients=micro_batch)"
+
+
+@contextlib.contextmanager
+def out_of_memory_means(where: str, options: str):
+    """Raises: RunError where the device's memory does not suffice for what is inside."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not gradients.is_out_of_memory(error):
+            raise
+        raise RunError(f"out of memory on the device in {where}: lower {options}") from None
 
 
 def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -515,7 +536,7 @@ def conclude(trainer: Trainer, status: str) -> None:
     show_summary(log, log.finish(status, trainer.results()))
     if status == "interrupted":
         command = launch.resume_command(log.folder.parent, log.folder.name)
-        log.say(f"interrupted by {trainer.interrupts.name}; go on with:\n  {command}")
+        log.say(f"interrupted by {signal.Signals(trainer.interrupts.received).name}; go on with:\n  {command}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
