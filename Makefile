@@ -28,4 +28,4 @@ install: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .slurm .pytest_cache .ruff_cache .hypothesis

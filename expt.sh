@@ -1,7 +1,15 @@
 #!/usr/bin/env bash
 # Experiments of the paper by name:  ./expt.sh  lists them,  ./expt.sh NAME [options…]  runs one; later options override.
+# On a cluster, unchanged:  sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 expt.sh NAME [options…]
+#SBATCH --signal=USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+here=$(dirname "${BASH_SOURCE[0]}")
+if [[ ! -f $here/main.py && -n ${SLURM_JOB_ID:-} ]]; then  # sbatch runs a copy of this file, elsewhere
+  here=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p' | head -n 1)")
+fi
+cd "$here"
 [[ -x .venv/bin/fabric ]] && PATH="$PWD/.venv/bin:$PATH"
 
 mnist="--num_workers=0 --optimizer=adagrad --max_batch_size=60000 --learning_rate=8e-3 --max_lr=8e-3 --decay_lr=False
@@ -28,6 +36,20 @@ experiment resnet50_cifar100 "ResNet-50 on CIFAR-100, norm test, η = 0.25" \
 experiment resnet50_cifar100_ip "ResNet-50 on CIFAR-100, augmented inner product test, θ = 0.5, ν = 1" \
   "$resnet50 --dataset=cifar100 --test_type=ip+orth --theta=5e-1 --nu=1e0"
 
+# run_training OPTIONS…: on this machine by `fabric run`; under Slurm by `srun`, one process a task of the allocation.
+# There the run is named after the job, an array's task is a seed, and a run that a signal interrupts (USR1 comes 120 s
+# before the time limit) has saved a checkpoint: the job goes back to the queue and resumes by itself.
+run_training() {
+  if [[ -z ${SLURM_JOB_ID:-} ]]; then exec fabric run main.py "$@"; fi
+  local task=${SLURM_ARRAY_TASK_ID:-} status=0
+  local run=(--run_name="slurm-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${task:+-$task}" --resume=auto ${task:+--seed="$task"})
+  trap : USR1 TERM # the tasks get them, too; this script stays to see how they end
+  srun --kill-on-bad-exit=1 python main.py "${run[@]}" "$@" || status=$?
+  # 75: interrupted; 138: by USR1 itself, before the program could attend to it (nothing is lost then, either).
+  if [[ $status -eq 75 || $status -eq 138 ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
+  exit "$status"
+}
+
 if [[ $# -eq 0 ]]; then
   echo "usage: ./expt.sh NAME [options…]"
   for name in "${names[@]}"; do printf '  %-22s %s\n' "$name" "${about[$name]}"; done
@@ -40,4 +62,4 @@ if [[ -z ${options[$name]:-} ]]; then
   exit 2
 fi
 # shellcheck disable=SC2086  # the options are words
-exec fabric run main.py ${options[$name]} "$@"
+run_training ${options[$name]} "$@"

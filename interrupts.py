@@ -36,7 +36,8 @@ class Interrupts(contextlib.AbstractContextManager):
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            # A launcher may hand it on once more while this process ends; its exit status is to stand.
+            signal.signal(number, signal.SIG_IGN if self.received else handler)
         self._writer.close()
 
     def _forget(self) -> None:

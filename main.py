@@ -277,10 +277,11 @@ class Trainer:
         average_over_ranks(self.module.buffers(), self.fabric.world_size)
         self.model.eval()
         micro_batch_size = min(self.config.max_micro_batch_size, 1024)
-        for inputs, targets in self.stream.validation(
-            self.fabric.global_rank, self.fabric.world_size, micro_batch_size
-        ):
-            self.validation.update(self.model(inputs), targets)
+        with out_of_memory_means("a validation micro-batch", "--max_micro_batch_size"):
+            for inputs, targets in self.stream.validation(
+                self.fabric.global_rank, self.fabric.world_size, micro_batch_size
+            ):
+                self.validation.update(self.model(inputs), targets)
         evaluation = self.validation.compute()
         self.totals.pause(time.perf_counter() - started)
         return evaluation

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import csv
 import multiprocessing
+import os
 import random
 import sys
 import tempfile
@@ -29,7 +30,7 @@ import main
 TIMES = {"step_time", "test_time", "samples_per_second"}
 OPTIONS = """
     --accelerator=cpu --devices=1 --dataset=checks.fault_drill:augmented_digits --model=checks.fault_drill:Net
-    --batch_size=24 --max_batch_size=120 --max_samples=3000 --eval_interval=13 --log_interval=2
+    --batch_size=24 --max_batch_size=120 --max_samples=1800 --eval_interval=13 --log_interval=2
     --checkpoint_interval=4 --keep_checkpoints=2 --resume=auto
 """.split()  # noqa: SIM905
 TESTS = {
@@ -86,13 +87,14 @@ def differences(one: Path, other: Path) -> list[str]:
 def start(*options: str) -> multiprocessing.Process:
     """A run in a process of its own (forked: everything is imported already)."""
 
-    def body() -> None:
-        with open(Path(tempfile.gettempdir()) / "drill.log", "w") as log, contextlib.redirect_stdout(log):
-            sys.exit(main.main([*OPTIONS, *options]))
-
-    process = multiprocessing.get_context("fork").Process(target=body)
+    process = multiprocessing.get_context("fork").Process(target=_run, args=(options,))
     process.start()
     return process
+
+
+def _run(options: Sequence[str]) -> None:
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        sys.exit(main.main([*OPTIONS, *options]))
 
 
 def kill(process: multiprocessing.Process, folder: Path, seconds: float, while_saving: bool) -> str:
