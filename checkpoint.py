@@ -71,8 +71,8 @@ class DurableIO(TorchCheckpointIO):
         try:
             with replacing(Path(path)) as file:
                 torch.save(checkpoint, file)
-        except (OSError, RuntimeError) as error:
-            self.problem = error
+        except (OSError, RuntimeError) as error:  # torch's writer stumbles over what the file's own error leaves behind
+            self.problem = error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 class Checkpoints:

@@ -22,6 +22,7 @@ class Interrupts(contextlib.AbstractContextManager):
 
     def __init__(self):
         self.received = 0  # the number of the first signal, 0: none
+        self.stopped = False  # the run has come to its end by a signal, here or on another rank
         self._interrupted_at: float | None = None
 
     def __enter__(self) -> "Interrupts":
@@ -36,8 +37,8 @@ class Interrupts(contextlib.AbstractContextManager):
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._handlers.items():
-            # A launcher may hand it on once more while this process ends; its exit status is to stand.
-            signal.signal(number, signal.SIG_IGN if self.received else handler)
+            # A launcher may hand a signal on once more while this process ends, whose exit status is to stand.
+            signal.signal(number, signal.SIG_IGN if self.stopped else handler)
         self._writer.close()
 
     def _forget(self) -> None:

@@ -174,8 +174,9 @@ class Trainer:
             log_is_due = evaluation or progress.steps % self.config.log_interval == 0
             if log_is_due and not self.log_step(plan, moments, evaluation):
                 return "diverged"
-            self.save_when_due(evaluation)
-            if self.interrupts.received and not self.finished():
+            self.stop_signal = self.save_when_due(evaluation)
+            if self.stop_signal and not self.finished():
+                self.interrupts.stopped = True
                 return "interrupted"
         if self.checkpoints.saved_step != progress.steps:
             self.save()
@@ -320,17 +321,16 @@ class Trainer:
             )
         return diverged_at is None
 
-    def save_when_due(self, evaluation: dict[str, float]) -> None:
-        """Save a checkpoint where any rank finds that one is due, or has received a signal: then all have."""
+    def save_when_due(self, evaluation: dict[str, float]) -> int:
+        """Save a checkpoint where any rank finds one due or has received a signal; gives the signal's number, or 0."""
         progress = self.progress
         wanted = self.interrupts.received or (SAVE if self.checkpoints.due(progress.steps) else GO_ON)
         agreed = launch.largest_over_ranks(self.fabric, wanted)
-        if agreed > SAVE:
-            self.interrupts.received = agreed
         if best := bool(evaluation) and self.validation.is_best():
             progress.best_step = progress.steps
         if best or agreed:
             self.save()
+        return agreed if agreed > SAVE else 0
 
     def state(self) -> dict[str, Any]:
         """What Fabric saves and restores by itself."""
@@ -537,7 +537,7 @@ def conclude(trainer: Trainer, status: str) -> None:
     show_summary(log, log.finish(status, trainer.results()))
     if status == "interrupted":
         command = launch.resume_command(log.folder.parent, log.folder.name)
-        log.say(f"interrupted by {signal.Signals(trainer.interrupts.received).name}; go on with:\n  {command}")
+        log.say(f"interrupted by {signal.Signals(trainer.stop_signal).name}; go on with:\n  {command}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,8 +9,9 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ class RunLog:
         self._writer = csv.DictWriter(self._csv, COLUMNS, restval="")
         if not self._csv.tell():
             self._writer.writeheader()
+        threading.excepthook = _handed_on(threading.excepthook)
         self._tensorboard = TensorBoardLogger(config.out_dir, self.folder.name, version="")
         by_samples = config.training_type == "sample"
         self._bar = tqdm(
@@ -174,7 +176,8 @@ class RunLog:
             if axis == "sample":
                 metrics["sample/step"] = row["step"]
                 metrics |= {f"sample/{name}": getattr(self.config, name) for name in ("eta", "theta", "nu")}
-            self._tensorboard.log_metrics(metrics, step=at)
+            for tag, value in metrics.items():
+                self._tensorboard.experiment.add_scalar(tag, value, at)
 
     def advance(self, done: int) -> None:
         """Move the progress bar to `done` samples or steps; a log file gets a line now and then."""
@@ -213,6 +216,11 @@ class RunLog:
                 file.write(json.dumps(finite, indent=2, allow_nan=False) + "\n")
             report.curves(self.folder)
         return summary
+
+
+def _handed_on(report: Callable) -> Callable:
+    """A hook for errors in threads: TensorBoard's writer hands its own on to the next write and need not print it."""
+    return lambda error: None if type(error.thread).__name__ == "_AsyncWriterThread" else report(error)
 
 
 def _rewind(source: Path, folder: Path, sizes: dict[str, int]) -> None:
