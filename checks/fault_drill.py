@@ -97,10 +97,14 @@ def _run(options: Sequence[str]) -> None:
         sys.exit(main.main([*OPTIONS, *options]))
 
 
-def kill(process: multiprocessing.Process, folder: Path, seconds: float, while_saving: bool) -> str:
-    """SIGKILL after so many seconds of the run, or when a checkpoint is half written; says what was hit."""
+def wait_for_rows(process: multiprocessing.Process, folder: Path) -> None:
     while process.is_alive() and not (folder / "metrics.csv").exists():
         time.sleep(0.001)
+
+
+def kill(process: multiprocessing.Process, folder: Path, seconds: float, while_saving: bool) -> str:
+    """SIGKILL after so many seconds of the run, or when a checkpoint is half written; says what was hit."""
+    wait_for_rows(process, folder)
     until = time.monotonic() + seconds
     while process.is_alive() and time.monotonic() < until:
         time.sleep(0.001)
@@ -120,8 +124,9 @@ def drill(rounds: int, seed: int, out_dir: Path) -> bool:
     """All rounds; True where every one ended as the undisturbed run did."""
     draw, lengths, hits, good = random.Random(seed), {}, {}, 0
     for name, options in TESTS.items():
-        began = time.monotonic()
         process = start(*options, f"--out_dir={out_dir}", f"--run_name={name}")
+        wait_for_rows(process, out_dir / name)
+        began = time.monotonic()
         process.join()
         assert process.exitcode == 0, f"the undisturbed run ended with status {process.exitcode}"
         lengths[name] = time.monotonic() - began
@@ -129,7 +134,7 @@ def drill(rounds: int, seed: int, out_dir: Path) -> bool:
         name, run = list(TESTS)[number % len(TESTS)], f"round-{number}"
         options = [*TESTS[name], f"--out_dir={out_dir}", f"--run_name={run}"]
         first = start(*options)
-        hit = kill(first, out_dir / run, draw.uniform(0, 0.8 * lengths[name]), while_saving=number % 2 == 1)
+        hit = kill(first, out_dir / run, draw.uniform(0, 0.6 * lengths[name]), while_saving=number % 2 == 1)
         second = start(*options)
         second.join()
         found = differences(out_dir / name, out_dir / run) if second.exitcode == 0 else [f"status {second.exitcode}"]

@@ -33,7 +33,7 @@ SlurmctldHost=$(hostname -s)(127.0.0.1)
 SlurmctldPort=26817
 SlurmUser=$(id -un)
 SlurmdUser=$(id -un)
-AuthInfo=socket=$home/munge.socket,cred_expire=10
+AuthInfo=socket=$home/munge.socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation=$home/state
 SlurmctldPidFile=$home/slurmctld.pid
