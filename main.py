@@ -5,7 +5,7 @@ One process or several on this machine:
     fabric run main.py --devices=4 --model=resnet18 --dataset=cifar10 --test_type=norm --eta=0.5
     torchrun --nproc_per_node=4 main.py …
 On a cluster:
-    srun python main.py …
+    srun --kill-on-bad-exit=1 python main.py …
 
 Exit status: 0 finished, 1 failed, 2 refused (bad options or data), 3 diverged, 75 interrupted by a signal after a
 checkpoint was saved (--resume=auto goes on), 130 ended at once by a second SIGINT.
@@ -388,6 +388,7 @@ class Trainer:
             "samples": progress.samples,
             "mean_batch_size": progress.samples / max(progress.steps, 1),
             "final_batch_size": progress.batch_size,
+            "best_checkpoint": progress.best_step and self.checkpoints.path(progress.best_step).name,
             "world_size": self.fabric.world_size,
             "device": device_name(self.fabric.device),
         }

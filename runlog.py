@@ -125,7 +125,7 @@ class RunLog:
         return folder
 
     def _write_config(self, world_size: int) -> None:
-        with replacing(self.folder / "config.yaml", "w") as file:
+        with self._writing(), replacing(self.folder / "config.yaml", "w") as file:
             file.write(f"# The options as they were in effect, on {world_size} processes. Again: --config THIS_FILE\n")
             yaml.safe_dump(plain_options(self.config), file, sort_keys=False, allow_unicode=True)
 

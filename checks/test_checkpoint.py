@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import json
 import os
 import shutil
 import signal
@@ -54,6 +55,8 @@ def test_the_newest_and_the_best_are_kept(tmp_path, capsys):
     best = max(accuracy, key=accuracy.get)
     assert best != 12
     assert set(checkpoint.steps_of(tmp_path / "run" / "checkpoints")) == {best, 12}
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["best_checkpoint"] == f"step-{best:08}.pt"
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
