@@ -35,4 +35,4 @@ install-imagenet: .venv/.installed-imagenet
 	touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .slurm .pytest_cache .ruff_cache .hypothesis

@@ -26,8 +26,8 @@ class UsageError(Exception):
     """Something the user can put right: shown as one line, without a traceback. Names the option and the remedy."""
 
 
-class RankError(UsageError):
-    """Met by one rank alone, while the others wait for it: that rank says it."""
+class RunError(Exception):
+    """A run that cannot go on: shown as one line, without a traceback. Says what happened and what to do."""
 
 
 def in_one_line(error: Exception) -> str:
@@ -217,6 +217,21 @@ class LogOptions:
 
 
 @dataclass
+class CheckpointOptions:
+    """Checkpoints"""
+
+    checkpoint_interval: int = 0
+    """save a checkpoint every so many steps, too; 0: by the clock, when the validation accuracy is best, at the end"""
+    checkpoint_minutes: float = 10.0
+    """save a checkpoint after so many minutes without one [min]; 0: not by the clock"""
+    keep_checkpoints: int = 2
+    """keep so many of the newest checkpoints, and the one with the best validation accuracy"""
+    resume: str | None = None
+    """auto: go on from the newest whole checkpoint of the run's folder, start where there is none (needs run_name);
+    or a run's folder or checkpoint to go on from; default: start a new run"""
+
+
+@dataclass
 class Config(
     DataOptions,
     ModelOptions,
@@ -228,6 +243,7 @@ class Config(
     DurationOptions,
     DeviceOptions,
     LogOptions,
+    CheckpointOptions,
 ):
     """All options of a run."""
 
@@ -248,10 +264,11 @@ class Config(
         positive = (
             "batch_size max_batch_size max_micro_batch_size max_test_micro_batch_size gradient_accumulation_steps "
             "eta theta nu test_interval test_groups learning_rate max_lr gamma max_samples max_iters devices num_nodes "
-            "log_interval linear_ramp_up_increment lr_decay_samples lr_decay_iters batch_ahead"
+            "log_interval linear_ramp_up_increment lr_decay_samples lr_decay_iters batch_ahead keep_checkpoints"
         )
         not_negative = (
-            "num_workers weight_decay grad_clip min_lr warmup_samples warmup_iters eval_interval momentum seed"
+            "num_workers weight_decay grad_clip min_lr warmup_samples warmup_iters eval_interval momentum seed "
+            "checkpoint_interval checkpoint_minutes"
         )
         for name in positive.split():
             _require_range(name, getattr(self, name), "positive", lambda value: value > 0)

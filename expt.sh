@@ -3,9 +3,14 @@
 #   ./expt.sh                                                    lists the experiments
 #   ./expt.sh NAME [options…]                                    runs one; later options override
 #   ./expt.sh sweep NAME --eta=0.05,0.1 --seed=1,2,3 [options…]  runs a grid; --dry-run lists its points
+#SBATCH --signal=USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
 set -euo pipefail
 home=$(dirname "${BASH_SOURCE[0]}")
-[[ -f $home/main.py ]] || home=${SLURM_SUBMIT_DIR:-$home} # sbatch runs a copy that lies elsewhere
+if [[ ! -f $home/main.py && -n ${SLURM_JOB_ID:-} ]]; then # sbatch runs a copy of this file, elsewhere
+  home=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p' | head -n 1)")
+fi
 cd "$home"
 [[ -x .venv/bin/fabric ]] && PATH="$PWD/.venv/bin:$PATH"
 
@@ -61,9 +66,22 @@ refuse() {
   exit 2
 }
 
-# run_training OPTION…: one run to its end. Slurm jobs that share a machine get ports of their own.
+# run_training OPTION…: one run; by `fabric run`, under Slurm by `srun`, one process a task of the allocation. A run that a
+# signal interrupts there (USR1 comes 120 s before the time limit) has saved a checkpoint: the job goes back to the queue.
 run_training() {
-  fabric run main.py ${SLURM_JOB_ID:+"--main-port=$((20000 + SLURM_JOB_ID % 10000))"} "$@"
+  local status=0
+  if [[ -z ${SLURM_JOB_ID:-} ]]; then
+    fabric run main.py "$@"
+    return
+  fi
+  trap : USR1 TERM # the tasks get them, too; this script stays to see how they end
+  srun --kill-on-bad-exit=1 python main.py "$@" || status=$?
+  # 75: interrupted; 138: by USR1 itself, before the program could attend to it (nothing is lost then, either).
+  if [[ $status -eq 75 || $status -eq 138 ]]; then
+    scontrol requeue "$SLURM_JOB_ID"
+    exit "$status"
+  fi
+  return "$status"
 }
 
 # run_experiment NAME [OPTION…]
@@ -120,6 +138,7 @@ sweep() {
       *) refuse "'$word': the options of a sweep are written --NAME=VALUE or --NAME=VALUE,VALUE" ;;
     esac
   done
+  trap 'exit 130' INT # ends the sweep with the run that it interrupts
   local first=${SLURM_ARRAY_TASK_ID:-0}
   for ((i = first; i == first || ${SLURM_ARRAY_TASK_ID:--1} < 0; i++)); do
     choose_point "$i" || break
@@ -130,7 +149,7 @@ sweep() {
     if [[ $status == diverged ]]; then # it would again
       failed+=("$folder (diverged)")
     else
-      run_experiment "$name" "${point[@]}" "--out_dir=$out_dir" "--run_name=${folder##*/}" ||
+      run_experiment "$name" "${point[@]}" "--out_dir=$out_dir" "--run_name=${folder##*/}" --resume=auto ||
         failed+=("$folder (exit status $?)")
     fi
   done
@@ -149,5 +168,12 @@ case ${1:-} in
     for name in "${names[@]}"; do printf '  %-28s %s\n' "$name" "${about[$name]}"; done
     ;;
   sweep) sweep "${@:2}" ;;
-  *) run_experiment "$@" ;;
+  *)
+    run=()
+    if [[ -n ${SLURM_JOB_ID:-} ]]; then # named after the job, so that it finds itself again; an array's task is a seed
+      task=${SLURM_ARRAY_TASK_ID:-}
+      run=(--run_name="slurm-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${task:+-$task}" --resume=auto ${task:+--seed="$task"})
+    fi
+    run_experiment "$1" "${run[@]}" "${@:2}"
+    ;;
 esac

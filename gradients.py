@@ -14,6 +14,7 @@ gradient is averaged once over the ranks.
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ from ghost import GhostMode, at_least_single, per_sample_norms_sq
 from models import couples_samples, per_sample_copy
 from tests import Moments
 
+Result = TypeVar("Result")
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(outputs, targets) of a batch → scalar: the mean (or sum) of the samples' losses."""
 
@@ -81,13 +83,13 @@ def build(
     if test_gradients == "micro_batch":
         return MicroBatchGradients(*arguments, num_groups=num_groups), []
     if test_gradients == "vmap":
-        return PerSampleGradients(*arguments), []
+        return PerSampleGradients(*arguments, notify=notify), []
     ghost = GhostNorms(*arguments, in_training_pass=in_training_pass and not couples_samples(model), notify=notify)
     problem = ghost.check(*probe)
     if not problem:
         return ghost, []
     if test_gradients == "auto":
-        return PerSampleGradients(*arguments), [f"test_gradients=auto takes vmap: {problem}"]
+        return PerSampleGradients(*arguments, notify=notify), [f"test_gradients=auto takes vmap: {problem}"]
     return ghost, [f"test_gradients=ghost takes per-sample gradients in part: {problem}"]
 
 
@@ -167,16 +169,22 @@ class Estimator:
         """The parameters that are trained, by name."""
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
-    def _add_to_gradient_sum(self, gradients: dict[str, Tensor]) -> None:
-        for name, gradient in gradients.items():
-            self.gradient_sum[name] = self.gradient_sum[name] + gradient if name in self.gradient_sum else gradient
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """On the device, which is the host where there is no other."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 class _OwnPass(Estimator):
-    """An estimator with a pass of its own, over a copy of the model in which no layer couples samples."""
+    """An estimator with a pass of its own, over a copy of the model in which no layer couples samples.
 
-    def __init__(self, *arguments, **keywords):
-        super().__init__(*arguments, **keywords)
+    Args:
+        notify: called with a line where something turns out later.
+    """
+
+    def __init__(self, *arguments, notify: Callable[[str], None] = lambda line: None):
+        super().__init__(*arguments)
+        self.notify = notify
         self.template = per_sample_copy(self.model)
         self._known = {name for name, _ in (*self.template.named_parameters(), *self.template.named_buffers())}
 
@@ -201,6 +209,42 @@ class _OwnPass(Estimator):
     def _chunks(self, inputs: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         return zip(inputs.split(self.max_micro_batch_size), targets.split(self.max_micro_batch_size))
 
+    def _observe_in_chunks(self, measure: Callable, inputs: Tensor, targets: Tensor, random_states: list) -> None:
+        """Add a micro-batch by `measure`: a chunk → Σ‖g_i‖², Σ g_i by parameter."""
+
+        def measure_all() -> tuple[Tensor, dict[str, Tensor]]:
+            norms_sq, total = self.sums.new_zeros(()), {}
+            with _restored(random_states, inputs.device):
+                for chunk in self._chunks(inputs, targets):
+                    of_chunk, gradients = measure(chunk)
+                    norms_sq += of_chunk
+                    total = _added(total, gradients)
+            return norms_sq, total
+
+        norms_sq, gradients = self._in_memory(measure_all)
+        self._add(len(inputs), norms_sq)
+        self.gradient_sum = _added(self.gradient_sum, gradients)
+
+    def _in_memory(self, work: Callable[[], Result]) -> Result:
+        """The result of a pass of the test's own; where it runs out of memory, of one in chunks half as large."""
+        while True:
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or not self._can_halve():
+                    raise
+            # Here nothing refers to the tensors of that pass any more.
+            self.max_micro_batch_size //= 2
+            self.notify(
+                f"out of memory in the test's own pass: it goes on with {self.max_micro_batch_size} samples at a time "
+                f"(as --max_test_micro_batch_size={self.max_micro_batch_size})"
+            )
+            if self.sums.is_cuda:
+                torch.cuda.empty_cache()
+
+    def _can_halve(self) -> bool:
+        return self.max_micro_batch_size > 1
+
     def _again(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The observed micro-batches a second time, in chunks, drawing what was drawn the first time."""
         for inputs, targets, random_states in self.observed:
@@ -219,17 +263,18 @@ class PerSampleGradients(_OwnPass):
     @contextlib.contextmanager
     def observe(self, inputs: Tensor, targets: Tensor, loss_scale: float = 1.0) -> Iterator[None]:
         random_states = _random_states(inputs.device)
-        with _restored(random_states, inputs.device):
-            for chunk in self._chunks(inputs, targets):
-                gradients = self.per_sample_gradients(*chunk)
-                self._add(len(chunk[0]), _norms_sq(gradients).sum())
-                self._add_to_gradient_sum({name: gradient.sum(0) for name, gradient in gradients.items()})
+
+        def norms_and_gradient(chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            gradients = self.per_sample_gradients(*chunk)
+            return _norms_sq(gradients).sum(), {name: gradient.sum(0) for name, gradient in gradients.items()}
+
+        self._observe_in_chunks(norms_and_gradient, inputs, targets, random_states)
         if self.inner_products:
             self.observed.append((inputs, targets, random_states))
         yield
 
     def inner_product_sums(self, mean: dict[str, Tensor], grad_scale: float) -> Tensor:
-        return self.inner_products_with(mean, self._again())
+        return self._in_memory(lambda: self.inner_products_with(mean, self._again()))
 
     def inner_products_with(self, mean: dict[str, Tensor], chunks: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
         """[Σ p_i, Σ p_i²] by the per-sample gradients themselves."""
@@ -260,8 +305,8 @@ class GhostNorms(_OwnPass):
     """
 
     def __init__(self, *arguments, in_training_pass: bool = False, notify: Callable[[str], None] = lambda line: None):
-        super().__init__(*arguments)
-        self.in_training_pass, self.notify = in_training_pass, notify
+        super().__init__(*arguments, notify=notify)
+        self.in_training_pass = in_training_pass
         self.expansions: set[int] | None = None
         self.uncovered: set[str] = set()
         self.reference = PerSampleGradients(*arguments)
@@ -302,16 +347,20 @@ class GhostNorms(_OwnPass):
                 yield
             self._add(len(inputs), mode.norms_sq.sum() / loss_scale**2)
         else:
-            with _restored(random_states, inputs.device):
-                for chunk in self._chunks(inputs, targets):
-                    mode, gradients = self._backward(*chunk)
-                    self._add(len(chunk[0]), mode.norms_sq.sum())
-                    self._add_to_gradient_sum(gradients)
+
+            def norms_and_gradient(chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+                mode, gradient = self._backward(*chunk)
+                return mode.norms_sq.sum(), gradient
+
+            self._observe_in_chunks(norms_and_gradient, inputs, targets, random_states)
             yield
         if self.uncovered:
-            for chunk in self._chunks(inputs, targets):
-                own = self.reference.per_sample_gradients(*chunk, only=self.uncovered)
-                self.own_norms_sq += _norms_sq(own).sum()
+            self.own_norms_sq += self._in_memory(lambda: self._uncovered_norms_sq(inputs, targets))
+
+    def _uncovered_norms_sq(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        chunks = self._chunks(inputs, targets)
+        own = (self.reference.per_sample_gradients(*chunk, only=self.uncovered) for chunk in chunks)
+        return sum(_norms_sq(gradients).sum() for gradients in own)
 
     def _start(self) -> None:
         super()._start()
@@ -340,15 +389,18 @@ class GhostNorms(_OwnPass):
         """p_i = ⟨∇ℓ_i, ḡ⟩ is the derivative of ℓ_i along ḡ: one forward-mode pass gives those of all samples."""
         if self.forward_mode:
             try:
-                return self._forward_mode_sums(mean)
+                return self._in_memory(lambda: self._forward_mode_sums(mean))
             except (NotImplementedError, RuntimeError) as error:
-                if isinstance(error, torch.OutOfMemoryError):
+                if is_out_of_memory(error):
                     raise
                 self.forward_mode = False
                 self.notify(
                     f"inner products take per-sample gradients: no forward-mode derivative ({_first_line(error)})"
                 )
-        return self.reference.inner_products_with(mean, self._again())
+        return self._in_memory(lambda: self.reference.inner_products_with(mean, self._again()))
+
+    def _can_halve(self) -> bool:
+        return super()._can_halve() and not self.in_training_pass
 
     def _forward_mode_sums(self, mean: dict[str, Tensor]) -> Tensor:
         sums = self.sums.new_zeros(2)
@@ -434,6 +486,10 @@ class MicroBatchGradients(Estimator):
         sizes = self.sums.new_tensor([m for m, _ in self.groups])
         inner = _inner([group for _, group in self.groups], mean) / (grad_scale * self.loss_scale)  # m_k p_k
         return torch.stack([inner.sum(), (inner.square() / sizes).sum()])
+
+
+def _added(total: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: total[name] + gradient if name in total else gradient for name, gradient in gradients.items()}
 
 
 def _merged(groups: list[tuple[int, dict[str, Tensor]]]) -> tuple[int, dict[str, Tensor]]:

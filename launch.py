@@ -1,16 +1,28 @@
-"""Processes and devices: Fabric under every launcher, and refusing something on all ranks at once."""
+"""Processes: Fabric under every launcher, agreeing between ranks, and ending all of them when one fails."""
 
-import contextlib
 import os
-import re
-from collections.abc import Callable
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from config import Config, RankError, UsageError
+from config import Config, RunError, UsageError
+
+GRACE = 5.0
+"""Seconds that a rank which lost another waits, so that whoever knows which one died can say so first."""
 
 
 def start_fabric(config: Config) -> Fabric:
@@ -37,6 +49,7 @@ def start_fabric(config: Config) -> Fabric:
             num_nodes=num_nodes,
             precision=config.precision,
         )
+        _watch(fabric)
         fabric.launch()
         return fabric
     except (RuntimeError, ValueError, TypeError) as error:
@@ -66,44 +79,152 @@ def launched_size() -> tuple[int, int] | None:
 
 
 def together(fabric: Fabric, function: Callable):
-    """Call on every rank; where one is refused, all are, with the same words, so that none is left waiting."""
-    result, problem = None, ""
+    """Call on every rank; where one is refused or fails, all do, with the same words: none is left waiting."""
+    result, problem = None, None
     try:
         result = function()
-    except UsageError as error:
-        problem = str(error)
+    except (UsageError, RunError) as error:
+        problem = error
     problems = [problem]
     if fabric.world_size > 1:
         problems = [None] * fabric.world_size
         dist.all_gather_object(problems, problem)
     for problem in filter(None, problems):
-        raise UsageError(problem)
+        problem.on_all_ranks = True
+        raise problem
     return result
 
 
-@contextlib.contextmanager
-def ending_together(fabric: Fabric):
-    """Where one rank ends in the middle of the run, those that wait for it end, too, and without a traceback.
+def largest_over_ranks(fabric: Fabric, number: int) -> int:
+    """The largest of the ranks' numbers, exchanged on the CPU: the host does not wait for the device."""
+    if fabric.world_size == 1:
+        return number
+    largest = torch.tensor(number)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=_host_group())
+    return int(largest)
 
-    Raises:
-        UsageError: this rank cannot read a sample, a process that reads for it was ended, or another rank has ended.
-    """
-    try:
-        yield
+
+@lru_cache(maxsize=1)
+def _host_group() -> dist.ProcessGroup | None:
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
+# Where one process fails, all must end. torchrun (also inside `fabric run`) and srun see to their processes; those that
+# Fabric starts itself watch each other.
+
+_children: list[subprocess.Popen] = []
+_leaving = threading.Event()
+
+
+def _is_child() -> bool:
+    """Started by the first process of this machine, which Fabric made a copy of (and whose exit status counts)."""
+    external = "LOCAL_WORLD_SIZE" in os.environ or SLURMEnvironment.detect()
+    return not external and int(os.environ.get("LOCAL_RANK", 0)) > 0
+
+
+def _watch(fabric: Fabric) -> None:
+    launcher = getattr(fabric.strategy, "launcher", None)
+    if _is_child():
+        threading.Thread(target=_watch_parent, args=(os.getppid(),), daemon=True).start()
+    elif hasattr(launcher, "procs"):
+        threading.Thread(target=_watch_children, args=(launcher,), daemon=True).start()
+
+
+def _watch_parent(parent: int) -> None:
+    while not _leaving.wait(0.5):
+        if os.getppid() != parent:
+            _say(f"rank {rank_zero_only.rank}: the first process of this machine ({parent}) is gone: the run ends")
+            os._exit(1)
+
+
+def _watch_children(launcher) -> None:
+    while not _leaving.wait(0.2):
+        # Taken away from Fabric's own observer, which kills everything, this process included, without a word.
+        _children.extend(launcher.procs)
+        launcher.procs.clear()
+        for local_rank, process in enumerate(_children, start=1):
+            if process.poll():
+                rank = int(os.environ.get("NODE_RANK", 0)) * launcher.num_processes + local_rank
+                _say(f"rank {rank} (process {process.pid}) {_ended(process.returncode)}: the run ends")
+                leave(1)
+
+
+def _ended(status: int) -> str:
+    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+
+
+def _say(line: str) -> None:
+    print(f"main.py: error: {line}", file=sys.stderr, flush=True)
+
+
+def report(error: Exception) -> None:
+    """Say in one line why the run ends; with a traceback where nobody has foreseen it."""
+    rank = rank_zero_only.rank
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    where = f"rank {rank} on {socket.gethostname()}: " if several else ""
+    if several and _is_lost_contact(error):
+        time.sleep(GRACE)  # for the launcher, which knows which process died, to say so
+        _leaving.set()
+        _say(f"{where}another rank is gone ({_first_line(error)}): the run ends")
         return
-    except RankError as error:
-        refusal = error
-    except RuntimeError as error:
-        if re.search("(closed|reset) by peer|remote process exited", str(error)):
-            raise UsageError("another process of this run has ended; what it said tells why") from None
-        if "DataLoader worker" not in str(error):
-            raise
-        remedy = "where memory or shared memory (/dev/shm) ran out, take fewer --num_workers or a smaller --batch_ahead"
-        refusal = RankError(f"--num_workers: {' '.join(str(error).split())} ({remedy})")
-    if dist.is_initialized() and "nccl" in dist.get_backend():  # the others would wait; gloo tells them
-        for process in getattr(fabric.strategy.launcher, "procs", []):  # other launchers see to that themselves
+    _leaving.set()
+    if isinstance(error, UsageError) or getattr(error, "on_all_ranks", False):
+        if rank == 0:
+            _say(str(error))
+        elif not _is_child():
+            time.sleep(GRACE)  # launchers end all processes when the first one ends: let rank 0 speak before
+    elif isinstance(error, RunError):
+        _say(f"{where}{error}")
+    else:
+        traceback.print_exception(error)
+        _say(f"{where}{type(error).__name__}: {_first_line(error)}")
+
+
+def _is_lost_contact(error: Exception) -> bool:
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].split(". This is typically")[0]
+
+
+def leave(status: int) -> int:
+    """End what the processes share; returns the exit status.
+
+    After a failure nothing is waited for: other ranks may be inside an exchange that nobody will answer.
+    """
+    _leaving.set()
+    if status == 1 and dist.is_initialized():
+        for process in _children:
             process.kill()
-    raise refusal from None
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0 if _is_child() else status
+
+
+def resume_command(out_dir: Path, run_name: str) -> str:
+    """The command that started this run, made to go on with it."""
+    command, kept = _started_by(), []
+    for word in command:
+        option, _, value = word.partition("=")
+        if kept and kept[-1] is None:  # the value of an option that is left out
+            kept[-1] = ""
+        elif option.lstrip("-").replace("-", "_") in ("out_dir", "run_name", "resume") and word.startswith("--"):
+            kept.append("" if value else None)
+        else:
+            kept.append(word)
+    options = [f"--out_dir={out_dir}", f"--run_name={run_name}", "--resume=auto"]
+    return shlex.join([*filter(None, kept), *options])
+
+
+def _started_by() -> Sequence[str]:
+    """The command line of the launcher, or of this process where there is none."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return Path(f"/proc/{os.getppid()}/cmdline").read_text().rstrip("\0").split("\0")
+    return ["srun", *sys.orig_argv] if SLURMEnvironment.detect() else sys.orig_argv
 
 
 def device_name(device: torch.device) -> str:

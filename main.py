@@ -5,62 +5,73 @@ One process or several on this machine:
     fabric run main.py --devices=4 --model=resnet18 --dataset=cifar10 --test_type=norm --eta=0.5
     torchrun --nproc_per_node=4 main.py …
 On a cluster:
-    srun python main.py …
+    srun --kill-on-bad-exit=1 python main.py …
 
-Exit status: 0 finished, 2 refused (bad options or data), 3 diverged.
+Exit status: 0 finished, 1 failed, 2 refused (bad options or data), 3 diverged, 75 interrupted by a signal after a
+checkpoint was saved (--resume=auto goes on), 130 ended at once by a second SIGINT.
 """
 
 import contextlib
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.fabric import Fabric
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import batching
+import checkpoint
 import config as options
 import data
 import gradients
+import launch
 import models
 import optim
 import stream
 import tests
-from config import Config, RankError, UsageError
-from launch import device_name, ending_together, start_fabric, together
+from config import Config, RunError, UsageError
+from interrupts import Interrupts
+from launch import device_name, start_fabric, together
 from metrics import Totals, Validation
 from runlog import RunLog
 
-EXIT_STATUS = {"finished": 0, "refused": 2, "diverged": 3}
+EXIT_STATUS = {"finished": 0, "failed": 1, "refused": 2, "diverged": 3, "interrupted": os.EX_TEMPFAIL}
+GO_ON, SAVE = 0, 1  # what ranks agree on after a step: the largest wins, and the number of a signal is larger
 
 
 @dataclass
 class Progress:
-    """How far a run has come."""
+    """How far a run has come, and what it has said once and for all."""
 
     batch_size: int
     steps: int = 0
     samples: int = 0
+    best_step: int | None = None  # the checkpoint with the best validation accuracy
+    undecided: str = ""  # why the last test decided nothing
+    notices: list[str] = field(default_factory=list)
 
 
 class Trainer:
     """One run: what the loop needs, and the loop."""
 
-    def __init__(self, fabric: Fabric, config: Config):
-        self.fabric = fabric
+    def __init__(self, fabric: Fabric, config: Config, interrupts: Interrupts):
+        self.fabric, self.interrupts = fabric, interrupts
+        config, self.resumed = self.find_checkpoint(config)
         together(fabric, lambda: fabric.is_global_zero and data.prepare(config.dataset, config.data_dir))
         data_set = together(fabric, lambda: data.load(config.dataset, config.data_dir))
         self.samples_per_epoch = len(data_set.train)
         requested_precision = os.environ.get("LT_PRECISION", config.precision)
         self.config = config = together(fabric, lambda: resolve(config, fabric, self.samples_per_epoch))
+        together(fabric, lambda: self.resumed and checkpoint.refuse_differences(config, self.resumed))
         fabric.seed_everything(config.seed, verbose=False)  # the same weights on every rank
         self.module = together(fabric, lambda: models.build(config.model, data_set.image_shape, data_set.num_classes))
         self.min_micro_batch_size = models.smallest_micro_batch(self.module, data_set.image_shape)
@@ -80,18 +91,41 @@ class Trainer:
         self.learning_rate = optim.LearningRate(config, config.max_samples)
         self.schedule = batch_size_schedule(config)
         self.progress = Progress(config.batch_size)
-        self.notices: list[str] = []
-        if not (data_set.in_memory or config.num_workers):
-            self.notices.append("--num_workers=0: the training process itself reads the samples, and waits for them")
-        if fabric.device.type == "cpu" and requested_precision.startswith("16"):
-            self.notices.append(f"precision is {config.precision}: {requested_precision} needs a GPU")
-        self.test, self.estimator = self.set_up_test()
         self.totals = Totals(fabric.device)
         self.validation = Validation(data_set.num_classes, fabric.device)
-        self.told = ""
-        self.log = together(fabric, lambda: RunLog(config, fabric.world_size) if fabric.is_global_zero else None)
-        for line in (introduction(config, self.module, self.samples_per_epoch, fabric), *self.notices):
-            self.say(line)
+        self.log: RunLog | None = None
+        notices = []
+        if not (data_set.in_memory or config.num_workers):
+            notices.append("--num_workers=0: the training process itself reads the samples, and waits for them")
+        if fabric.device.type == "cpu" and requested_precision.startswith("16"):
+            notices.append(f"precision is {config.precision}: {requested_precision} needs a GPU")
+        self.test, self.estimator, told = self.set_up_test()
+        marks = self.restore(self.resumed) if self.resumed else None
+        self.log = together(fabric, lambda: self.open_log(marks))
+        self.checkpoints = checkpoint.Checkpoints(fabric, config, self.log and self.log.folder)
+        self.say(introduction(config, self.module, self.samples_per_epoch, fabric))
+        for line in (*notices, *told):
+            self.notify(line)
+
+    def find_checkpoint(self, config: Config) -> tuple[Config, Path | None]:
+        """The checkpoint to go on from, if any, and the options with what follows from it."""
+        folder = config.out_dir / config.run_name if config.run_name else None
+        found = together(self.fabric, lambda: self.fabric.is_global_zero and checkpoint.find(config.resume, folder))
+        path, warnings = self.fabric.broadcast(found)
+        if self.fabric.is_global_zero and warnings:
+            print(*warnings, sep="\n", file=sys.stderr, flush=True)
+        if path is None:
+            return config, None
+        return together(self.fabric, lambda: checkpoint.continued(config, path)), path
+
+    def open_log(self, marks: dict[str, Any] | None) -> RunLog | None:
+        if not self.fabric.is_global_zero:
+            return None
+        log = RunLog(self.config, self.fabric.world_size, self.resumed and self.resumed.absolute().parent.parent, marks)
+        checkpoint.remove_left_overs(log.folder / "checkpoints", self.resumed)
+        if self.resumed:
+            log.say(f"resuming from {self.resumed}: step {self.progress.steps:,}, samples {self.progress.samples:,}")
+        return log
 
     def refuse_single_samples(self) -> None:
         """Where BatchNorm meets maps of one position, a micro-batch of one sample has nothing to normalise by."""
@@ -105,10 +139,11 @@ class Trainer:
         if least > 1 and c.max_micro_batch_size < 3:
             raise UsageError(f"--max_micro_batch_size: {c.model} has BatchNorm on 1×1 maps and needs 3 or more")
 
-    def set_up_test(self) -> tuple[tests.Test | None, gradients.Estimator | None]:
+    def set_up_test(self) -> tuple[tests.Test | None, gradients.Estimator | None, list[str]]:
+        """The test, where its statistics come from, and what the user should be told of them."""
         c = self.config
         if not c.test:
-            return None, None
+            return None, None, []
         test = tests.build(c.test_type, c.eta, c.theta, c.nu)
         self.model.train()
         estimator, told = gradients.build(
@@ -121,15 +156,14 @@ class Trainer:
             autocast=self.fabric.autocast,
             in_training_pass=not c.compile,
             num_groups=c.test_groups,
-            notify=self.say,
+            notify=self.notify,
         )
-        self.notices += told
         if models.couples_samples(self.module) and c.test_gradients != "micro_batch":
-            self.notices.append(
+            told.append(
                 f"{c.model} has BatchNorm, which couples the samples of a batch: "
                 "--test_gradients=micro_batch is the accurate choice (README, section BatchNorm)"
             )
-        return test, estimator
+        return test, estimator, told
 
     def fit(self) -> str:
         """Train to the end; returns the run's status."""
@@ -145,6 +179,12 @@ class Trainer:
             log_is_due = evaluation or progress.steps % self.config.log_interval == 0
             if log_is_due and not self.log_step(plan, moments, evaluation):
                 return "diverged"
+            self.stop_signal = self.save_when_due(evaluation)
+            if self.stop_signal and not self.finished():
+                self.interrupts.stopped = True
+                return "interrupted"
+        if self.checkpoints.saved_step != progress.steps:
+            self.save()
         return "finished"
 
     def finished(self) -> bool:
@@ -183,6 +223,7 @@ class Trainer:
         loss_scale = fabric.world_size / plan.batch_size
         for i, (inputs, targets) in enumerate(self.stream.take(micro_batches), start=1):
             with (
+                out_of_memory_means("a micro-batch", f"--max_micro_batch_size (this one has {len(inputs)} samples)"),
                 fabric.no_backward_sync(self.model, enabled=i < len(micro_batches)),
                 self.observing(testing, inputs, targets, loss_scale),
             ):
@@ -205,21 +246,24 @@ class Trainer:
             yield
             return
         started = time.perf_counter()
-        with self.estimator.observe(inputs, targets, loss_scale):
+        with contextlib.ExitStack() as observation:
+            with out_of_memory_means(*IN_THE_TEST):
+                observation.enter_context(self.estimator.observe(inputs, targets, loss_scale))
             self.totals.test_time += time.perf_counter() - started
             yield
 
     def test_moments(self) -> tests.Moments:
         started = time.perf_counter()
         scaler = getattr(self.fabric.strategy.precision, "scaler", None)
-        moments = self.estimator.moments(scaler.get_scale() if scaler else 1.0)
+        with out_of_memory_means(*IN_THE_TEST):
+            moments = self.estimator.moments(scaler.get_scale() if scaler else 1.0)
         self.totals.test_time += time.perf_counter() - started
         return moments
 
     def explain(self, decision: tests.Decision | None) -> None:
         """Say why nothing could be decided; once, until the reason changes."""
-        if decision and decision.reason != self.told:
-            self.told = decision.reason
+        if decision and decision.reason != self.progress.undecided:
+            self.progress.undecided = decision.reason
             if decision.reason:
                 self.say(
                     f"step {self.progress.steps}: the test decides nothing, the batch size stays: {decision.reason}"
@@ -239,10 +283,11 @@ class Trainer:
         average_over_ranks(self.module.buffers(), self.fabric.world_size)
         self.model.eval()
         micro_batch_size = min(self.config.max_micro_batch_size, 1024)
-        for inputs, targets in self.stream.validation(
-            self.fabric.global_rank, self.fabric.world_size, micro_batch_size
-        ):
-            self.validation.update(self.model(inputs), targets)
+        with out_of_memory_means("a validation micro-batch", "--max_micro_batch_size"):
+            for inputs, targets in self.stream.validation(
+                self.fabric.global_rank, self.fabric.world_size, micro_batch_size
+            ):
+                self.validation.update(self.model(inputs), targets)
         evaluation = self.validation.compute()
         self.totals.pause(time.perf_counter() - started)
         return evaluation
@@ -281,9 +326,63 @@ class Trainer:
             )
         return diverged_at is None
 
+    def save_when_due(self, evaluation: dict[str, float]) -> int:
+        """Save a checkpoint where any rank finds one due or has received a signal; gives the signal's number, or 0."""
+        progress = self.progress
+        wanted = self.interrupts.received or (SAVE if self.checkpoints.due(progress.steps) else GO_ON)
+        agreed = launch.largest_over_ranks(self.fabric, wanted)
+        if best := bool(evaluation) and self.validation.is_best():
+            progress.best_step = progress.steps
+        if best or agreed:
+            self.save()
+        return agreed if agreed > SAVE else 0
+
+    def state(self) -> dict[str, Any]:
+        """What Fabric saves and restores by itself."""
+        precision = self.fabric.strategy.precision  # with the gradient scaler, if any
+        return {"model": self.model, "optimizer": self.optimizer, "precision": precision}
+
+    def own_state(self) -> dict[str, Any]:
+        """What differs between ranks."""
+        return {
+            "random": checkpoint.random_states(self.fabric.device),
+            "buffers": {name: buffer.cpu() for name, buffer in self.module.named_buffers()},
+            "totals": self.totals.state_dict(),
+        }
+
+    def save(self) -> None:
+        started = time.perf_counter()
+        marks = together(self.fabric, lambda: self.log and self.log.mark())
+        common = {"progress": asdict(self.progress), "history": self.validation.history, "marks": marks}
+        state = {**self.state(), **common}
+        self.checkpoints.save(self.progress.steps, self.progress.best_step, state, self.own_state())
+        self.totals.pause(time.perf_counter() - started)
+
+    def restore(self, path: Path) -> dict[str, Any]:
+        """Go back to what a checkpoint holds, on as many ranks as there are now; gives the log's marks."""
+        rest = self.fabric.load(path, self.state(), weights_only=True)
+        ranks, rank, buffers = rest["ranks"], self.fabric.global_rank, dict(self.module.named_buffers())
+        if len(ranks) == self.fabric.world_size:
+            own = ranks[rank]
+            checkpoint.set_random_states(own["random"], self.fabric.device)
+        else:
+            own = checkpoint.pooled(ranks, rank)
+            torch.manual_seed(self.config.seed + 1 + rank + (self.progress.samples << 32))  # nothing drawn twice
+        self.progress, self.validation.history = Progress(**rest["progress"]), rest["history"]
+        for name, value in own["buffers"].items():
+            buffers[name].copy_(value)
+        self.totals.load_state_dict(own["totals"])
+        return rest["marks"]
+
     def say(self, line: str) -> None:
         if self.log:
             self.log.say(line)
+
+    def notify(self, line: str) -> None:
+        """Say it once in the whole run."""
+        if line not in self.progress.notices:
+            self.progress.notices.append(line)
+            self.say(line)
 
     def results(self) -> dict:
         """What summary.json says of the training itself."""
@@ -294,9 +393,24 @@ class Trainer:
             "samples": progress.samples,
             "mean_batch_size": progress.samples / max(progress.steps, 1),
             "final_batch_size": progress.batch_size,
+            "best_checkpoint": progress.best_step and self.checkpoints.path(progress.best_step).name,
             "world_size": self.fabric.world_size,
             "device": device_name(self.fabric.device),
         }
+
+
+IN_THE_TEST = "the test", "--max_test_micro_batch_size or --max_micro_batch_size (or take --test_gradients=micro_batch)"
+
+
+@contextlib.contextmanager
+def out_of_memory_means(where: str, options: str):
+    """Raises: RunError where the device's memory does not suffice for what is inside."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not gradients.is_out_of_memory(error):
+            raise
+        raise RunError(f"out of memory on the device in {where}: lower {options}") from None
 
 
 def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -341,6 +455,9 @@ def resolve(config: Config, fabric: Fabric, training_samples: int) -> Config:
         effective["batch_size"] = sizes[0]
         if not config.samples_stages:
             effective["samples_stages"] = [effective.get("max_samples", config.max_samples) // len(sizes)] * len(sizes)
+    unit = {"sample": "samples", "iter": "iters"}[config.lr_decay_type]
+    if config.decay_lr and getattr(config, f"lr_decay_{unit}") is None:
+        effective[f"lr_decay_{unit}"] = effective.get(f"max_{unit}", getattr(config, f"max_{unit}"))
     if config.max_batch_size is None:
         effective["max_batch_size"] = max([training_samples, *config.global_batch_sizes])
     smallest = min(config.global_batch_sizes) if config.stagewise_ramp_up else config.batch_size
@@ -402,21 +519,31 @@ def show_summary(log: RunLog, summary: dict) -> None:
     log.say("\n".join([f"\n{summary['status']}", *(f"  {name:<20} {value}" for name, value in rows.items())]))
 
 
-def run(config: Config) -> str:
+def run(config: Config, interrupts: Interrupts) -> str:
     """Train as the options say; returns the status.
 
     Raises:
         UsageError: the options cannot be met.
+        RunError: the run cannot go on.
     """
     fabric = start_fabric(config)
     if fabric._precision.precision == "64-true":
         torch.set_default_dtype(torch.float64)  # else Fabric hands the model's outputs back in float32
-    trainer = Trainer(fabric, config)
-    with ending_together(fabric):
-        status = trainer.fit()
-    if trainer.log:
-        show_summary(trainer.log, trainer.log.finish(status, trainer.results()))
+    trainer = Trainer(fabric, config, interrupts)
+    status = trainer.fit()
+    together(fabric, lambda: trainer.log and conclude(trainer, status))
     return status
+
+
+def conclude(trainer: Trainer, status: str) -> None:
+    """The end of a run, on the first rank: weights, summary, and how to go on."""
+    log = trainer.log
+    if status == "finished":
+        log.save_weights(trainer.module)
+    show_summary(log, log.finish(status, trainer.results()))
+    if status == "interrupted":
+        command = launch.resume_command(log.folder.parent, log.folder.name)
+        log.say(f"interrupted by {signal.Signals(trainer.stop_signal).name}; go on with:\n  {command}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -425,16 +552,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     try:
-        status = run(options.parse(arguments))
+        with Interrupts() as interrupts:
+            status = run(options.parse(arguments), interrupts)
     except UsageError as error:
-        if rank_zero_only.rank == 0 or isinstance(error, RankError):
-            print(f"main.py: error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(5)  # launchers end all processes when the first one ends: let rank 0 speak before
+        launch.report(error)
         status = "refused"
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return EXIT_STATUS[status]
+    except Exception as error:
+        launch.report(error)
+        status = "failed"
+    return launch.leave(EXIT_STATUS[status])
 
 
 if __name__ == "__main__":

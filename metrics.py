@@ -2,6 +2,7 @@
 
 import math
 import time
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,21 @@ class Totals:
         self.steps: set[int] = set()
         self.test_time = 0.0
         self.started = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "sums": self.sums.cpu(),
+            "not_finite_at": self.not_finite_at.cpu(),
+            "steps": sorted(self.steps),
+            "test_time": self.test_time,
+            "seconds": time.perf_counter() - self.started,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sums.copy_(state["sums"])
+        self.not_finite_at.copy_(state["not_finite_at"])
+        self.steps, self.test_time = set(state["steps"]), state["test_time"]
+        self.started = time.perf_counter() - state["seconds"]
 
     def pause(self, seconds: float) -> None:
         """Do not count these seconds."""
@@ -80,6 +96,11 @@ class Validation:
             metric.reset()
         self.history.append(evaluation)
         return evaluation
+
+    def is_best(self) -> bool:
+        """The last accuracy is above all before it."""
+        *before, last = (evaluation["val_accuracy"] for evaluation in self.history)
+        return last > max(before, default=-math.inf)
 
     def results(self) -> dict[str, float | None]:
         """Last and best values, as summary.json has them; None where nothing was evaluated."""

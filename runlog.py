@@ -1,14 +1,18 @@
 """What a run leaves behind and shows: its folder, metrics.csv, TensorBoard events, progress, summary.json."""
 
+import contextlib
 import csv
-import dataclasses
 import json
 import math
+import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ from tqdm import tqdm
 
 import figures
 import runs
+from checkpoint import plain_options, replacing, unwritable
 from config import Config, UsageError
 
 COLUMNS = """
@@ -63,6 +68,8 @@ def default_name(config: Config) -> str:
     return "_".join([*names, schedule, f"seed{config.seed}", time.strftime("%Y%m%d-%H%M%S")])
 
 
+EVENTS = "events.out.tfevents.*"
+"""TensorBoard's files; every start of a run makes a new one."""
 QUIET_SECONDS = 60.0
 """Without a progress bar, a line of progress follows after so long without any."""
 
@@ -70,19 +77,30 @@ QUIET_SECONDS = 60.0
 class RunLog:
     """The run's folder and its progress; made and used by global rank 0 alone.
 
+    Args:
+        config: the options in effect.
+        world_size: number of processes.
+        resumed: the run folder of the checkpoint that the run goes on from; None for a new run.
+        marks: `mark` as it was at that checkpoint.
+
     Raises:
         UsageError: the folder exists already or cannot be made.
     """
 
-    def __init__(self, config: Config, world_size: int):
+    def __init__(self, config: Config, world_size: int, resumed: Path | None = None, marks: dict | None = None):
         self.config = config
-        self.folder = self._make_folder()
-        self.start = self._last_line = time.perf_counter()
-        (self.folder / "checkpoints").mkdir()
+        self.folder = self._make_folder(resumed)
+        marks = marks or {"files": {}, "seconds": 0.0}
+        _rewind(resumed or self.folder, self.folder, marks["files"])
+        self._last_line = time.perf_counter()
+        self.start = self._last_line - marks["seconds"]
+        (self.folder / "checkpoints").mkdir(exist_ok=True)
         self._write_config(world_size)
-        self._csv = open(self.folder / "metrics.csv", "w", newline="")  # noqa: SIM115 (closed by `finish`)
+        self._csv = open(self.folder / "metrics.csv", "a", newline="")  # noqa: SIM115 (closed by `finish`)
         self._writer = csv.DictWriter(self._csv, COLUMNS, restval="")
-        self._writer.writeheader()
+        if not self._csv.tell():
+            self._writer.writeheader()
+        threading.excepthook = _handed_on(threading.excepthook)
         self._tensorboard = TensorBoardLogger(config.out_dir, self.folder.name, version="")
         self._tensorboard.experiment.add_text("run", provenance_card())
         by_samples = config.training_type == "sample"
@@ -95,14 +113,14 @@ class RunLog:
             bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]{postfix}",
         )
 
-    def _make_folder(self) -> Path:
+    def _make_folder(self, resumed: Path | None) -> Path:
         name = self.config.run_name or default_name(self.config)
         folder, count = self.config.out_dir / name, 1
         while not self.config.run_name and folder.exists():
             count += 1
             folder = self.config.out_dir / f"{name}-{count}"
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=self.config.resume == "auto" or folder.absolute() == resumed)
         except FileExistsError:
             raise UsageError(f"--run_name={name}: {folder} exists already: choose another name or remove it") from None
         except OSError as error:
@@ -111,13 +129,29 @@ class RunLog:
         return folder
 
     def _write_config(self, world_size: int) -> None:
-        options = {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in dataclasses.asdict(self.config).items()
-        }
-        with open(self.folder / "config.yaml", "w") as file:
+        with self._writing(), replacing(self.folder / "config.yaml", "w") as file:
             file.write(f"# The options as they were in effect, on {world_size} processes. Again: --config THIS_FILE\n")
-            yaml.safe_dump(options, file, sort_keys=False, allow_unicode=True)
+            yaml.safe_dump(plain_options(self.config), file, sort_keys=False, allow_unicode=True)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Raises: RunError where the folder takes no more."""
+        try:
+            yield
+        except OSError as error:
+            raise unwritable(Path(error.filename or self.folder), error) from None
+
+    def mark(self) -> dict[str, Any]:
+        """Where the run stands, for a checkpoint: the size of each file that grows [bytes], the time so far [s]."""
+        sizes = {}
+        with self._writing():
+            self._csv.flush()
+            self._tensorboard.experiment.flush()
+            for path in (self.folder / "metrics.csv", *self.folder.glob(EVENTS)):
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+                    sizes[path.name] = os.fstat(file.fileno()).st_size
+        return {"files": sizes, "seconds": time.perf_counter() - self.start}
 
     def say(self, line: str) -> None:
         """A line on standard output that does not break the progress bar."""
@@ -127,14 +161,10 @@ class RunLog:
 
     def write(self, row: dict[str, Any]) -> None:
         """One row of metrics.csv and of TensorBoard; keys are `COLUMNS`, what is missing stays empty."""
-        self._writer.writerow({name: value for name, value in row.items() if value is not None})
-        self._csv.flush()
-        for axis, at in (("sample", row["samples"]), ("step", row["step"])):
-            metrics = {f"{axis}/{tag}": row[name] for name, tag in TAGS.items() if row.get(name) is not None}
-            if axis == "sample":
-                metrics["sample/step"] = row["step"]
-                metrics |= {f"sample/{name}": getattr(self.config, name) for name in ("eta", "theta", "nu")}
-            self._tensorboard.log_metrics(metrics, step=at)
+        with self._writing():
+            self._writer.writerow({name: value for name, value in row.items() if value is not None})
+            self._csv.flush()
+            self._write_events(row)
         self._progress = (
             f"step {row['step']:>6,}  samples {row['samples']:>10,}  batch {row['batch_size']:>7,}  "
             f"train loss {row['train_loss']:.4f}  {row['samples_per_second']:,.0f} samples/s"
@@ -144,6 +174,15 @@ class RunLog:
             refresh=False,
         )
 
+    def _write_events(self, row: dict[str, Any]) -> None:
+        for axis, at in (("sample", row["samples"]), ("step", row["step"])):
+            metrics = {f"{axis}/{tag}": row[name] for name, tag in TAGS.items() if row.get(name) is not None}
+            if axis == "sample":
+                metrics["sample/step"] = row["step"]
+                metrics |= {f"sample/{name}": getattr(self.config, name) for name in ("eta", "theta", "nu")}
+            for tag, value in metrics.items():
+                self._tensorboard.experiment.add_scalar(tag, value, at)
+
     def advance(self, done: int) -> None:
         """Move the progress bar to `done` samples or steps; a log file gets a line now and then."""
         self._bar.update(min(done, self._bar.total) - self._bar.n)
@@ -152,10 +191,16 @@ class RunLog:
             left = max(self._bar.total / done - 1, 0) * (now - self.start)
             self.say(f"{self._progress}  {tqdm.format_interval(left)} left")
 
+    def save_weights(self, module: torch.nn.Module) -> None:
+        """model.pt: the plain weights, for `module.load_state_dict(torch.load("model.pt"))` on any device."""
+        with self._writing(), replacing(self.folder / "model.pt") as file:
+            torch.save({name: value.cpu() for name, value in module.state_dict().items()}, file)
+
     def finish(self, status: str, results: dict[str, Any]) -> dict[str, Any]:
         """Close the files; write summary.json, TensorBoard's hyper-parameters and curves.png. Returns the summary."""
         self._bar.close()
-        self._csv.close()
+        with self._writing():
+            self._csv.close()
         summary = {
             "status": status,
             **results,
@@ -170,10 +215,12 @@ class RunLog:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in summary.items()
         }
-        (self.folder / "summary.json").write_text(json.dumps(finite, indent=2, allow_nan=False) + "\n")
-        self._log_hyperparameters(finite)
-        self._tensorboard.finalize(status)
-        figures.curves(self.folder)
+        with self._writing():
+            with replacing(self.folder / "summary.json", "w") as file:
+                file.write(json.dumps(finite, indent=2, allow_nan=False) + "\n")
+            self._log_hyperparameters(finite)
+            self._tensorboard.finalize(status)
+            figures.curves(self.folder)
         return summary
 
     def _training_results(self) -> dict[str, float | None]:
@@ -190,13 +237,39 @@ class RunLog:
 
     def _log_hyperparameters(self, summary: dict[str, Any]) -> None:
         """The options and what came of them, for TensorBoard's view HParams."""
-        options = {name: value for name, value in dataclasses.asdict(self.config).items() if value is not None}
+        options = {name: value for name, value in plain_options(self.config).items() if value is not None}
         names = (
             "val_accuracy val_loss best_val_accuracy best_val_loss train_loss steps samples mean_batch_size "
             "final_batch_size wall_time samples_per_second"
         )
         results = {f"final/{name}": summary[name] for name in names.split() if summary[name] is not None}
         self._tensorboard.log_hyperparams({**options, "status": summary["status"]}, results, summary["steps"])
+
+
+def _handed_on(report: Callable) -> Callable:
+    """A hook for errors in threads: TensorBoard's writer hands its own on to the next write and need not print it."""
+    return lambda error: None if type(error.thread).__name__ == "_AsyncWriterThread" else report(error)
+
+
+def _rewind(source: Path, folder: Path, sizes: dict[str, int]) -> None:
+    """Bring the growing files to what they were at a checkpoint: later rows and events are written anew.
+
+    Args:
+        source: the run's folder of then; where it is another one, its files are copied.
+        folder: the run's folder.
+        sizes: by file name [bytes].
+    """
+    for name in ("summary.json", "model.pt"):
+        (folder / name).unlink(missing_ok=True)
+    for path in (folder / "metrics.csv", *folder.glob(EVENTS)):
+        if path.name not in sizes:
+            path.unlink(missing_ok=True)
+    for name, size in sizes.items():
+        path = folder / Path(name).name  # whatever a checkpoint says, nothing outside the folder is touched
+        if source.absolute() != folder.absolute() and (source / path.name).is_file():
+            shutil.copyfile(source / path.name, path)
+        if path.is_file() and path.stat().st_size > size:
+            os.truncate(path, size)
 
 
 def peak_memory_bytes() -> int:

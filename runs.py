@@ -12,10 +12,11 @@ from typing import Any
 
 import yaml
 
-from config import Config, TestOptions, UsageError, nearest
+from config import CheckpointOptions, Config, TestOptions, UsageError, nearest
 
 FILES = ("config.yaml", "metrics.csv", "summary.json")
-NOT_COMPARED = {"seed", "run_name", "out_dir", "data_dir", "resume"}
+NOT_COMPARED = {"seed", "run_name", "out_dir", "data_dir", "num_workers", "batch_ahead"}
+NOT_COMPARED |= {entry.name for entry in fields(CheckpointOptions)}
 """Options in which the runs of one configuration may differ."""
 
 TEST_NAMES = {"norm": "norm test", "ip": "inner product test", "ip+orth": "augmented inner product test"}

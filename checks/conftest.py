@@ -35,6 +35,20 @@ def train(out_dir: Path, *arguments: str, processes: int = 1, name: str = "run",
     return SimpleNamespace(rows=rows, summary=summary, folder=folder, stdout=done.stdout, stderr=done.stderr)
 
 
+def process_of_rank(rank: int, out_dir: Path, variable: str = "LOCAL_RANK") -> int:
+    """The process on this machine that trains as this rank of the run in `out_dir`; `variable` is the launcher's."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_text().split("\0")
+            environment = dict(e.partition("=")[::2] for e in (process / "environ").read_text().split("\0"))
+        except OSError:  # it has ended meanwhile, or is not ours
+            continue
+        trains = any(word.endswith("main.py") for word in words[:2]) and f"--out_dir={out_dir}" in words
+        if trains and int(environment.get(variable, 0)) == rank:
+            return int(process.name)
+    raise ProcessLookupError(rank)
+
+
 def column(result: SimpleNamespace, name: str) -> list[float]:
     return [float(row[name]) for row in result.rows if row[name]]
 

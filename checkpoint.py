@@ -1,0 +1,279 @@
+"""Checkpoints: what a run is saved to and resumed from.
+
+A checkpoint is one file, `RUN_FOLDER/checkpoints/step-00000120.pt`, written by Fabric's `save` and read, weights only,
+by its `load`. It holds the model, the optimizer, the gradient scaler, the progress and, for every rank, the random
+states, the buffers (BatchNorm's running statistics differ between ranks until they are averaged) and the totals since
+the last row of metrics.csv. Which sample comes next follows from the progress alone (data.py).
+"""
+
+import contextlib
+import os
+import random
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.fabric import Fabric
+from lightning.fabric.plugins.io import TorchCheckpointIO
+
+from config import Config, RunError, UsageError
+from launch import together
+
+# What may differ between a run and its continuation: where things are, how often something is written, and how a batch
+# is cut over devices and passes. All else changes the mathematics.
+FREE = """
+    data_dir num_workers batch_ahead compile max_micro_batch_size max_test_micro_batch_size gradient_accumulation_steps
+    accelerator strategy devices num_nodes
+    out_dir run_name log_interval eval_interval checkpoint_interval checkpoint_minutes keep_checkpoints resume
+""".split()  # noqa: SIM905
+GROWING = ("max_samples", "max_iters")
+"""May differ, but only upwards."""
+FROM_THE_LENGTH = ("lr_decay_samples", "lr_decay_iters", "samples_stages")
+"""Defaults that follow from the length of the run: a longer continuation keeps the values of the run."""
+
+
+@contextlib.contextmanager
+def replacing(path: Path, mode: str = "wb") -> Iterator[IO]:
+    """Write a file whole or not at all: under a temporary name, onto the disk, then renamed."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name
+    finally:
+        os.close(folder)
+
+
+class DurableIO(TorchCheckpointIO):
+    """Fabric's reader, and a writer that replaces a file as a whole.
+
+    Fabric has one rank write while the others wait; a problem is therefore kept for `Checkpoints.save` to raise on all.
+    """
+
+    problem: Exception | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Path, storage_options: Any = None) -> None:
+        self.problem = None
+        try:
+            with replacing(Path(path)) as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:  # torch's writer stumbles over what the file's own error leaves behind
+            self.problem = error.__context__ if isinstance(error.__context__, OSError) else error
+
+
+class Checkpoints:
+    """The checkpoints of a run's folder: when one is due, writing it, removing old ones. On all ranks.
+
+    Args:
+        fabric: of the run.
+        config: its options.
+        folder: the run's folder on the first rank, None on the others.
+    """
+
+    def __init__(self, fabric: Fabric, config: Config, folder: Path | None):
+        self.fabric, self.config = fabric, config
+        self.folder = Path(fabric.broadcast(str(folder and folder.absolute()))) / "checkpoints"
+        self.io = fabric.strategy.checkpoint_io = DurableIO()
+        self.saved_at = time.monotonic()
+        self.saved_step: int | None = None
+
+    def due(self, step: int) -> bool:
+        """By the number of steps, or by this rank's clock: ranks have to agree."""
+        c = self.config
+        by_steps = bool(c.checkpoint_interval) and step % c.checkpoint_interval == 0
+        minutes = (time.monotonic() - self.saved_at) / 60
+        return by_steps or (c.checkpoint_minutes > 0 and minutes >= c.checkpoint_minutes)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08}.pt"
+
+    def save(self, step: int, best_step: int | None, state: dict[str, Any], own: dict[str, Any]) -> None:
+        """Write a checkpoint and remove those that are no longer kept; to be called on all ranks.
+
+        Args:
+            step: the steps done.
+            best_step: the checkpoint with the best validation accuracy, which is kept.
+            state: the same on all ranks: objects with a `state_dict`, and plain values.
+            own: what is this rank's own, plain values.
+
+        Raises:
+            RunError: it cannot be written. The ones before it stand.
+        """
+        ranks = [own]
+        if self.fabric.world_size > 1:
+            ranks = [None] * self.fabric.world_size
+            dist.all_gather_object(ranks, own)
+        self.fabric.save(self.path(step), {**state, "ranks": ranks, "options": plain_options(self.config)})
+        together(self.fabric, lambda: self._conclude(step, best_step))
+        self.saved_at, self.saved_step = time.monotonic(), step
+
+    def _conclude(self, step: int, best_step: int | None) -> None:
+        if self.io.problem:
+            raise unwritable(self.path(step), self.io.problem)
+        if self.fabric.is_global_zero:
+            steps = sorted(steps_of(self.folder))
+            for old in set(steps[: -self.config.keep_checkpoints]) - {best_step}:
+                self.path(old).unlink(missing_ok=True)
+
+
+def unwritable(path: Path, error: Exception) -> RunError:
+    """A full disk, mostly."""
+    return RunError(
+        f"{path} could not be written ({reason(error)}): the checkpoints written before are whole; "
+        "make room, then go on with --resume=auto"
+    )
+
+
+def reason(error: Exception) -> str:
+    """An error in one line, without the C++ behind it."""
+    words = getattr(error, "strerror", None) or str(error).strip().split("\n")[0]
+    return words or type(error).__name__
+
+
+def plain_options(config: Config) -> dict[str, Any]:
+    """All options as plain values, as checkpoints and config.yaml have them."""
+    values = asdict(config) | {"resume": None}  # how a run was started again is no property of the run
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def steps_of(folder: Path) -> dict[int, Path]:
+    """The checkpoints in a folder by their steps."""
+    paths = {path.stem.removeprefix("step-"): path for path in folder.glob("step-*.pt")}
+    return {int(step): path for step, path in paths.items() if step.isdigit()}
+
+
+def problem_of(path: Path) -> str:
+    """Why a file is no whole checkpoint, "" where it is one. Reads all of it: a changed byte is found."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                return f"{damaged} in it is damaged"
+        options_of(path)
+    except Exception as error:  # a damaged file raises whatever its readers run into
+        return reason(error)
+    return ""
+
+
+def options_of(path: Path) -> dict[str, Any]:
+    """The options of the run that wrote this checkpoint."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["options"]
+
+
+def find(resume: str | None, folder: Path | None) -> tuple[Path | None, list[str]]:
+    """The checkpoint to resume from, None for a fresh start, and warnings about those that are skipped.
+
+    Args:
+        resume: the option.
+        folder: OUT_DIR/RUN_NAME, None where the run has no name.
+
+    Raises:
+        UsageError: there is none where one is named, or the run's folder is not known.
+    """
+    if resume is None:
+        return None, []
+    if resume == "auto" and folder is None:
+        raise UsageError("--resume=auto needs --run_name=NAME, the folder in --out_dir to go on in")
+    place = folder / "checkpoints" if resume == "auto" else Path(resume)
+    if place.is_file():
+        if problem := problem_of(place):
+            raise UsageError(f"--resume={resume} is no whole checkpoint ({problem}): name another one")
+        return place, []
+    place = place / "checkpoints" if (place / "checkpoints").is_dir() else place
+    warnings = []
+    for _, path in sorted(steps_of(place).items(), reverse=True):
+        problem = problem_of(path)
+        if not problem:
+            return path, warnings
+        warnings.append(f"warning: {path} is no whole checkpoint ({problem}): taking the one before it")
+    if resume != "auto":
+        raise UsageError(f"--resume={resume} has no whole checkpoint: give a run's folder, or one of its checkpoints")
+    return None, warnings
+
+
+def continued(config: Config, path: Path) -> Config:
+    """The options of a continuation: what the run's length has decided stays; without a name, it is the same folder.
+
+    Raises:
+        UsageError: the file is not there (ranks of several machines must see the same folder).
+    """
+    try:
+        old = options_of(path)
+    except OSError as error:
+        raise UsageError(f"--resume: {path}: {error.strerror}: all machines must see the run's folder") from None
+    kept = {name: old[name] for name in FROM_THE_LENGTH if not getattr(config, name) and old[name]}
+    run_folder = path.absolute().parent.parent
+    if config.run_name is None and path.parent.name == "checkpoints":
+        kept |= {"out_dir": run_folder.parent, "run_name": run_folder.name}
+    return replace(config, **kept)
+
+
+def refuse_differences(config: Config, path: Path) -> None:
+    """Refuse to go on with other mathematics.
+
+    Raises:
+        UsageError: lists every such option with its old and new value.
+    """
+    old, new = options_of(path), plain_options(config)
+    differing = [
+        f"--{name}={new[name]} was {old[name]}"
+        for name in new
+        if name in old and name not in FREE and new[name] != old[name]
+        if not (name in GROWING and new[name] > old[name])
+    ]
+    if differing:
+        raise UsageError(f"--resume: options differ from those of {path}: {'; '.join(differing)}: give the old values")
+
+
+def remove_left_overs(folder: Path, resumed: Path | None) -> None:
+    """What a killed run was writing, and the checkpoints of a future that is now taken back."""
+    last = resumed.name if resumed and resumed.parent.samefile(folder) else ""
+    for path in [*folder.glob("*.tmp"), *(path for path in steps_of(folder).values() if path.name > last)]:
+        path.unlink(missing_ok=True)
+
+
+def random_states(device: torch.device) -> dict[str, Any]:
+    """The states of all random number generators of this process, as plain values."""
+    version, words, gauss = random.getstate()
+    name, key, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "python": [version, list(words), gauss],
+        "numpy": [name, key.tolist(), *rest],
+    }
+
+
+def set_random_states(states: dict[str, Any], device: torch.device) -> None:
+    version, words, gauss = states["python"]
+    name, key, *rest = states["numpy"]
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state((name, np.array(key, dtype=np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda" and states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def pooled(ranks: Sequence[dict[str, Any]], rank: int) -> dict[str, Any]:
+    """A rank's own part for a continuation on another number of ranks: mean buffers; the first rank counts for all."""
+    buffers = {
+        name: torch.stack([other["buffers"][name] for other in ranks]).mean(0) if value.is_floating_point() else value
+        for name, value in ranks[0]["buffers"].items()
+    }
+    totals, all_totals = ranks[0]["totals"], [other["totals"] for other in ranks]
+    sums = sum(other["sums"] for other in all_totals) * (rank == 0)
+    not_finite_at = torch.stack([other["not_finite_at"] for other in all_totals]).min()
+    return {"buffers": buffers, "totals": {**totals, "sums": sums, "not_finite_at": not_finite_at}}

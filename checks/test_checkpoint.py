@@ -1,0 +1,190 @@
+"""Checkpoints: written whole, read safely, kept, found again, and refused where the mathematics would change."""
+
+import csv
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import checkpoint
+import config
+import main
+from checks.conftest import ROOT
+from config import UsageError
+
+TINY = ["--model=logistic", "--accelerator=cpu", "--devices=1"]
+TINY += ["--max_samples=320", "--batch_size=32", "--max_batch_size=32"]
+
+
+def run(out_dir: Path, *options: str) -> int:
+    return main.main([*TINY, f"--out_dir={out_dir}", "--run_name=run", *options])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a finished run with a checkpoint at every step."""
+    out_dir = tmp_path_factory.mktemp("finished")
+    assert run(out_dir, "--checkpoint_interval=1", "--keep_checkpoints=4") == 0
+    return out_dir / "run"
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path, capsys):
+    # With so high a learning rate the accuracy goes up and down.
+    options = ["--eval_interval=2", "--checkpoint_interval=3", "--keep_checkpoints=1", "--max_samples=384"]
+    assert run(tmp_path, *options, "--optimizer=sgd", "--learning_rate=300", "--decay_lr=False") == 0
+    accuracy = {
+        int(row["step"]): float(row["val_accuracy"])
+        for row in _rows(tmp_path / "run" / "metrics.csv")
+        if row["val_accuracy"]
+    }
+    best = max(accuracy, key=accuracy.get)
+    assert best != 12
+    assert set(checkpoint.steps_of(tmp_path / "run" / "checkpoints")) == {best, 12}
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["best_checkpoint"] == f"step-{best:08}.pt"
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_plain_weights_need_nothing_of_this_program(finished):
+    program = f"import torch; print(list(torch.load({str(finished / 'model.pt')!r}, weights_only=True)))"
+    done = subprocess.run([sys.executable, "-c", program], cwd="/", capture_output=True, text=True)
+    assert done.stdout.strip() == "['1.weight', '1.bias']"
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit_of_the_weights(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    weights = torch.load(path, weights_only=True)["model"]["1.weight"].numpy().tobytes()
+    content[content.index(weights) + 1000] ^= 1
+    path.write_bytes(content)
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["MALICIOUS"],)
+
+
+def make_malicious(path: Path) -> None:
+    torch.save({**torch.load(path, weights_only=True), "more": Malicious()}, path)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit_of_the_weights, make_malicious])
+def test_what_is_damaged_is_skipped_for_the_one_before_it(copy, damage, capfd, monkeypatch):
+    monkeypatch.setenv("MALICIOUS", str(copy / "made by the checkpoint"))
+    newest, before = copy / "checkpoints" / "step-00000010.pt", copy / "checkpoints" / "step-00000009.pt"
+    damage(newest)
+    assert run(copy.parent, "--resume=auto") == 0
+    told = capfd.readouterr()
+    assert f"warning: {newest} is no whole checkpoint" in told.err and f"resuming from {before}: step 9" in told.out
+    assert not (copy / "made by the checkpoint").exists()
+    assert checkpoint.problem_of(newest) == ""  # written anew
+    damage(newest)
+    assert run(copy.parent, f"--resume={newest}") == 2
+    assert "is no whole checkpoint" in capfd.readouterr().err
+
+
+def test_writing_fails_without_a_trace(tmp_path):
+    path = tmp_path / "step-00000001.pt"
+    path.write_text("the one before")
+    with pytest.raises(OSError), checkpoint.replacing(path) as file:
+        file.write(b"half of it")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [(path.name, "the one before")]
+
+
+def test_left_overs_go(copy):
+    (copy / "checkpoints" / "step-00000011.pt.tmp").write_text("killed here")
+    assert run(copy.parent, "--resume=auto") == 0
+    assert not list((copy / "checkpoints").glob("*.tmp"))
+
+
+def test_auto_starts_where_there_is_nothing(tmp_path, capsys):
+    assert run(tmp_path, "--resume=auto") == 0
+    assert "resuming" not in capsys.readouterr().out
+    assert run(tmp_path) == 2 and "exists already" in capsys.readouterr().err
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        path.unlink()  # killed before the first one
+    assert run(tmp_path, "--resume=auto") == 0
+    assert len(_rows(tmp_path / "run" / "metrics.csv")) == 10
+
+
+def test_a_branch_in_a_new_folder(copy, tmp_path):
+    step = copy / "checkpoints" / "step-00000008.pt"
+    assert main.main([*TINY, f"--out_dir={tmp_path}", "--run_name=branch", f"--resume={step}"]) == 0
+    assert [row["step"] for row in _rows(tmp_path / "branch" / "metrics.csv")] == [str(n) for n in range(1, 11)]
+    assert (copy / "checkpoints" / "step-00000010.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--batch_size=16", "--eta=0.3"], ["--batch_size=16 was 32", "--eta=0.3 was 1.0"]),
+        (["--max_samples=100"], ["--max_samples=100 was 320"]),
+        (["--resume=nowhere"], ["--resume=nowhere has no whole checkpoint"]),
+    ],
+)
+def test_refused(copy, options, words, capsys):
+    before = {path.name: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    assert run(copy.parent, "--resume=auto", *options) == 2
+    refused = capsys.readouterr().err
+    assert all(word in refused for word in words) and len(refused.splitlines()) == 1
+    assert {path.name: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
+def test_auto_needs_a_name(tmp_path, capsys):
+    assert main.main([*TINY, f"--out_dir={tmp_path}", "--resume=auto"]) == 2
+    assert "--resume=auto needs --run_name=NAME" in capsys.readouterr().err
+
+
+def test_what_may_differ(copy):
+    """All that is no mathematics; a longer run keeps the learning rate's schedule of the shorter one."""
+    assert set(checkpoint.FREE) | set(checkpoint.GROWING) <= set(config.Config.__dataclass_fields__)
+    path = copy / "checkpoints" / "step-00000010.pt"
+    options = config.parse([*TINY, "--max_samples=640", "--num_workers=3", "--log_interval=2", "--resume=auto"])
+    options = checkpoint.continued(replace(options, run_name="run", out_dir=copy.parent), path)
+    assert options.lr_decay_samples == 320
+    assert run(copy.parent, "--max_samples=640", "--log_interval=2", "--eval_interval=3", "--resume=auto") == 0
+    assert yaml.safe_load((copy / "config.yaml").read_text())["lr_decay_samples"] == 320
+    assert [row["step"] for row in _rows(copy / "metrics.csv")][9:] == ["10", "12", "14", "15", "16", "18", "20"]
+    with pytest.raises(UsageError, match="--lr_decay_samples=640 was 320"):
+        checkpoint.refuse_differences(replace(options, lr_decay_samples=640, max_batch_size=32), path)
+
+
+def test_a_second_interrupt_ends_at_once():
+    """Also while the main thread is inside a call that never returns; copies of the first one do not count."""
+    program = (
+        "import ctypes; from interrupts import Interrupts\n"
+        "mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock\n"
+        "with Interrupts():\n    lock(mutex); print('ready', flush=True); lock(mutex)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    for _ in range(3):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    assert process.poll() is None
+    time.sleep(0.8)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(5) == 130

@@ -1,0 +1,190 @@
+"""Runs that are interrupted, killed, starved of disk or memory, on one process and on two, by every launcher."""
+
+import csv
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import checkpoint
+from checks import fault_drill
+from checks.conftest import ROOT, launch, process_of_rank, train
+
+BIN = Path(sys.executable).parent
+NETWORK = ["--dataset=checks.fault_drill:augmented_digits", "--model=checks.fault_drill:Net"]
+ENDLESS = ["--accelerator=cpu", "--max_samples=9000000", "--batch_size=32", "--max_batch_size=32", "--run_name=run"]
+LAUNCHERS = {  # PORT: one of their own, as the tests run beside each other
+    "python": [sys.executable, "main.py", "--devices=2"],
+    "fabric": [BIN / "fabric", "run", "main.py", "--main-port=PORT", "--devices=2"],
+}
+
+
+def begin(launcher: str, port: int, *options: str) -> subprocess.Popen:
+    command = [str(word).replace("PORT", str(port)) for word in LAUNCHERS[launcher]] + list(options)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=env)
+
+
+def wait_for_rows(folder: Path, rows: int) -> None:
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        if (folder / "metrics.csv").exists() and (folder / "metrics.csv").read_text().count("\n") > rows:
+            return
+        time.sleep(0.05)
+    raise TimeoutError
+
+
+def processes_of(out_dir: Path) -> list[str]:
+    return subprocess.run(["pgrep", "-f", f"out_dir={out_dir} "], capture_output=True, text=True).stdout.split()
+
+
+def test_drill():
+    """Five kills on one process: see fault_drill."""
+    done = launch(sys.executable, "-m", "checks.fault_drill", "--rounds=5")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "5 of 5 rounds equal" in done.stdout and "while saving" in done.stdout
+
+
+def test_two_processes_stopped_on_one_and_resumed(tmp_path):
+    """SIGUSR1 on rank 1; the printed command goes on; all is as in the run that was never stopped."""
+    options = [*NETWORK, *fault_drill.TESTS["ip+orth"], "--batch_size=24", "--max_batch_size=96", "--log_interval=3"]
+    options += ["--max_samples=6000", "--eval_interval=11"]
+    whole = train(tmp_path, *options, processes=2, name="whole")
+    process = begin("python", 0, "--accelerator=cpu", *options, f"--out_dir={tmp_path}", "--run_name=run")
+    wait_for_rows(tmp_path / "run", 5)
+    os.kill(process_of_rank(1, tmp_path), signal.SIGUSR1)
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, told
+    interrupted = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert interrupted["status"] == "interrupted" and interrupted["steps"] < whole.summary["steps"]
+    command = shlex.split(re.search(r"interrupted by SIGUSR1; go on with:\n  (.*)\n", told)[1])
+    done = launch(*command)
+    assert done.returncode == 0 and f"step {interrupted['steps']:,}," in done.stdout, done.stdout + done.stderr
+    assert fault_drill.differences(whole.folder, tmp_path / "run") == []
+    resumed = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert resumed["wall_time"] > interrupted["wall_time"]
+
+
+def test_another_number_of_processes(tmp_path):
+    """Two processes, then one, the run growing longer meanwhile: the batch sizes of one process throughout."""
+    options = ["--precision=64-true", "--eta=0.8", "--learning_rate=0.003", "--lr_decay_samples=3000", "--seed=1"]
+    train(tmp_path, *options, "--max_samples=1000", processes=2)
+    moved = train(tmp_path, *options, "--max_samples=2500", "--resume=auto")
+    alone = train(tmp_path, *options, "--max_samples=2500", name="alone")
+    names = ("step", "samples", "batch_size", "next_batch_size")
+    assert [[row[name] for name in names] for row in moved.rows] == [
+        [row[name] for name in names] for row in alone.rows
+    ]
+    losses = [[float(row["train_loss"]) for row in run.rows] for run in (moved, alone)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+    assert moved.summary["final_batch_size"] > 4 * 16
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_rank_that_dies_ends_the_run(tmp_path, launcher, free_port):
+    process = begin(launcher, free_port, *ENDLESS, f"--out_dir={tmp_path}")
+    wait_for_rows(tmp_path / "run", 3)
+    victim = process_of_rank(1, tmp_path)
+    os.kill(victim, signal.SIGKILL)
+    killed_at = time.monotonic()
+    told, _ = process.communicate(timeout=60)
+    assert time.monotonic() - killed_at < 30 and process.returncode == 1
+    named = {
+        "python": f"main.py: error: rank 1 (process {victim}) was killed by SIGKILL",
+        "fabric": f"rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: {victim})",
+    }
+    assert named[launcher] in told and not processes_of(tmp_path)
+
+
+def test_the_first_process_dies(tmp_path):
+    process = begin("python", 0, *ENDLESS, f"--out_dir={tmp_path}")
+    wait_for_rows(tmp_path / "run", 3)
+    process.kill()
+    told, _ = process.communicate(timeout=30)  # the pipe is closed when the last process has gone
+    assert f"the first process of this machine ({process.pid}) is gone" in told and not processes_of(tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of a few hundred kilobytes; gives its folder and a function that makes room."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    yield folder, lambda: subprocess.run(["mount", "-o", "remount,size=20m", str(folder)], check=True)
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("what", ["logging", "saving"])
+def test_a_full_disk(small_disk, what):
+    """One clear line, the last checkpoint whole, and with more room the run goes on from there."""
+    folder, make_room = small_disk
+    options = [f"--out_dir={folder}", "--run_name=run", "--accelerator=cpu", "--devices=1", "--model=logistic"]
+    options += ["--batch_size=32", "--max_batch_size=32", "--max_samples=12800", "--eval_interval=1000000"]
+    # Many rows and a checkpoint now and then, or few rows and checkpoints that are all kept.
+    options += {
+        "logging": ["--checkpoint_interval=50", "--keep_checkpoints=1"],
+        "saving": ["--log_interval=50", "--checkpoint_interval=20", "--keep_checkpoints=99"],
+    }[what]
+    done = launch(sys.executable, "main.py", *options)
+    where = "metrics.csv|events|run" if what == "logging" else r"step-\d+\.pt"
+    line = rf"main.py: error: \S*({where})\S* could not be written \(No space left on device\).*--resume=auto"
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert re.fullmatch(line, done.stderr.strip()), done.stderr
+    saved = checkpoint.steps_of(folder / "run" / "checkpoints")
+    assert saved and not list((folder / "run" / "checkpoints").glob("*.tmp"))
+    assert all(checkpoint.problem_of(path) == "" for path in saved.values())
+    make_room()
+    done = launch(sys.executable, "main.py", *options, "--resume=auto")
+    assert done.returncode == 0 and f"step {max(saved):,}," in done.stdout, done.stdout + done.stderr
+    with open(folder / "run" / "metrics.csv", newline="") as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file)]
+    assert steps == list(range(1, 401) if what == "logging" else range(50, 401, 50))
+
+
+HUNGRY = """
+import resource
+import torch
+
+calls = 0
+
+class Net(torch.nn.Module):
+    def __init__(self, image_shape, num_classes):
+        super().__init__()
+        self.hidden = torch.nn.Linear(64, MIDDLE)
+        self.out = torch.nn.Linear(MIDDLE, num_classes)
+
+    def forward(self, x):
+        global calls
+        calls += 1
+        if calls == 3:  # the program is set up; from here on it gets so much more
+            pages = int(open("/proc/self/statm").read().split()[0])
+            size = pages * resource.getpagesize() + MEGABYTES * 2**20
+            resource.setrlimit(resource.RLIMIT_AS, (size, size))
+        return self.out(torch.relu(self.hidden(x.flatten(1))))
+"""
+
+
+@pytest.mark.parametrize("where", ["test", "training"])
+def test_out_of_memory(tmp_path, where):
+    """Real limits. A sample's gradients are 3 MB; activations of a training batch of 1,400 are 100 MB a tensor."""
+    middle, megabytes, batch = (10_000, 200, 256) if where == "test" else (20_000, 150, 1400)
+    (tmp_path / "hungry.py").write_text(HUNGRY.replace("MIDDLE", str(middle)).replace("MEGABYTES", str(megabytes)))
+    options = ["--model=hungry:Net", f"--out_dir={tmp_path}", "--run_name=run", "--accelerator=cpu", "--devices=1"]
+    options += [f"--batch_size={batch}", f"--max_samples={3 * batch}"]
+    options += ["--test_gradients=vmap"] if where == "test" else ["--test=False"]
+    done = launch(sys.executable, str(ROOT / "main.py"), *options, cwd=tmp_path)
+    if where == "test":
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert re.search(r"out of memory in the test's own pass: it goes on with (64|32|16) samples", done.stdout)
+    else:
+        assert done.returncode == 1 and "out of memory on the device in a micro-batch: lower" in done.stderr
+        assert "--max_micro_batch_size (this one has 1400 samples)" in done.stderr and "Traceback" not in done.stderr

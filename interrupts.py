@@ -1,0 +1,65 @@
+"""Signals: SIGTERM, SIGINT and SIGUSR1 ask for an end after the current step; a second SIGINT is obeyed at once."""
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+from types import TracebackType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SAME_KEY = 1.0
+"""Seconds within which a second SIGINT is the first one again: a terminal and a launcher both hand it on."""
+
+
+class Interrupts(contextlib.AbstractContextManager):
+    """Notes signals while the context lasts.
+
+    The signals are read by a thread: the main thread may be inside an exchange whose other side does not answer, and
+    Python calls its handlers only between two of its own instructions.
+    """
+
+    def __init__(self):
+        self.received = 0  # the number of the first signal, 0: none
+        self.stopped = False  # the run has come to its end by a signal, here or on another rank
+        self._interrupted_at: float | None = None
+
+    def __enter__(self) -> "Interrupts":
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=self._forget)
+        threading.Thread(target=self._read, name="signals", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._handlers.items():
+            # A launcher may hand a signal on once more while this process ends, whose exit status is to stand.
+            signal.signal(number, signal.SIG_IGN if self.stopped else handler)
+        self._writer.close()
+
+    def _forget(self) -> None:
+        """In a forked process (a loader's worker): signals are the parent's business, and end the worker with it."""
+        if self._writer.fileno() == -1:
+            return
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+    def _read(self) -> None:
+        while numbers := self._reader.recv(1):
+            if numbers[0] in SIGNALS:
+                self._note(numbers[0])
+        self._reader.close()
+
+    def _note(self, number: int) -> None:
+        self.received = self.received or number
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._interrupted_at is not None and now - self._interrupted_at > SAME_KEY:
+                os._exit(128 + number)
+            self._interrupted_at = self._interrupted_at or now
