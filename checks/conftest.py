@@ -43,7 +43,7 @@ def process_of_rank(rank: int, out_dir: Path, variable: str = "LOCAL_RANK") -> i
             environment = dict(e.partition("=")[::2] for e in (process / "environ").read_text().split("\0"))
         except OSError:  # it has ended meanwhile, or is not ours
             continue
-        trains = any(word.endswith("main.py") for word in words[:2]) and f"--out_dir={out_dir}" in words
+        trains = any(word.endswith("main.py") for word in words[:3]) and f"--out_dir={out_dir}" in words
         if trains and int(environment.get(variable, 0)) == rank:
             return int(process.name)
     raise ProcessLookupError(rank)
