@@ -10,6 +10,7 @@ drawn at random for a sample depends on its position alone.
 import contextlib
 import itertools
 import random
+import sys
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
@@ -278,6 +279,7 @@ class ChunkReader:
             prefetch_factor=batch_ahead if num_workers else None,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
+            worker_init_fn=_leave_last_words_to_the_parent,
             generator=torch.Generator(),  # else making an iterator would draw from the one that dropout draws from
         )
 
@@ -298,6 +300,12 @@ class ChunkReader:
         """(sample, seed) at each of the positions."""
         seeds = position_hash(_tensor(positions), self.seed)
         return list(zip(self.order.samples(positions).tolist(), seeds.tolist()))
+
+
+def _leave_last_words_to_the_parent(worker: int) -> None:
+    """In a worker process: when the training process is killed, its broken pipe is no news and needs no traceback."""
+    report = sys.excepthook
+    sys.excepthook = lambda kind, *rest: None if issubclass(kind, (OSError, EOFError)) else report(kind, *rest)
 
 
 def _unchanged(chunk):

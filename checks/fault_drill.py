@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.utils.data import Subset
 
 import data
 import main
@@ -42,6 +43,12 @@ TESTS = {
 
 def augmented_digits(data_dir: Path) -> data.DataSet:
     return replace(data.digits(data_dir), crop_and_flip=True)
+
+
+def streamed_digits(data_dir: Path) -> data.DataSet:
+    """The same, read through the loader as what does not fit in memory."""
+    whole = augmented_digits(data_dir)
+    return replace(whole, train=Subset(whole.train, range(len(whole.train))))
 
 
 def Net(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
@@ -64,7 +71,7 @@ def rows_but_times(folder: Path) -> list[dict[str, str]]:
 def points_but_times(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard shows: tag → (step, value), every point as often as it is there."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if not tag.endswith("/time")]
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.endswith(("time", "samples_per_second"))]
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
 
 

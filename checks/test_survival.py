@@ -52,10 +52,17 @@ def test_drill():
     assert "5 of 5 rounds equal" in done.stdout and "while saving" in done.stdout
 
 
-def test_two_processes_stopped_on_one_and_resumed(tmp_path):
+SOURCES = {
+    "in memory": ["--max_samples=6000"],
+    "streamed": ["--max_samples=3000", "--dataset=checks.fault_drill:streamed_digits", "--num_workers=1"],
+}
+
+
+@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
+def test_two_processes_stopped_on_one_and_resumed(tmp_path, source):
     """SIGUSR1 on rank 1; the printed command goes on; all is as in the run that was never stopped."""
     options = [*NETWORK, *fault_drill.TESTS["ip+orth"], "--batch_size=24", "--max_batch_size=96", "--log_interval=3"]
-    options += ["--max_samples=6000", "--eval_interval=11"]
+    options += [*source, "--eval_interval=11"]
     whole = train(tmp_path, *options, processes=2, name="whole")
     process = begin("python", 0, "--accelerator=cpu", *options, f"--out_dir={tmp_path}", "--run_name=run")
     wait_for_rows(tmp_path / "run", 5)
