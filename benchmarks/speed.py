@@ -53,6 +53,7 @@ def trainer_of(case: Case, test_gradients: str | None, test_type: str, out_dir: 
     """main.py's own trainer; its `train_step` is what is measured."""
     import main
     from config import Config
+    from interrupts import Interrupts
     from launch import start_fabric
 
     own = case.model != "cnn" and not case.model.startswith("vit")
@@ -69,7 +70,7 @@ def trainer_of(case: Case, test_gradients: str | None, test_type: str, out_dir: 
         out_dir=Path(out_dir),
         run_name="run",
     )
-    return main.Trainer(start_fabric(config), config)
+    return main.Trainer(start_fabric(config), config, Interrupts())
 
 
 def seconds(step: Callable[[], object]) -> float:
@@ -238,6 +239,7 @@ def benchmark(
         name, method, test_type = worker
         print(json.dumps(measure(CASES[name], method, test_type, budget)))
         return
+    out.mkdir(parents=True, exist_ok=True)
     results = {}
     for name in cases:
         for method in methods:
@@ -247,9 +249,8 @@ def benchmark(
                 ours = results[key]
                 said = ours.get("error") or (f"{ratio(ours):.2f}" if "tested" in ours["times"] else "")
                 print(f"{key:<40} {said}", file=sys.stderr, flush=True)
+                (out / "speed.json").write_text(json.dumps({"machine": provenance(), "results": results}) + "\n")
     text = f"{table(results)}\n\n`python -m benchmarks.speed` on {provenance()}.\n"
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "speed.json").write_text(json.dumps({"machine": provenance(), "results": results}) + "\n")
     (out / "speed.md").write_text(text)
     print(text)
 
