@@ -12,6 +12,7 @@ import _thread
 import argparse
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -115,6 +116,8 @@ class ended_with_its_workers:
     """Ends the block where a process started in it is killed (out of memory, …), and the other processes with it."""
 
     def __enter__(self):
+        # What a background job ignores, interrupt_main could not raise.
+        self.handler = signal.signal(signal.SIGINT, signal.default_int_handler)
         self.over, self.died = threading.Event(), None
         self.watch = threading.Thread(target=self._watch, daemon=True)
         self.watch.start()
@@ -131,6 +134,7 @@ class ended_with_its_workers:
     def __exit__(self, kind, error, traceback):
         self.over.set()
         self.watch.join()
+        signal.signal(signal.SIGINT, self.handler)
         if kind:
             for worker in multiprocessing.active_children():
                 worker.terminate()
