@@ -56,11 +56,11 @@ def _random_images(shape: tuple[int, int, int], count: int = 4096) -> DataSet:
 
 
 class OutOfPlaceBlock(BasicBlock):
-    """A ResNet block without in-place operations: Opacus' backward hooks on modules cannot bear them."""
+    """A ResNet block whose operations are not in place (Opacus) and whose activations are two modules (BackPACK)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
-        return torch.relu(out + (x if self.downsample is None else self.downsample(x)))
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.second_relu(out + (x if self.downsample is None else self.downsample(x)))
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -102,11 +102,12 @@ def small_resnet_group_norm(image_shape: models.ImageShape, num_classes: int) ->
 
 def without_in_place(model: nn.Module) -> nn.Module:
     """The same model for libraries that hook modules."""
-    for module in model.modules():
+    for module in list(model.modules()):
         if isinstance(module, nn.ReLU):
             module.inplace = False
         if isinstance(module, BasicBlock):
             module.__class__ = OutOfPlaceBlock
+            module.second_relu = nn.ReLU()
     return model
 
 

@@ -162,6 +162,9 @@ def backpack_step(trainer) -> Callable[[], object]:
         optimizer.zero_grad(set_to_none=True)
         with backpack(BatchL2Grad()):
             loss(model(inputs), targets).backward()
+        without = [type(m).__name__ for m in model.modules() for p in m.parameters(False) if not hasattr(p, "batch_l2")]
+        if without:
+            raise NotImplementedError(f"no BatchL2Grad for the parameters of {', '.join(sorted(set(without)))}")
         sum(parameter.batch_l2.double().sum() for parameter in model.parameters()).item()
         optimizer.step()
 
