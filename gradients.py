@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ghost import GhostMode, at_least_single, per_sample_norms_sq
+from contributions import at_least_single, per_sample_norms_sq
+from ghost import GhostMode
 from models import couples_samples, per_sample_copy
 from tests import Moments
 

@@ -36,6 +36,7 @@ import gradients
 import launch
 import models
 import optim
+import runlog
 import stream
 import tests
 from config import Config, RunError, UsageError
@@ -103,7 +104,8 @@ class Trainer:
         marks = self.restore(self.resumed) if self.resumed else None
         self.log = together(fabric, lambda: self.open_log(marks))
         self.checkpoints = checkpoint.Checkpoints(fabric, config, self.log and self.log.folder)
-        self.say(introduction(config, self.module, self.samples_per_epoch, fabric))
+        parameters = sum(parameter.numel() for parameter in self.module.parameters())
+        self.say(runlog.introduction(config, parameters, self.samples_per_epoch, fabric.world_size, fabric.device.type))
         for line in (*notices, *told):
             self.notify(line)
 
@@ -482,43 +484,6 @@ def resolve(config: Config, fabric: Fabric, training_samples: int) -> Config:
     )
 
 
-def introduction(config: Config, module: torch.nn.Module, training_samples: int, fabric: Fabric) -> str:
-    """The run in one line."""
-    c, parameters = config, sum(parameter.numel() for parameter in module.parameters())
-    if c.test:
-        test = {
-            "norm": f"norm test, η = {c.eta:g}",
-            "ip": f"inner product test, θ = {c.theta:g}",
-            "ip+orth": f"augmented inner product test, θ = {c.theta:g}, ν = {c.nu:g}",
-        }[c.test_type]
-        growth = f"batch size {c.batch_size:,} to at most {c.max_batch_size:,} ({test})"
-    elif c.stagewise_ramp_up:
-        growth = f"batch size {', '.join(f'{size:,}' for size in c.global_batch_sizes)} in stages"
-    elif c.linear_ramp_up:
-        growth = f"batch size {c.batch_size:,} and {c.linear_ramp_up_increment:,} more every step"
-    else:
-        growth = f"batch size {c.batch_size:,}"
-    return (
-        f"{c.model} ({parameters:,} parameters) on {c.dataset} ({training_samples:,} training samples), {growth}, "
-        f"{c.optimizer}, {fabric.world_size} × {fabric.device.type}, {c.precision}"
-    )
-
-
-def show_summary(log: RunLog, summary: dict) -> None:
-    """One screen at the end of a run."""
-    rows = {
-        "validation accuracy": f"{summary['val_accuracy']:.2%} (best {summary['best_val_accuracy']:.2%})"
-        if summary["val_accuracy"] is not None
-        else "-",
-        "steps": f"{summary['steps']:,}",
-        "samples": f"{summary['samples']:,}",
-        "batch size": f"mean {summary['mean_batch_size']:,.1f}, final {summary['final_batch_size']:,}",
-        "wall time": f"{summary['wall_time']:.1f} s on {summary['world_size']} × {summary['device']}",
-        "run folder": str(log.folder),
-    }
-    log.say("\n".join([f"\n{summary['status']}", *(f"  {name:<20} {value}" for name, value in rows.items())]))
-
-
 def run(config: Config, interrupts: Interrupts) -> str:
     """Train as the options say; returns the status.
 
@@ -540,7 +505,7 @@ def conclude(trainer: Trainer, status: str) -> None:
     log = trainer.log
     if status == "finished":
         log.save_weights(trainer.module)
-    show_summary(log, log.finish(status, trainer.results()))
+    log.say(runlog.summary_text(log.finish(status, trainer.results()), log.folder))
     if status == "interrupted":
         command = launch.resume_command(log.folder.parent, log.folder.name)
         log.say(f"interrupted by {signal.Signals(trainer.stop_signal).name}; go on with:\n  {command}")

@@ -302,3 +302,39 @@ def git_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def introduction(c: Config, parameters: int, training_samples: int, world_size: int, device: str) -> str:
+    """The run in one line."""
+    if c.test:
+        test = {
+            "norm": f"norm test, η = {c.eta:g}",
+            "ip": f"inner product test, θ = {c.theta:g}",
+            "ip+orth": f"augmented inner product test, θ = {c.theta:g}, ν = {c.nu:g}",
+        }[c.test_type]
+        growth = f"batch size {c.batch_size:,} to at most {c.max_batch_size:,} ({test})"
+    elif c.stagewise_ramp_up:
+        growth = f"batch size {', '.join(f'{size:,}' for size in c.global_batch_sizes)} in stages"
+    elif c.linear_ramp_up:
+        growth = f"batch size {c.batch_size:,} and {c.linear_ramp_up_increment:,} more every step"
+    else:
+        growth = f"batch size {c.batch_size:,}"
+    return (
+        f"{c.model} ({parameters:,} parameters) on {c.dataset} ({training_samples:,} training samples), {growth}, "
+        f"{c.optimizer}, {world_size} × {device}, {c.precision}"
+    )
+
+
+def summary_text(summary: dict[str, Any], folder: Path) -> str:
+    """One screen at the end of a run."""
+    rows = {
+        "validation accuracy": f"{summary['val_accuracy']:.2%} (best {summary['best_val_accuracy']:.2%})"
+        if summary["val_accuracy"] is not None
+        else "-",
+        "steps": f"{summary['steps']:,}",
+        "samples": f"{summary['samples']:,}",
+        "batch size": f"mean {summary['mean_batch_size']:,.1f}, final {summary['final_batch_size']:,}",
+        "wall time": f"{summary['wall_time']:.1f} s on {summary['world_size']} × {summary['device']}",
+        "run folder": str(folder),
+    }
+    return "\n".join([f"\n{summary['status']}", *(f"  {name:<20} {value}" for name, value in rows.items())])

@@ -14,6 +14,7 @@ import models
 from benchmarks.cases import without_dropout
 from checks import oracle
 from checks.test_gradients import assert_matches
+from contributions import Convolution
 
 CLASSES = 3
 
@@ -93,14 +94,12 @@ def test_convolutions(dims, groups, wide, kernel, stride, padding, dilation, siz
     model = nn.Sequential(
         layer(channels, wide * channels, kernel, stride, padding, dilation, groups, bias=bias), ToLogits()
     )
-    import ghost
-
-    costs = {"gram": 0, "instantiate": 10**9, "cheaper": ghost.Convolution.ADDITION}
-    before, ghost.Convolution.ADDITION = ghost.Convolution.ADDITION, costs[form]
+    costs = {"gram": 0, "instantiate": 10**9, "cheaper": Convolution.ADDITION}
+    before, Convolution.ADDITION = Convolution.ADDITION, costs[form]
     try:
         assert_ghost_is_exact(model, images(5, channels, *[size + i for i in range(dims)]), rel=1e-8)
     finally:
-        ghost.Convolution.ADDITION = before
+        Convolution.ADDITION = before
 
 
 @pytest.mark.parametrize("padding, mode", [("same", "zeros"), ("valid", "zeros"), (2, "circular")])

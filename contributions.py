@@ -1,0 +1,221 @@
+"""What one use of a parameter gives to its per-sample gradients, and the norms of these without the gradients.
+
+For a layer with input x and output gradient B, the gradient of sample i is a known function of x_i and B_i, and its
+norm is often much cheaper than the gradient itself (Goodfellow, arXiv:1510.01799, for linear layers). Each kind of
+layer has a class here; per layer, the cheaper of the two forms is taken, in chunks that stay in cache.
+
+Notation: n samples, T positions, I and O features; all norms are squared and float64.
+"""
+
+import math
+from collections.abc import Iterable
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Scratch memory of a chunk of samples, in numbers: what fits into a processor's cache; on a GPU, what keeps it busy.
+CHUNK = {"cpu": 2**20, "cuda": 2**27}
+
+
+def _per_chunk(numbers_per_sample: int, device: torch.device) -> int:
+    return max(1, CHUNK.get(device.type, 2**24) // max(numbers_per_sample, 1))
+
+
+def at_least_single(tensor: Tensor) -> Tensor:
+    """At least single precision: squares of half-precision gradients would be lost."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def per_sample_norms_sq(per_sample: Tensor) -> Tensor:
+    """Each sample's squared norm: (n, …) → float64 (n,).
+
+    Rows in the gradients' own precision, their sum in double: double throughout costs a copy in double of everything.
+    """
+    per_sample = at_least_single(per_sample)
+    rows = per_sample.flatten(2) if per_sample.dim() > 2 else per_sample.reshape(len(per_sample), 1, -1)
+    return torch.linalg.vector_norm(rows, dim=2).double().square().sum(1)
+
+
+def _sum_of_products(first: Tensor, second: Tensor) -> Tensor:
+    """Σ_ts first[t, s] · second[t, s] of every sample: (n, T, S) twice → float64 (n,)."""
+    return (first * second).sum(2).sum(1, dtype=torch.float64)
+
+
+class Contribution:
+    """What one use of a parameter gives to its per-sample gradients.
+
+    `norms_sq()` → (n,); `instantiate(chunk)` → the gradients of a slice of the samples, (m, *shape).
+    """
+
+    numbers_per_sample: int
+    device: torch.device
+    n: int
+
+    def instantiate(self, chunk: slice) -> Tensor:
+        raise NotImplementedError
+
+    def norms_sq(self) -> Tensor:
+        return torch.cat([per_sample_norms_sq(self.instantiate(chunk)) for chunk in self.chunks()])
+
+    def chunks(self, numbers_per_sample: int | None = None) -> Iterable[slice]:
+        size = _per_chunk(numbers_per_sample or self.numbers_per_sample, self.device)
+        return (slice(i, min(i + size, self.n)) for i in range(0, self.n, size))
+
+
+class Direct(Contribution):
+    """Per-sample gradients that are small enough to be at hand: (n, *shape)."""
+
+    def __init__(self, gradients: Tensor):
+        self.gradients, self.n, self.device = gradients, len(gradients), gradients.device
+        self.numbers_per_sample = math.prod(gradients.shape[1:])
+
+    def instantiate(self, chunk: slice) -> Tensor:
+        return self.gradients[chunk]
+
+    def norms_sq(self) -> Tensor:
+        return per_sample_norms_sq(self.gradients)
+
+
+class OuterProducts(Contribution):
+    """Σ_t B_t x_tᵀ: linear layers and 1×1 convolutions. x (n, T, I), B (n, T, O) → (n, O, I)."""
+
+    def __init__(self, x: Tensor, B: Tensor):
+        self.x, self.B, self.n, self.device = x, B, len(x), x.device
+        (positions, inputs), outputs = x.shape[1:], B.shape[2]
+        self.gram_cost = positions**2 * (inputs + outputs)
+        self.instantiate_cost = positions * inputs * outputs
+        self.numbers_per_sample = inputs * outputs + positions * (inputs + outputs)
+        self.gram_numbers = 2 * positions**2 + positions * (inputs + outputs)
+
+    def instantiate(self, chunk: slice) -> Tensor:
+        return torch.bmm(self.B[chunk].mT, self.x[chunk])
+
+    def norms_sq(self) -> Tensor:
+        if self.x.shape[1] == 1:
+            return per_sample_norms_sq(self.x) * per_sample_norms_sq(self.B)
+        if self.instantiate_cost < self.gram_cost:
+            return super().norms_sq()
+        # ‖Σ_t B_t x_tᵀ‖² = Σ_ts ⟨x_t, x_s⟩⟨B_t, B_s⟩
+        grams = ((torch.bmm(a, a.mT), torch.bmm(b, b.mT)) for a, b in self._gram_chunks())
+        return torch.cat([_sum_of_products(gram_x, gram_B) for gram_x, gram_B in grams])
+
+    def _gram_chunks(self):
+        return ((self.x[chunk], self.B[chunk]) for chunk in self.chunks(self.gram_numbers))
+
+
+class Convolution(Contribution):
+    """The weight gradient of a convolution. x (n, C, *in), B (n, O, *out) → (n, O, C/groups, *kernel)."""
+
+    # A shifted addition of Gram matrices is bound by memory: it costs as much as about so many multiplications.
+    ADDITION = 10
+    # Grouped convolutions of fewer input channels than this leave most of a processor's vector units idle.
+    FEW_CHANNELS = 8
+
+    def __init__(self, x: Tensor, B: Tensor, weight_shape: torch.Size, stride, padding, dilation, groups: int):
+        self.x, self.B, self.n, self.device = x, B, len(x), x.device
+        self.weight_shape, self.stride, self.padding, self.dilation = weight_shape, stride, padding, dilation
+        self.groups = groups
+        inputs, outputs, kernel = (math.prod(shape[2:]) for shape in (x.shape, B.shape, weight_shape))
+        self.numbers_per_sample = x.shape[1] * inputs + B.shape[1] * outputs + math.prod(weight_shape)
+        patches = outputs * math.prod(weight_shape[1:])
+        fits = _per_chunk(patches + self.numbers_per_sample, self.device) > 1
+        self.by_patches = groups == 1 and x.shape[1] < self.FEW_CHANNELS and fits
+        self.numbers_per_sample += patches if self.by_patches else 0
+        self.gram_numbers = inputs**2 + 2 * outputs**2
+        self.instantiate_cost = outputs * math.prod(weight_shape)
+        self.gram_cost = inputs**2 * x.shape[1] + outputs**2 * (B.shape[1] + kernel * self.ADDITION)
+
+    def instantiate(self, chunk: slice) -> Tensor:
+        x, B = self.x[chunk], self.B[chunk]
+        return self._from_patches(x, B) if self.by_patches else self._from_grouped_convolution(x, B)
+
+    def _from_patches(self, x: Tensor, B: Tensor) -> Tensor:
+        """A product with the patches of the input that the outputs see: (n, C·kernel, out) × (n, out, O)."""
+        x = F.pad(x, [p for p in reversed(self.padding) for _ in range(2)])
+        kernel, strides = self.weight_shape[2:], x.stride()
+        taps = (s * d for s, d in zip(strides[2:], self.dilation))
+        steps = (s * d for s, d in zip(strides[2:], self.stride))
+        patches = x.as_strided((*x.shape[:2], *kernel, *B.shape[2:]), (*strides[:2], *taps, *steps))
+        gradients = torch.bmm(patches.reshape(len(x), -1, math.prod(B.shape[2:])), B.flatten(2).mT)
+        return gradients.mT.unflatten(2, (x.shape[1], *kernel))
+
+    def _from_grouped_convolution(self, x: Tensor, B: Tensor) -> Tensor:
+        """One grouped convolution with a group (or `groups` of them) for every sample."""
+        m, dims = len(x), x.dim() - 2
+        weight = x.new_empty(m * self.weight_shape[0], *self.weight_shape[1:])
+        arguments = (self.stride, self.padding, self.dilation, False, (0,) * dims, m * self.groups)
+        flat_B, flat_x = (tensor.reshape(1, -1, *tensor.shape[2:]) for tensor in (B, x))
+        _, gradient, _ = torch.ops.aten.convolution_backward(
+            flat_B, flat_x, weight, None, *arguments, (False, True, False)
+        )
+        return gradient.view(m, *self.weight_shape)
+
+    def norms_sq(self) -> Tensor:
+        if self.groups > 1 or self.instantiate_cost < self.gram_cost:
+            return super().norms_sq()
+        return torch.cat([self._gram_norms_sq(self.x[c], self.B[c]) for c in self.chunks(self.gram_numbers)])
+
+    def _gram_norms_sq(self, x: Tensor, B: Tensor) -> Tensor:
+        """Σ_ts ⟨B_t, B_s⟩ ⟨patch_t, patch_s⟩ over output positions t, s.
+
+        The Gram matrix of the patches is the sum, over the kernel's offsets δ, of the Gram matrix of the pixels seen
+        from t + δ and s + δ: one small product over pixels and |kernel| additions instead of a product over patches.
+        """
+        n, outputs = len(x), B.shape[2:]
+        pixels = torch.bmm(x.flatten(2).mT, x.flatten(2)).view(n, *x.shape[2:], *x.shape[2:])
+        gram_B = torch.bmm(B.flatten(2).mT, B.flatten(2)).view(n, *outputs, *outputs)
+        patches = torch.zeros_like(gram_B)
+        for offsets in product(*map(range, self.weight_shape[2:])):
+            windows = [self._window(axis, offset, x, B) for axis, offset in enumerate(offsets)]
+            if all(seen.stop > seen.start for seen, _ in windows):
+                out, seen = (tuple(window[i] for window in windows) for i in (0, 1))
+                patches[(slice(None), *out, *out)] += pixels[(slice(None), *seen, *seen)]
+        return _sum_of_products(patches.flatten(2), gram_B.flatten(2))
+
+    def _window(self, axis: int, offset: int, x: Tensor, B: Tensor) -> tuple[slice, slice]:
+        """Along one axis: the outputs whose tap at this offset lies inside the input, and the inputs it sees."""
+        stride, shift = self.stride[axis], offset * self.dilation[axis] - self.padding[axis]
+        first = max(0, -(shift // stride))
+        last = min(B.shape[2 + axis] - 1, (x.shape[2 + axis] - 1 - shift) // stride)
+        return slice(first, last + 1), slice(first * stride + shift, max(last * stride + shift + 1, 0), stride)
+
+
+class EmbeddingRows(Contribution):
+    """Rows of a table. indices (n, T), B (n, T, O) → (n, V, O)."""
+
+    def __init__(self, indices: Tensor, B: Tensor, num_rows: int, padding_index: int | None):
+        if padding_index is not None:
+            B = B * (indices != padding_index).unsqueeze(-1)
+        self.indices, self.B, self.num_rows, self.n, self.device = indices, B, num_rows, len(B), B.device
+        self.numbers_per_sample = num_rows * B.shape[2]
+
+    def instantiate(self, chunk: slice) -> Tensor:
+        B = self.B[chunk]
+        table = B.new_zeros(len(B), self.num_rows, B.shape[2])
+        return table.scatter_add_(1, self.indices[chunk].unsqueeze(-1).expand_as(B), B)
+
+    def norms_sq(self) -> Tensor:
+        def gram(chunk: slice) -> Tensor:
+            same_row = self.indices[chunk].unsqueeze(1) == self.indices[chunk].unsqueeze(2)
+            return _sum_of_products(torch.bmm(self.B[chunk], self.B[chunk].mT), same_row)
+
+        return torch.cat([gram(chunk) for chunk in self.chunks(2 * self.indices.shape[1] ** 2)])
+
+
+class PulledBack(Contribution):
+    """The gradient of a parameter that enters through a tensor computed from parameters alone."""
+
+    def __init__(self, contribution: Contribution, source: Tensor, parameter: Tensor):
+        self.inner, self.source, self.parameter = contribution, source, parameter
+        self.n, self.device = contribution.n, contribution.device
+        self.numbers_per_sample = contribution.numbers_per_sample + parameter.numel()
+
+    def instantiate(self, chunk: slice) -> Tensor:
+        gradients = self.inner.instantiate(chunk).reshape(-1, *self.source.shape).to(self.source.dtype)
+        with torch.enable_grad():
+            (pulled,) = torch.autograd.grad(
+                self.source, self.parameter, gradients, retain_graph=True, is_grads_batched=True
+            )
+        return pulled
