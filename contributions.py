@@ -46,7 +46,8 @@ def _sum_of_products(first: Tensor, second: Tensor) -> Tensor:
 class Contribution:
     """What one use of a parameter gives to its per-sample gradients.
 
-    `norms_sq()` → (n,); `instantiate(chunk)` → the gradients of a slice of the samples, (m, *shape).
+    `norms_sq()` and `inner_products(direction)` → float64 (n,); `instantiate(chunk)` → the gradients of a slice of the
+    samples, (m, *shape).
     """
 
     numbers_per_sample: int
@@ -58,6 +59,11 @@ class Contribution:
 
     def norms_sq(self) -> Tensor:
         return torch.cat([per_sample_norms_sq(self.instantiate(chunk)) for chunk in self.chunks()])
+
+    def inner_products(self, direction: Tensor) -> Tensor:
+        """With `direction`, of the parameter's shape."""
+        gradients = (self.instantiate(chunk) for chunk in self.chunks())
+        return torch.cat([(rows.reshape(len(rows), -1) @ direction.flatten()).double() for rows in gradients])
 
     def chunks(self, numbers_per_sample: int | None = None) -> Iterable[slice]:
         size = _per_chunk(numbers_per_sample or self.numbers_per_sample, self.device)
@@ -76,6 +82,9 @@ class Direct(Contribution):
 
     def norms_sq(self) -> Tensor:
         return per_sample_norms_sq(self.gradients)
+
+    def inner_products(self, direction: Tensor) -> Tensor:
+        return self.gradients.reshape(self.n, -1).double() @ direction.flatten().double()
 
 
 class OuterProducts(Contribution):
@@ -103,6 +112,10 @@ class OuterProducts(Contribution):
 
     def _gram_chunks(self):
         return ((self.x[chunk], self.B[chunk]) for chunk in self.chunks(self.gram_numbers))
+
+    def inner_products(self, direction: Tensor) -> Tensor:
+        """⟨Σ_t B_t x_tᵀ, D⟩ = Σ_t ⟨B_t, D x_t⟩"""
+        return _sum_of_products(self.x @ direction.reshape(self.B.shape[2], -1).mT, self.B)
 
 
 class Convolution(Contribution):
@@ -157,6 +170,12 @@ class Convolution(Contribution):
             return super().norms_sq()
         return torch.cat([self._gram_norms_sq(self.x[c], self.B[c]) for c in self.chunks(self.gram_numbers)])
 
+    def inner_products(self, direction: Tensor) -> Tensor:
+        """⟨B, x ∗ D⟩: the convolution with the direction in the place of the weight."""
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[self.x.dim() - 3]
+        along = convolve(self.x, direction, None, self.stride, self.padding, self.dilation, self.groups)
+        return _sum_of_products(along.flatten(2), self.B.flatten(2))
+
     def _gram_norms_sq(self, x: Tensor, B: Tensor) -> Tensor:
         """Σ_ts ⟨B_t, B_s⟩ ⟨patch_t, patch_s⟩ over output positions t, s.
 
@@ -203,6 +222,9 @@ class EmbeddingRows(Contribution):
 
         return torch.cat([gram(chunk) for chunk in self.chunks(2 * self.indices.shape[1] ** 2)])
 
+    def inner_products(self, direction: Tensor) -> Tensor:
+        return _sum_of_products(direction[self.indices], self.B)
+
 
 class PulledBack(Contribution):
     """The gradient of a parameter that enters through a tensor computed from parameters alone."""
@@ -211,6 +233,9 @@ class PulledBack(Contribution):
         self.inner, self.source, self.parameter = contribution, source, parameter
         self.n, self.device = contribution.n, contribution.device
         self.numbers_per_sample = contribution.numbers_per_sample + parameter.numel()
+
+    def fits_at_once(self) -> bool:
+        return _per_chunk(self.numbers_per_sample, self.device) >= self.n
 
     def instantiate(self, chunk: slice) -> Tensor:
         gradients = self.inner.instantiate(chunk).reshape(-1, *self.source.shape).to(self.source.dtype)

@@ -39,14 +39,19 @@ class GhostMode(TorchFunctionMode):
         parameters: name → parameter, those whose gradients count.
         inputs: the batch; whatever is computed from it belongs to samples, along the first dimension.
         expansions: which expansions of parameters are over the batch, from an earlier pass of the same model.
+        keep: remember the layers' inputs and output gradients, for `inner_products`. Memory stays about the same:
+            they come as the backward pass frees what else the forward pass has saved.
 
     Attributes:
         norms_sq: float64 (n,), of the gradients as the backward pass has them (a scaled loss gives scaled norms).
+        is_complete: everything is kept that `inner_products` needs.
         uncovered: names of the parameters for which no rule was found; their share is missing.
         expansions: calls, by number, that expanded a parameter over the batch.
     """
 
-    def __init__(self, parameters: dict[str, Tensor], inputs: Tensor, expansions: set[int] | None = None):
+    def __init__(
+        self, parameters: dict[str, Tensor], inputs: Tensor, expansions: set[int] | None = None, keep: bool = False
+    ):
         super().__init__()
         self.names = {id(parameter): name for name, parameter in parameters.items()}
         self.parameters, self.n = parameters, len(inputs)
@@ -54,6 +59,7 @@ class GhostMode(TorchFunctionMode):
         self.uncovered: set[str] = set()
         self.expansions: set[int] = set()
         self._known_expansions, self._expansion_calls = expansions, 0
+        self._keep, self._contributions, self.is_complete = keep, [], keep
         self._uses: Counter[str] = Counter()
         self._shared: dict[str, list[Tensor]] = defaultdict(list)
         self._mark(inputs, None)
@@ -140,11 +146,26 @@ class GhostMode(TorchFunctionMode):
         for name in ancestors:
             parameter = self.parameters[name]
             own = contribution if parameter is source else PulledBack(contribution, source, parameter)
+            if self._keep:
+                self._remember(name, own)
             if self._uses[name] == 1:
                 self.norms_sq += own.norms_sq()
             else:  # the gradient is the sum over the uses: cross terms count
                 gradients = own.instantiate(slice(0, self.n)).reshape(self.n, *parameter.shape)
                 self._shared[name].append(gradients)
+
+    def _remember(self, name: str, own: Contribution) -> None:
+        if isinstance(own, PulledBack):  # what leads from the parameter to its use will be gone: now, or not at all
+            if own.fits_at_once():
+                own = Direct(own.instantiate(slice(0, self.n)))
+            else:
+                self.is_complete = False
+        if self.is_complete:
+            self._contributions.append((name, own))
+
+    def inner_products(self, direction: dict[str, Tensor]) -> Tensor:
+        """Of every sample's gradient with `direction` (by parameter), all parameters as one vector: float64 (n,)."""
+        return sum(own.inner_products(at_least_single(direction[name])) for name, own in self._contributions)
 
     def __exit__(self, *exception):
         for gradients in self._shared.values():

@@ -298,11 +298,15 @@ class PerSampleGradients(_OwnPass):
 
 
 class GhostNorms(_OwnPass):
-    """`ghost`: exact per-sample norms from an ordinary backward pass (ghost.py), all p_i by one forward-mode pass.
+    """`ghost`: exact per-sample norms and inner products p_i from an ordinary backward pass (ghost.py).
 
     Without layers that couple samples, and where the training pass runs inside `observe`, that pass is the test's pass:
     no second forward and backward, and ḡ is the gradient that DDP has averaged anyway. Otherwise one batched pass over
     the copy of the model. Parameters that no rule covers take per-sample gradients, of these parameters alone.
+
+    The p_i need ḡ, which is known only when the step is over. A rank that passes its share in one piece keeps the
+    layers' inputs and output gradients until then; of several pieces these would be too much, and one forward-mode pass
+    over each gives the p_i.
     """
 
     def __init__(self, *arguments, in_training_pass: bool = False, notify: Callable[[str], None] = lambda line: None):
@@ -341,16 +345,22 @@ class GhostNorms(_OwnPass):
     @contextlib.contextmanager
     def observe(self, inputs: Tensor, targets: Tensor, loss_scale: float = 1.0) -> Iterator[None]:
         random_states = _random_states(inputs.device)
+        keep = self.inner_products and not self.observed and not self.uncovered
+        self.whole = None
         if self.inner_products:
             self.observed.append((inputs, targets, random_states))
         if self.in_training_pass:
-            with GhostMode(self.parameters(), inputs, self.expansions) as mode:
+            with GhostMode(self.parameters(), inputs, self.expansions, keep) as mode:
                 yield
             self._add(len(inputs), mode.norms_sq.sum() / loss_scale**2)
+            if mode.is_complete:
+                self.whole = mode, loss_scale
         else:
 
             def norms_and_gradient(chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-                mode, gradient = self._backward(*chunk)
+                is_whole = keep and len(chunk[0]) == len(inputs)
+                mode, gradient = self._backward(*chunk, is_whole)
+                self.whole = (mode, 1.0) if mode.is_complete else None
                 return mode.norms_sq.sum(), gradient
 
             self._observe_in_chunks(norms_and_gradient, inputs, targets, random_states)
@@ -366,11 +376,12 @@ class GhostNorms(_OwnPass):
     def _start(self) -> None:
         super()._start()
         self.own_norms_sq = self.sums.new_zeros(())
+        self.whole: tuple[GhostMode, float] | None = None  # the only pass of the step, and its loss_scale
 
-    def _backward(self, inputs: Tensor, targets: Tensor) -> tuple[GhostMode, dict[str, Tensor]]:
+    def _backward(self, inputs: Tensor, targets: Tensor, keep: bool = False) -> tuple[GhostMode, dict[str, Tensor]]:
         """A backward pass over the copy: the mode with the norms, and the sum of the gradients."""
         parameters = self.parameters()
-        with GhostMode(parameters, inputs, self.expansions) as mode:
+        with GhostMode(parameters, inputs, self.expansions, keep) as mode:
             loss = self._losses(self._call(parameters, inputs), targets).sum()
             gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
         return mode, dict(zip(parameters, gradients))
@@ -387,7 +398,12 @@ class GhostNorms(_OwnPass):
         return _training_gradient(self.parameters(), grad_scale)
 
     def inner_product_sums(self, mean: dict[str, Tensor], grad_scale: float) -> Tensor:
-        """p_i = ⟨∇ℓ_i, ḡ⟩ is the derivative of ℓ_i along ḡ: one forward-mode pass gives those of all samples."""
+        """By what the only pass has kept; else p_i = ⟨∇ℓ_i, ḡ⟩ is the derivative of ℓ_i along ḡ, by forward mode."""
+        if self.whole:
+            mode, loss_scale = self.whole
+            scale = loss_scale * grad_scale if self.in_training_pass else 1.0
+            inner = mode.inner_products(mean) / scale
+            return torch.stack([inner.sum(), inner.square().sum()])
         if self.forward_mode:
             try:
                 return self._in_memory(lambda: self._forward_mode_sums(mean))

@@ -55,16 +55,10 @@ class Part:
 
     shared: Options
     methods: dict[str, Options]
-    learning_rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1)
+    learning_rates: tuple[float, ...] = (0.003, 0.01, 0.03)
 
 
-MNIST: Options = {
-    "dataset": "mnist",
-    "optimizer": "adagrad",
-    "decay_lr": False,
-    "batch_size": 16,
-    "max_samples": 600_000,
-}
+MNIST: Options = {"dataset": "mnist", "optimizer": "adagrad", "decay_lr": False, "batch_size": 16}
 CIFAR10: Options = {"dataset": "benchmarks.cases:cifar10_npz", "batch_size": 16, "max_micro_batch_size": 1024}
 CIFAR10_CNN = {**CIFAR10, "model": "cnn", "optimizer": "adagrad", "max_samples": 1_000_000, "warmup_samples": 100_000}
 SMALL_RESNET = {
@@ -78,8 +72,10 @@ SMALL_RESNET = {
     "eta": 0.5,
 }
 PARTS = {
-    "mnist_logistic": Part({**MNIST, "model": "logistic"}, with_linear(600_000)),
-    "mnist_cnn": Part({**MNIST, "model": "cnn"}, with_linear(600_000)),
+    "mnist_logistic": Part(
+        {**MNIST, "model": "logistic", "max_samples": 600_000}, with_linear(600_000), learning_rates=(0.01, 0.03, 0.1)
+    ),
+    "mnist_cnn": Part({**MNIST, "model": "cnn", "max_samples": 180_000}, with_linear(180_000)),
     "cifar10_cnn": Part(CIFAR10_CNN, with_linear(1_000_000)),
     "cifar10_batch_norm": Part(
         SMALL_RESNET,

@@ -1,5 +1,7 @@
 """`ghost` against the plain autograd loop in float64, over every kind of layer and use of a parameter."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,12 +11,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+import contributions
 import gradients
 import models
 from benchmarks.cases import without_dropout
 from checks import oracle
 from checks.test_gradients import assert_matches
-from contributions import Convolution
 
 CLASSES = 3
 
@@ -43,25 +45,24 @@ def assert_ghost_is_exact(model: nn.Module, inputs: torch.Tensor, rel: float = 1
     alone.parameters = model.parameters
     expected = oracle.statistics(oracle.gradient_vectors(alone, cross_entropy, inputs, targets))
     probe = (inputs[:3], targets[:3])
-    for in_training_pass in (False, True):
-        estimator = gradients.GhostNorms(model, cross_entropy, True, 4, in_training_pass=in_training_pass)
+    for in_training_pass, sizes in itertools.product((False, True), ((len(inputs),), (3, len(inputs) - 3))):
         if in_training_pass and models.couples_samples(model):
             continue
+        # In one piece the p_i come from what the pass has kept, in several by forward mode.
+        estimator = gradients.GhostNorms(model, cross_entropy, True, sizes[0], in_training_pass=in_training_pass)
         problem = estimator.check(*probe)
         assert (problem == "") == covered, problem
         model.zero_grad()
-        scale = 0.5
-        for part in ((inputs[:3], targets[:3]), (inputs[3:], targets[3:])):
-            with estimator.observe(*part, loss_scale=scale):
+        scale, grad_scale = 0.5, 8.0
+        for x, y in zip(inputs.split(sizes), targets.split(sizes)):
+            with estimator.observe(x, y, loss_scale=scale):
                 if in_training_pass:
-                    (scale * cross_entropy(model(part[0]), part[1], reduction="sum")).backward()
-        for (
-            parameter
-        ) in model.parameters():  # the training step's mean over the batch, times a gradient scaler's factor
+                    (grad_scale * scale * cross_entropy(model(x), y, reduction="sum")).backward()
+        assert bool(estimator.whole) == (covered and len(sizes) == 1)
+        for parameter in model.parameters():  # as the training step leaves it: grad_scale times the mean
             if parameter.grad is not None:
-                parameter.grad *= 8.0 / (scale * len(inputs))
-        estimator.sums[2] *= 8.0**2 if in_training_pass else 1
-        assert_matches(estimator.moments(grad_scale=8.0), expected, rel)
+                parameter.grad /= scale * len(inputs)
+        assert_matches(estimator.moments(grad_scale), expected, rel)
 
 
 def images(*shape: int) -> torch.Tensor:
@@ -94,12 +95,12 @@ def test_convolutions(dims, groups, wide, kernel, stride, padding, dilation, siz
     model = nn.Sequential(
         layer(channels, wide * channels, kernel, stride, padding, dilation, groups, bias=bias), ToLogits()
     )
-    costs = {"gram": 0, "instantiate": 10**9, "cheaper": Convolution.ADDITION}
-    before, Convolution.ADDITION = Convolution.ADDITION, costs[form]
+    costs = {"gram": 0, "instantiate": 10**9, "cheaper": contributions.Convolution.ADDITION}
+    before, contributions.Convolution.ADDITION = contributions.Convolution.ADDITION, costs[form]
     try:
         assert_ghost_is_exact(model, images(5, channels, *[size + i for i in range(dims)]), rel=1e-8)
     finally:
-        Convolution.ADDITION = before
+        contributions.Convolution.ADDITION = before
 
 
 @pytest.mark.parametrize("padding, mode", [("same", "zeros"), ("valid", "zeros"), (2, "circular")])
@@ -240,13 +241,71 @@ def test_torchvision_models_equal_vmap(name, dtype):
     model = models.build(name, (3, 64, 64), CLASSES).to(dtype)
     without_dropout(model)
     inputs, targets = images(4, 3, 64, 64).to(dtype), torch.arange(4) % CLASSES
-    auto, told = gradients.build("auto", model, cross_entropy, True, 4, (inputs[:3], targets[:3]))
-    assert isinstance(auto, gradients.GhostNorms), told
     results = []
-    for estimator in (auto, gradients.PerSampleGradients(model, cross_entropy, True, 4)):
+    for estimator in (
+        gradients.build("auto", model, cross_entropy, True, 4, (inputs[:3], targets[:3]))[0],  # in one piece
+        gradients.build("auto", model, cross_entropy, True, 3, (inputs[:3], targets[:3]))[0],  # in pieces: forward mode
+        gradients.PerSampleGradients(model, cross_entropy, True, 4),
+    ):
         with estimator.observe(inputs, targets):
             pass
         results.append(estimator.moments())
+        if isinstance(estimator, gradients.GhostNorms):
+            assert estimator.forward_mode
     names = ("variance", "variance_inner_product", "variance_orthogonality", "grad_norm_sq")
-    assert_matches(results[0], {name: getattr(results[1], name) for name in names}, rel=FLOATS[dtype])
-    assert auto.forward_mode
+    *ours, reference = results
+    for result in ours:
+        assert_matches(result, {name: getattr(reference, name) for name in names}, rel=FLOATS[dtype])
+
+
+def test_without_forward_mode_inner_products_take_per_sample_gradients():
+    """Where the batch comes in pieces; in one piece nothing of the kind is needed."""
+
+    class Cubed(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x):
+            return x**3
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(inputs[0])
+
+        @staticmethod
+        def backward(ctx, B):
+            return 3 * ctx.saved_tensors[0] ** 2 * B
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear = nn.Linear(6, 4)
+            self.logits = ToLogits()
+
+        def forward(self, x):
+            return self.logits(Cubed.apply(self.linear(x)))
+
+    lines = []
+    inputs, targets = images(6, 6).float(), torch.arange(6) % CLASSES
+    arguments = ("ghost", Net(), cross_entropy, True)
+    expected = gradients.moments(Net(), cross_entropy, inputs, targets, test_gradients="vmap")
+    for size, said in ((6, 0), (4, 1), (2, 2)):
+        estimator, _ = gradients.build(*arguments, size, (inputs[:3], targets[:3]), notify=lines.append)
+        with estimator.observe(inputs, targets):
+            pass
+        assert estimator.moments().variance_inner_product == pytest.approx(expected.variance_inner_product, rel=1e-4)
+        assert len(lines) == said and all("no forward-mode derivative" in line for line in lines)
+
+
+def test_large_pulled_back_gradients_are_not_kept(monkeypatch):
+    """Then the p_i come by forward mode, and are the same."""
+    monkeypatch.setitem(contributions.CHUNK, "cpu", 1)
+    name = "table from a network of parameters"
+    estimator = gradients.GhostNorms(USES[name].double(), cross_entropy, True, 5)
+    inputs, targets = images(5, 4, 6), torch.arange(5) % CLASSES
+    with estimator.observe(inputs, targets):
+        pass
+    assert estimator.whole is None
+    expected = gradients.moments(USES[name], cross_entropy, inputs, targets, test_gradients="vmap")
+    assert estimator.moments().variance_inner_product == pytest.approx(expected.variance_inner_product, rel=1e-9)
