@@ -42,13 +42,11 @@ class Interrupts(contextlib.AbstractContextManager):
         self._writer.close()
 
     def _forget(self) -> None:
-        """In a forked process (a loader's worker): signals are the parent's business, and end the worker with it."""
+        """In a forked process (a loader's worker): launchers signal whole groups, and the parent still needs it."""
         if self._writer.fileno() == -1:
             return
         signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # not handlers: torch sets its own in a worker
 
     def _read(self) -> None:
         while numbers := self._reader.recv(1):
@@ -63,3 +61,14 @@ class Interrupts(contextlib.AbstractContextManager):
             if self._interrupted_at is not None and now - self._interrupted_at > SAME_KEY:
                 os._exit(128 + number)
             self._interrupted_at = self._interrupted_at or now
+
+
+def heed_the_parent_alone() -> None:
+    """In a worker process, where `SIGNALS` are blocked: SIGTERM from the parent ends it, that of others does not."""
+
+    def wait() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+            pass
+        os._exit(0)  # as torch's own handler has it: this is no failure
+
+    threading.Thread(target=wait, name="signals", daemon=True).start()

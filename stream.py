@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from batching import positions_of_rank
 from config import RunError, in_one_line
 from data import DataSet, described
+from interrupts import heed_the_parent_alone
 
 CHUNK = 32
 """Samples that a worker process reads at a time."""
@@ -279,7 +280,7 @@ class ChunkReader:
             prefetch_factor=batch_ahead if num_workers else None,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
-            worker_init_fn=_leave_last_words_to_the_parent,
+            worker_init_fn=_begin_worker,
             generator=torch.Generator(),  # else making an iterator would draw from the one that dropout draws from
         )
 
@@ -302,8 +303,12 @@ class ChunkReader:
         return list(zip(self.order.samples(positions).tolist(), seeds.tolist()))
 
 
-def _leave_last_words_to_the_parent(worker: int) -> None:
-    """In a worker process: when the training process is killed, its broken pipe is no news and needs no traceback."""
+def _begin_worker(worker: int) -> None:
+    """In a worker process: the training process decides on its end, and has the last words.
+
+    When that one is killed, a broken pipe is no news and needs no traceback.
+    """
+    heed_the_parent_alone()
     report = sys.excepthook
     sys.excepthook = lambda kind, *rest: None if issubclass(kind, (OSError, EOFError)) else report(kind, *rest)
 

@@ -20,6 +20,7 @@ from checks.conftest import ROOT, launch, process_of_rank, train
 BIN = Path(sys.executable).parent
 NETWORK = ["--dataset=checks.fault_drill:augmented_digits", "--model=checks.fault_drill:Net"]
 ENDLESS = ["--accelerator=cpu", "--max_samples=9000000", "--batch_size=32", "--max_batch_size=32", "--run_name=run"]
+WORKERS = ["--dataset=checks.fault_drill:streamed_digits", "--num_workers=2"]
 LAUNCHERS = {  # PORT: one of their own, as the tests run beside each other
     "python": [sys.executable, "main.py", "--devices=2"],
     "fabric": [BIN / "fabric", "run", "main.py", "--main-port=PORT", "--devices=2"],
@@ -29,7 +30,8 @@ LAUNCHERS = {  # PORT: one of their own, as the tests run beside each other
 def begin(launcher: str, port: int, *options: str) -> subprocess.Popen:
     command = [str(word).replace("PORT", str(port)) for word in LAUNCHERS[launcher]] + list(options)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=env)
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, **output, cwd=ROOT, env=env, start_new_session=True)
 
 
 def wait_for_rows(folder: Path, rows: int) -> None:
@@ -110,8 +112,20 @@ def test_a_rank_that_dies_ends_the_run(tmp_path, launcher, free_port):
     assert named[launcher] in told and not processes_of(tmp_path)
 
 
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_signal_to_all_processes(tmp_path, launcher, free_port):
+    """As `timeout`, torchrun and Slurm send it: the worker processes get it, too, and are still needed."""
+    process = begin(launcher, free_port, *ENDLESS, *WORKERS, f"--out_dir={tmp_path}")
+    wait_for_rows(tmp_path / "run", 3)
+    os.killpg(process.pid, signal.SIGTERM)
+    told, _ = process.communicate(timeout=60)
+    assert "interrupted by SIGTERM" in told and not processes_of(tmp_path), told
+    if launcher == "python":
+        assert process.returncode == 75 and "Traceback" not in told, told
+
+
 def test_the_first_process_dies(tmp_path):
-    process = begin("python", 0, *ENDLESS, f"--out_dir={tmp_path}")
+    process = begin("python", 0, *ENDLESS, *WORKERS, f"--out_dir={tmp_path}")
     wait_for_rows(tmp_path / "run", 3)
     process.kill()
     told, _ = process.communicate(timeout=30)  # the pipe is closed when the last process has gone
