@@ -78,7 +78,8 @@ run_training() {
   srun --kill-on-bad-exit=1 python main.py "$@" || status=$?
   # 75: interrupted; 138: by USR1 itself, before the program could attend to it (nothing is lost then, either).
   if [[ $status -eq 75 || $status -eq 138 ]]; then
-    scontrol requeue "$SLURM_JOB_ID"
+    # An array's last task has the number of the whole array, which would all be requeued.
+    scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
     exit "$status"
   fi
   return "$status"
