@@ -66,8 +66,9 @@ refuse() {
   exit 2
 }
 
-# run_training OPTION…: one run; by `fabric run`, under Slurm by `srun`, one process a task of the allocation. A run that a
-# signal interrupts there (USR1 comes 120 s before the time limit) has saved a checkpoint: the job goes back to the queue.
+# run_training OPTION…: one run; by `fabric run`, under Slurm by `srun`, one process a task of the allocation. Where its
+# time is up (USR1 comes 120 s before the limit) the run has saved itself, and the job goes back to the queue. After TERM
+# it does not: `scancel` means it, and a job that is preempted Slurm requeues itself.
 run_training() {
   local status=0
   if [[ -z ${SLURM_JOB_ID:-} ]]; then
@@ -76,12 +77,12 @@ run_training() {
   fi
   trap : USR1 TERM # the tasks get them, too; this script stays to see how they end
   srun --kill-on-bad-exit=1 python main.py "$@" || status=$?
-  # 75: interrupted; 138: by USR1 itself, before the program could attend to it (nothing is lost then, either).
-  if [[ $status -eq 75 || $status -eq 138 ]]; then
+  # 85: interrupted by USR1; 138: ended by it before training began. 75 and 143: the same by TERM.
+  if [[ $status -eq 85 || $status -eq 138 ]]; then
     # An array's last task has the number of the whole array, which would all be requeued.
     scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
-    exit "$status"
   fi
+  if [[ $status =~ ^(75|85|138|143)$ ]]; then exit "$status"; fi # no further points of a sweep
   return "$status"
 }
 

@@ -7,8 +7,9 @@ One process or several on this machine:
 On a cluster:
     srun --kill-on-bad-exit=1 python main.py …
 
-Exit status: 0 finished, 1 failed, 2 refused (bad options or data), 3 diverged, 75 interrupted by a signal after a
-checkpoint was saved (--resume=auto goes on), 130 ended at once by a second SIGINT.
+Exit status: 0 finished, 1 failed, 2 refused (bad options or data), 3 diverged, 75 interrupted by SIGTERM or SIGINT, 85
+by SIGUSR1 (time is up: start it again), both after a checkpoint was saved (--resume=auto goes on), 130 ended at once by
+a second SIGINT.
 """
 
 import contextlib
@@ -46,6 +47,8 @@ from metrics import Totals, Validation
 from runlog import RunLog
 
 EXIT_STATUS = {"finished": 0, "failed": 1, "refused": 2, "diverged": 3, "interrupted": os.EX_TEMPFAIL}
+TIME_IS_UP = 85
+"""Exit status after SIGUSR1, by which batch systems announce the end of a job's time: it is to be started again."""
 GO_ON, SAVE = 0, 1  # what ranks agree on after a step: the largest wins, and the number of a signal is larger
 
 
@@ -484,8 +487,8 @@ def resolve(config: Config, fabric: Fabric, training_samples: int) -> Config:
     )
 
 
-def run(config: Config, interrupts: Interrupts) -> str:
-    """Train as the options say; returns the status.
+def run(config: Config, interrupts: Interrupts) -> int:
+    """Train as the options say; returns the exit status.
 
     Raises:
         UsageError: the options cannot be met.
@@ -497,7 +500,9 @@ def run(config: Config, interrupts: Interrupts) -> str:
     trainer = Trainer(fabric, config, interrupts)
     status = trainer.fit()
     together(fabric, lambda: trainer.log and conclude(trainer, status))
-    return status
+    if status == "interrupted" and trainer.stop_signal == signal.SIGUSR1:
+        return TIME_IS_UP
+    return EXIT_STATUS[status]
 
 
 def conclude(trainer: Trainer, status: str) -> None:
@@ -521,11 +526,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             status = run(options.parse(arguments), interrupts)
     except UsageError as error:
         launch.report(error)
-        status = "refused"
+        status = EXIT_STATUS["refused"]
     except Exception as error:
         launch.report(error)
-        status = "failed"
-    return launch.leave(EXIT_STATUS[status])
+        status = EXIT_STATUS["failed"]
+    return launch.leave(status)
 
 
 if __name__ == "__main__":

@@ -93,6 +93,22 @@ def test_array_jobs_are_seeds(tmp_path, submit):
     assert [yaml.safe_load((path.parent / "config.yaml").read_text())["seed"] for path in summaries] == [3, 4]
 
 
+def test_only_what_runs_out_of_time_is_requeued(tmp_path, submit):
+    """Of two array tasks the last one, whose number is the array's own, gets USR1; then the other one is cancelled."""
+    out_dir = tmp_path / "out"
+    options = [*OPTIONS, f"--out_dir={out_dir}", "--max_samples=90000000"]
+    job = submit("--array=1-2", "--ntasks=1", str(ROOT / "expt.sh"), "logistic", *options)
+    rows = [out_dir / f"slurm-{job}-{task}" / "metrics.csv" for task in (1, 2)]
+    wait_until(lambda: all(path.exists() and path.read_text().count("\n") > 5 for path in rows))
+    slurm("scancel", "--signal=USR1", f"{job}_2")
+    wait_until(lambda: re.search(r"Restarts=1 ", slurm("scontrol", "show", "job", f"{job}_2")))
+    assert re.search(r"JobState=RUNNING(.|\n)* Restarts=0 ", slurm("scontrol", "show", "job", f"{job}_1"))
+    slurm("scancel", f"{job}_1")
+    wait_until(lambda: "interrupted by SIGTERM" in (tmp_path / f"{job}.1.out").read_text())
+    wait_until(lambda: "JobState=COMPLETING" not in slurm("scontrol", "show", "job", f"{job}_1"))
+    assert re.search(r"JobState=CANCELLED(.|\n)* Restarts=0 ", slurm("scontrol", "show", "job", f"{job}_1"))
+
+
 def test_a_task_that_dies_ends_the_job(tmp_path, submit):
     out_dir = tmp_path / "out"
     options = [*OPTIONS, f"--out_dir={out_dir}", "--max_samples=90000000"]
