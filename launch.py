@@ -40,7 +40,9 @@ def start_fabric(config: Config) -> Fabric:
         refuse_too_many_processes(config)
     try:
         if by_fabric_run:
-            return Fabric()
+            fabric = Fabric()
+            _watch(fabric)
+            return fabric
         devices, num_nodes = launched or (config.devices, config.num_nodes)
         fabric = Fabric(
             accelerator=config.accelerator,
@@ -110,7 +112,7 @@ def _host_group() -> dist.ProcessGroup | None:
 
 
 # Where one process fails, all must end. torchrun (also inside `fabric run`) and srun see to their processes; those that
-# Fabric starts itself watch each other.
+# Fabric starts itself watch each other. A launcher that is killed cannot see to anything: its processes watch it.
 
 _children: list[subprocess.Popen] = []
 _leaving = threading.Event()
@@ -122,9 +124,14 @@ def _is_child() -> bool:
     return not external and int(os.environ.get("LOCAL_RANK", 0)) > 0
 
 
+def _by_torchrun() -> bool:
+    """`fabric run` is torchrun inside."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def _watch(fabric: Fabric) -> None:
     launcher = getattr(fabric.strategy, "launcher", None)
-    if _is_child():
+    if _is_child() or _by_torchrun():
         threading.Thread(target=_watch_parent, args=(os.getppid(),), daemon=True).start()
     elif hasattr(launcher, "procs"):
         threading.Thread(target=_watch_children, args=(launcher,), daemon=True).start()
@@ -133,7 +140,8 @@ def _watch(fabric: Fabric) -> None:
 def _watch_parent(parent: int) -> None:
     while not _leaving.wait(0.5):
         if os.getppid() != parent:
-            _say(f"rank {rank_zero_only.rank}: the first process of this machine ({parent}) is gone: the run ends")
+            name = "first process of this machine" if _is_child() else "launcher"
+            _say(f"rank {rank_zero_only.rank}: the {name} ({parent}) is gone: the run ends")
             os._exit(1)
 
 
@@ -222,7 +230,7 @@ def resume_command(out_dir: Path, run_name: str) -> str:
 
 def _started_by() -> Sequence[str]:
     """The command line of the launcher, or of this process where there is none."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if _by_torchrun():
         return Path(f"/proc/{os.getppid()}/cmdline").read_text().rstrip("\0").split("\0")
     return ["srun", *sys.orig_argv] if SLURMEnvironment.detect() else sys.orig_argv
 

@@ -2,19 +2,21 @@
 
 import contextlib
 import csv
+import fcntl
 import json
 import math
 import os
 import platform
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
@@ -84,12 +86,13 @@ class RunLog:
         marks: `mark` as it was at that checkpoint.
 
     Raises:
-        UsageError: the folder exists already or cannot be made.
+        UsageError: the folder exists already, cannot be made, or another process writes into it.
     """
 
     def __init__(self, config: Config, world_size: int, resumed: Path | None = None, marks: dict | None = None):
         self.config = config
         self.folder = self._make_folder(resumed)
+        self._lock = _locked(self.folder)
         marks = marks or {"files": {}, "seconds": 0.0}
         _rewind(resumed or self.folder, self.folder, marks["files"])
         self._last_line = time.perf_counter()
@@ -244,6 +247,33 @@ class RunLog:
         )
         results = {f"final/{name}": summary[name] for name in names.split() if summary[name] is not None}
         self._tensorboard.log_hyperparams({**options, "status": summary["status"]}, results, summary["steps"])
+
+
+def _locked(folder: Path) -> IO | None:
+    """The folder is this process's own until it ends; None where the file system knows no locks.
+
+    A lock of POSIX's kind: worker processes, which may live a little longer, do not inherit it.
+
+    Raises:
+        UsageError: another process has it.
+    """
+    try:
+        lock = open(folder / ".lock", "ab+", buffering=0)  # noqa: SIM115 (the lock goes when the process ends)
+    except OSError:
+        return None
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.truncate(0)
+        lock.write(f"pid {os.getpid()} on {socket.gethostname()}".encode())
+    except (BlockingIOError, PermissionError):  # POSIX allows either
+        lock.seek(0)
+        raise UsageError(
+            f"--run_name={folder.name}: another process ({lock.read().decode()}) writes into {folder}: "
+            "wait until it has ended, or choose another name"
+        ) from None
+    except OSError:  # no locks here, or no room for these words
+        pass
+    return lock
 
 
 def _handed_on(report: Callable) -> Callable:
