@@ -8,9 +8,11 @@ the last row of metrics.csv. Which sample comes next follows from the progress a
 
 import contextlib
 import os
+import pickle
 import random
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -157,14 +159,24 @@ def steps_of(folder: Path) -> dict[int, Path]:
 
 
 def problem_of(path: Path) -> str:
-    """Why a file is no whole checkpoint, "" where it is one. Reads all of it: a changed byte is found."""
+    """Why a file is no checkpoint to go on from, "" where it is one. Reads all of it: a changed byte is found.
+
+    Raises:
+        UsageError: it cannot be read; whether it is whole remains open.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
-                return f"{damaged} in it is damaged"
+                return f"is no whole checkpoint ({damaged} in it is damaged)"
         options_of(path)
-    except Exception as error:  # a damaged file raises whatever its readers run into
-        return reason(error)
+    except (OSError, MemoryError) as error:
+        raise UsageError(f"--resume: {path} cannot be read ({reason(error)}): try again when it can be") from None
+    except pickle.UnpicklingError:  # its words advise to load it all the same
+        return "holds more than weights and plain values: not loaded"
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        return f"is no whole checkpoint ({reason(error)})"
+    except Exception:  # a foreign file raises whatever its readers run into
+        return "is no checkpoint of this program"
     return ""
 
 
@@ -181,7 +193,8 @@ def find(resume: str | None, folder: Path | None) -> tuple[Path | None, list[str
         folder: OUT_DIR/RUN_NAME, None where the run has no name.
 
     Raises:
-        UsageError: there is none where one is named, or the run's folder is not known.
+        UsageError: there is none where one is named, there are some but none is whole, one cannot be read, or the run's
+            folder is not known.
     """
     if resume is None:
         return None, []
@@ -190,18 +203,21 @@ def find(resume: str | None, folder: Path | None) -> tuple[Path | None, list[str
     place = folder / "checkpoints" if resume == "auto" else Path(resume)
     if place.is_file():
         if problem := problem_of(place):
-            raise UsageError(f"--resume={resume} is no whole checkpoint ({problem}): name another one")
+            raise UsageError(f"--resume={resume} {problem}: name another one")
         return place, []
     place = place / "checkpoints" if (place / "checkpoints").is_dir() else place
-    warnings = []
+    problems = {}
     for _, path in sorted(steps_of(place).items(), reverse=True):
         problem = problem_of(path)
         if not problem:
-            return path, warnings
-        warnings.append(f"warning: {path} is no whole checkpoint ({problem}): taking the one before it")
+            return path, [f"warning: {name} {words}: taking the one before it" for name, words in problems.items()]
+        problems[path] = problem
+    if problems:
+        listed = "; ".join(f"{path} {problem}" for path, problem in problems.items())
+        raise UsageError(f"--resume={resume}: {listed}: put a whole one there, or choose another --run_name")
     if resume != "auto":
-        raise UsageError(f"--resume={resume} has no whole checkpoint: give a run's folder, or one of its checkpoints")
-    return None, warnings
+        raise UsageError(f"--resume={resume} has no checkpoint: give a run's folder, or one of its checkpoints")
+    return None, []
 
 
 def continued(config: Config, path: Path) -> Config:
@@ -239,10 +255,18 @@ def refuse_differences(config: Config, path: Path) -> None:
 
 
 def remove_left_overs(folder: Path, resumed: Path | None) -> None:
-    """What a killed run was writing, and the checkpoints of a future that is now taken back."""
+    """Removes what a killed run was writing, and the checkpoints of a future that is now taken back.
+
+    Those that are damaged are set aside: somebody may know how to mend them.
+    """
     last = resumed.name if resumed and resumed.parent.samefile(folder) else ""
-    for path in [*folder.glob("*.tmp"), *(path for path in steps_of(folder).values() if path.name > last)]:
+    for path in folder.glob("*.tmp"):
         path.unlink(missing_ok=True)
+    for path in steps_of(folder).values():
+        if path.name > last and problem_of(path):
+            path.replace(path.with_name(path.name + ".damaged"))
+        elif path.name > last:
+            path.unlink(missing_ok=True)
 
 
 def random_states(device: torch.device) -> dict[str, Any]:

@@ -90,19 +90,49 @@ def make_malicious(path: Path) -> None:
     torch.save({**torch.load(path, weights_only=True), "more": Malicious()}, path)
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit_of_the_weights, make_malicious])
-def test_what_is_damaged_is_skipped_for_the_one_before_it(copy, damage, capfd, monkeypatch):
+DAMAGES = {
+    truncate: "is no whole checkpoint (File is not a zip file)",
+    flip_a_bit_of_the_weights: "is no whole checkpoint (archive/data/0 in it is damaged)",
+    make_malicious: "holds more than weights and plain values: not loaded",
+}
+
+
+@pytest.mark.parametrize("damage, words", DAMAGES.items())
+def test_what_is_damaged_is_skipped_for_the_one_before_it(copy, damage, words, capfd, monkeypatch):
     monkeypatch.setenv("MALICIOUS", str(copy / "made by the checkpoint"))
     newest, before = copy / "checkpoints" / "step-00000010.pt", copy / "checkpoints" / "step-00000009.pt"
     damage(newest)
+    damaged = newest.read_bytes()
     assert run(copy.parent, "--resume=auto") == 0
     told = capfd.readouterr()
-    assert f"warning: {newest} is no whole checkpoint" in told.err and f"resuming from {before}: step 9" in told.out
+    assert f"warning: {newest} {words}: taking the one before it" in told.err.splitlines()
+    assert f"resuming from {before}: step 9" in told.out
     assert not (copy / "made by the checkpoint").exists()
     assert checkpoint.problem_of(newest) == ""  # written anew
+    assert newest.with_name(newest.name + ".damaged").read_bytes() == damaged
     damage(newest)
     assert run(copy.parent, f"--resume={newest}") == 2
-    assert "is no whole checkpoint" in capfd.readouterr().err
+    assert words in capfd.readouterr().err
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_started_or_removed(copy, capfd):
+    for path in checkpoint.steps_of(copy / "checkpoints").values():
+        truncate(path)
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    assert run(copy.parent, "--resume=auto") == 2
+    told = capfd.readouterr().err
+    assert told.count("is no whole checkpoint") == 4 and "taking" not in told and len(told.splitlines()) == 1
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
+def test_what_cannot_be_read_is_not_taken_for_damaged(copy, capfd):
+    newest = copy / "checkpoints" / "step-00000010.pt"
+    newest.unlink()
+    newest.mkdir()  # reading it is an error of the system's, as from a failing disk
+    assert run(copy.parent, "--resume=auto") == 2
+    assert f"{newest} cannot be read (Is a directory)" in capfd.readouterr().err
+    assert run(copy.parent, f"--resume={copy / 'model.pt'}") == 2
+    assert "model.pt is no checkpoint of this program" in capfd.readouterr().err
 
 
 def test_writing_fails_without_a_trace(tmp_path):
@@ -142,7 +172,7 @@ def test_a_branch_in_a_new_folder(copy, tmp_path):
     [
         (["--batch_size=16", "--eta=0.3"], ["--batch_size=16 was 32", "--eta=0.3 was 1.0"]),
         (["--max_samples=100"], ["--max_samples=100 was 320"]),
-        (["--resume=nowhere"], ["--resume=nowhere has no whole checkpoint"]),
+        (["--resume=nowhere"], ["--resume=nowhere has no checkpoint"]),
     ],
 )
 def test_refused(copy, options, words, capsys):
