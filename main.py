@@ -13,6 +13,7 @@ a second SIGINT.
 """
 
 import contextlib
+import itertools
 import logging
 import os
 import signal
@@ -62,6 +63,7 @@ class Progress:
     best_step: int | None = None  # the checkpoint with the best validation accuracy
     undecided: str = ""  # why the last test decided nothing
     notices: list[str] = field(default_factory=list)
+    cut_off: dict[str, Any] = field(default_factory=dict)  # what `step` gave, where a signal cut the evaluation off
 
 
 class Trainer:
@@ -72,7 +74,7 @@ class Trainer:
         config, self.resumed = self.find_checkpoint(config)
         together(fabric, lambda: fabric.is_global_zero and data.prepare(config.dataset, config.data_dir))
         data_set = together(fabric, lambda: data.load(config.dataset, config.data_dir))
-        self.samples_per_epoch = len(data_set.train)
+        self.samples_per_epoch, self.validation_samples = len(data_set.train), len(data_set.val)
         requested_precision = os.environ.get("LT_PRECISION", config.precision)
         self.config = config = together(fabric, lambda: resolve(config, fabric, self.samples_per_epoch))
         together(fabric, lambda: self.resumed and checkpoint.refuse_differences(config, self.resumed))
@@ -173,24 +175,45 @@ class Trainer:
     def fit(self) -> str:
         """Train to the end; returns the run's status."""
         progress = self.progress
-        while not self.finished():
-            testing = self.test_is_due()
-            plan = self.plan(testing)
-            moments = self.train_step(plan, testing)
-            decision = self.test(moments) if moments else None
-            progress.batch_size = self.schedule(plan.batch_size, progress.samples, decision)
-            self.explain(decision)
-            evaluation = self.evaluate() if self.evaluation_is_due(plan) else {}
+        while progress.cut_off or not self.finished():
+            row, progress.cut_off = progress.cut_off or self.step(), {}
+            due = self.evaluation_is_due(row["batch_size"])
+            evaluation = self.evaluate() if due else {}
+            if due and not evaluation:
+                progress.cut_off = row
+                self.save()
+                return self.interrupted()
             log_is_due = evaluation or progress.steps % self.config.log_interval == 0
-            if log_is_due and not self.log_step(plan, moments, evaluation):
+            if log_is_due and not self.log_step(row, evaluation):
                 return "diverged"
             self.stop_signal = self.save_when_due(evaluation)
             if self.stop_signal and not self.finished():
-                self.interrupts.stopped = True
-                return "interrupted"
+                return self.interrupted()
         if self.checkpoints.saved_step != progress.steps:
             self.save()
         return "finished"
+
+    def interrupted(self) -> str:
+        self.interrupts.stopped = True
+        return "interrupted"
+
+    def step(self) -> dict[str, Any]:
+        """One step and the next batch's size; gives what the step's row says of its batch and its test."""
+        testing = self.test_is_due()
+        plan = self.plan(testing)
+        moments = self.train_step(plan, testing)
+        decision = self.test(moments) if moments else None
+        self.progress.batch_size = self.schedule(plan.batch_size, self.progress.samples, decision)
+        self.explain(decision)
+        row = {
+            "batch_size": plan.batch_size,
+            "micro_batch_size": plan.micro_batch_size,
+            "gradient_accumulation_steps": plan.steps,
+        }
+        if moments:
+            names = ("variance", "variance_inner_product", "variance_orthogonality", "grad_norm_sq", "noise_scale")
+            row |= {name: getattr(moments, name) for name in names}
+        return row
 
     def finished(self) -> bool:
         if self.config.training_type == "iter":
@@ -274,54 +297,61 @@ class Trainer:
                     f"step {self.progress.steps}: the test decides nothing, the batch size stays: {decision.reason}"
                 )
 
-    def evaluation_is_due(self, plan: batching.Plan) -> bool:
+    def evaluation_is_due(self, batch_size: int) -> bool:
+        """After a step on a batch of this size."""
+        progress, epoch = self.progress, self.samples_per_epoch
         if self.config.eval_interval:
-            due = self.progress.steps % self.config.eval_interval == 0
+            due = progress.steps % self.config.eval_interval == 0
         else:
-            due = self.progress.samples // self.samples_per_epoch > plan.start // self.samples_per_epoch
+            due = progress.samples // epoch > (progress.samples - batch_size) // epoch
         return due or self.finished()
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Loss and accuracy over all validation samples, each used once whatever the number of ranks."""
+        """Loss and accuracy over all validation samples, each used once whatever the number of ranks.
+
+        Empty where a signal cuts it off, on any rank: launchers do not wait for the end of a long evaluation.
+        """
         started = time.perf_counter()
-        average_over_ranks(self.module.buffers(), self.fabric.world_size)
+        rank, world_size = self.fabric.global_rank, self.fabric.world_size
+        own_buffers = [buffer.clone() for buffer in self.module.buffers()]
+        average_over_ranks(self.module.buffers(), world_size)
         self.model.eval()
         micro_batch_size = min(self.config.max_micro_batch_size, 1024)
+        rounds = -(-self.validation_samples // (micro_batch_size * world_size))  # the last one is not every rank's
+        batches = self.stream.validation(rank, world_size, micro_batch_size)
         with out_of_memory_means("a validation micro-batch", "--max_micro_batch_size"):
-            for inputs, targets in self.stream.validation(
-                self.fabric.global_rank, self.fabric.world_size, micro_batch_size
-            ):
-                self.validation.update(self.model(inputs), targets)
+            for _, batch in itertools.zip_longest(range(rounds), batches):
+                self.stop_signal = launch.largest_over_ranks(self.fabric, self.interrupts.received)
+                if self.stop_signal:  # all is to be as it was before
+                    for buffer, own in zip(self.module.buffers(), own_buffers):
+                        buffer.copy_(own)
+                    return {}
+                if batch:
+                    self.validation.update(self.model(batch[0]), batch[1])
         evaluation = self.validation.compute()
         self.totals.pause(time.perf_counter() - started)
         return evaluation
 
-    def log_step(self, plan: batching.Plan, moments: tests.Moments | None, evaluation: dict[str, float]) -> bool:
-        """Write a row; False where the loss has ceased to be finite."""
+    def log_step(self, row: dict[str, Any], evaluation: dict[str, float]) -> bool:
+        """Write what `step` gave and the rest of its row; False where the loss has ceased to be finite."""
         progress = self.progress
         statistics, diverged_at = self.totals.read()
-        row = {
+        row = row | {
             "step": progress.steps,
             "samples": progress.samples,
             "epoch": progress.samples / self.samples_per_epoch,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "batch_size": plan.batch_size,
-            "micro_batch_size": plan.micro_batch_size,
-            "gradient_accumulation_steps": plan.steps,
             "next_batch_size": progress.batch_size,
             **statistics,
             **evaluation,
         }
-        if moments:
-            names = ("variance", "variance_inner_product", "variance_orthogonality", "grad_norm_sq", "noise_scale")
-            row |= {name: getattr(moments, name) for name in names}
         if self.log:
             self.log.write(row)
             self.log.advance(progress.samples if self.config.training_type == "sample" else progress.steps)
         if evaluation:
             self.say(
-                f"step {progress.steps:>6,}  samples {progress.samples:>10,}  batch {plan.batch_size:>7,}  "
+                f"step {progress.steps:>6,}  samples {progress.samples:>10,}  batch {row['batch_size']:>7,}  "
                 f"train loss {row['train_loss']:.4f}  "
                 f"val loss {row['val_loss']:.4f}  val accuracy {row['val_accuracy']:.2%}"
             )
@@ -487,7 +517,7 @@ def resolve(config: Config, fabric: Fabric, training_samples: int) -> Config:
     )
 
 
-def run(config: Config, interrupts: Interrupts) -> int:
+def run(config: Config) -> int:
     """Train as the options say; returns the exit status.
 
     Raises:
@@ -497,9 +527,11 @@ def run(config: Config, interrupts: Interrupts) -> int:
     fabric = start_fabric(config)
     if fabric._precision.precision == "64-true":
         torch.set_default_dtype(torch.float64)  # else Fabric hands the model's outputs back in float32
+    interrupts = Interrupts()
     trainer = Trainer(fabric, config, interrupts)
-    status = trainer.fit()
-    together(fabric, lambda: trainer.log and conclude(trainer, status))
+    with interrupts:  # until here there is nothing to save: a signal ends the program at once
+        status = trainer.fit()
+        together(fabric, lambda: trainer.log and conclude(trainer, status))
     if status == "interrupted" and trainer.stop_signal == signal.SIGUSR1:
         return TIME_IS_UP
     return EXIT_STATUS[status]
@@ -522,8 +554,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     try:
-        with Interrupts() as interrupts:
-            status = run(options.parse(arguments), interrupts)
+        status = run(options.parse(arguments))
     except UsageError as error:
         launch.report(error)
         status = EXIT_STATUS["refused"]

@@ -124,12 +124,81 @@ def test_a_signal_to_all_processes(tmp_path, launcher, free_port):
         assert process.returncode == 75 and "Traceback" not in told, told
 
 
+SLOW = """
+import os, signal, time
+from dataclasses import replace
+from torch.utils.data import Dataset
+from checks import fault_drill
+
+class Slow(Dataset):
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __len__(self):
+        return 121
+
+    def __getitem__(self, i):
+        if "SLOW" in os.environ:
+            open(os.environ["SLOW"], "w")
+            time.sleep(0.05)
+        return self.samples[i]
+
+def load(data_dir):
+    if "STOP" in os.environ:
+        os.kill(os.getpid(), signal.SIGTERM)
+    whole = fault_drill.streamed_digits(data_dir)
+    return replace(whole, val=Slow(whole.val))
+"""
+
+
+def test_a_signal_cuts_an_evaluation_off(tmp_path, monkeypatch):
+    """With 4 micro-batches on one rank and 3 on the other; it is made up for, and all is as in the undisturbed run."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    options = [
+        "--dataset=slow:load",
+        "--model=checks.fault_drill:Net",
+        *fault_drill.TESTS["ip+orth"],
+        "--batch_size=24",
+    ]
+    options += ["--max_batch_size=60", "--max_samples=1000", "--eval_interval=10", "--max_micro_batch_size=20"]
+    whole = train(tmp_path, *options, processes=2, name="whole")
+    monkeypatch.setenv("SLOW", str(tmp_path / "evaluating"))
+    run = ["--accelerator=cpu", *options, f"--out_dir={tmp_path}", "--run_name=run", "--resume=auto"]
+    process = begin("python", 0, *run)
+    while not (tmp_path / "evaluating").exists():
+        time.sleep(0.01)
+    os.kill(process_of_rank(1, tmp_path), signal.SIGTERM)
+    told, _ = process.communicate(timeout=60)
+    interrupted = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert process.returncode == 75 and interrupted["steps"] == 10 and interrupted["val_loss"] is None, told
+    monkeypatch.delenv("SLOW")
+    done = launch(*LAUNCHERS["python"], *run)
+    assert done.returncode == 0 and fault_drill.differences(whole.folder, tmp_path / "run") == [], done.stderr
+    monkeypatch.setenv("STOP", "before training")
+    done = launch(sys.executable, "main.py", *run, "--run_name=other", "--devices=1")
+    assert done.returncode == -signal.SIGTERM and not (tmp_path / "other").exists()
+
+
 def test_the_first_process_dies(tmp_path):
     process = begin("python", 0, *ENDLESS, *WORKERS, f"--out_dir={tmp_path}")
     wait_for_rows(tmp_path / "run", 3)
     process.kill()
     told, _ = process.communicate(timeout=30)  # the pipe is closed when the last process has gone
     assert f"the first process of this machine ({process.pid}) is gone" in told and not processes_of(tmp_path)
+
+
+def test_the_launcher_dies(tmp_path, free_port):
+    """Its processes end with it. While they last nobody else may write into the run's folder."""
+    options = [*ENDLESS, f"--out_dir={tmp_path}"]
+    process = begin("fabric", free_port, *options)
+    wait_for_rows(tmp_path / "run", 3)
+    refused = launch(sys.executable, "main.py", *options, "--devices=1", "--resume=auto")
+    writer = process_of_rank(0, tmp_path)
+    assert refused.returncode == 2 and f"another process (pid {writer} on " in refused.stderr, refused.stderr
+    process.kill()
+    told, _ = process.communicate(timeout=30)
+    assert f"rank 0: the launcher ({process.pid}) is gone" in told and not processes_of(tmp_path), told
 
 
 @pytest.fixture
