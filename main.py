@@ -132,7 +132,19 @@ class Trainer:
         checkpoint.remove_left_overs(log.folder / "checkpoints", self.resumed)
         if self.resumed:
             log.say(f"resuming from {self.resumed}: step {self.progress.steps:,}, samples {self.progress.samples:,}")
+            self.warn_of_idle_end(log)
         return log
+
+    def warn_of_idle_end(self, log: RunLog) -> None:
+        """A longer continuation keeps the schedule, which may have come to 0 before its end."""
+        c, end = self.config, self.learning_rate.zero_from()
+        length = c.max_samples if c.training_type == "sample" else c.max_iters
+        if end is not None and c.lr_decay_type == c.training_type and end < length:
+            unit = {"sample": "sample", "iter": "step"}[c.lr_decay_type]
+            log.say(
+                f"the learning rate is 0 from {unit} {end:,} on: a continuation keeps the schedule; "
+                "for a longer one start a new run"
+            )
 
     def refuse_single_samples(self) -> None:
         """Where BatchNorm meets maps of one position, a micro-batch of one sample has nothing to normalise by."""

@@ -170,6 +170,15 @@ class LearningRate:
     config: Config
     max_samples: int
 
+    def zero_from(self) -> int | None:
+        """Where the decay ends at 0 [samples or steps, as `lr_decay_type` says]; None where it does not."""
+        c = self.config
+        if not c.decay_lr or c.scheduler == "multistep" or c.min_lr > 0:
+            return None
+        return (
+            (c.lr_decay_samples or self.max_samples) if c.lr_decay_type == "sample" else c.lr_decay_iters or c.max_iters
+        )
+
     def __call__(self, samples: int, steps: int) -> float:
         c = self.config
         if not c.decay_lr:
