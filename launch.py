@@ -168,6 +168,11 @@ def _say(line: str) -> None:
 def report(error: Exception) -> None:
     """Say in one line why the run ends; with a traceback where nobody has foreseen it."""
     rank = rank_zero_only.rank
+    if _is_lost_worker(error):
+        error = RunError(
+            f"--num_workers: {_first_line(error)} (where memory or shared memory (/dev/shm) ran out, take fewer "
+            "--num_workers or a smaller --batch_ahead)"
+        )
     several = dist.is_initialized() and dist.get_world_size() > 1
     where = f"rank {rank} on {socket.gethostname()}: " if several else ""
     if several and _is_lost_contact(error):
@@ -190,6 +195,11 @@ def report(error: Exception) -> None:
 
 def _is_lost_contact(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def _is_lost_worker(error: Exception) -> bool:
+    """A loader's worker process has died: torch raises it wherever the main thread is at that moment."""
+    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
 
 
 def _first_line(error: Exception) -> str:

@@ -291,7 +291,7 @@ class ChunkReader:
     def chunks(self, positions: Iterable[range]) -> Iterator[tuple[Tensor, Tensor]]:
         """The samples at these positions, one chunk a range; ends what was being read before."""
         self.positions = positions
-        return map(_checked, _from_workers(self.loader))
+        return map(_checked, self.loader)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         """What the DataLoader asks its worker processes for."""
@@ -315,18 +315,6 @@ def _begin_worker(worker: int) -> None:
 
 def _unchanged(chunk):
     return chunk
-
-
-def _from_workers(loader: DataLoader) -> Iterator:
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise RunError(
-            f"--num_workers: {' '.join(str(error).split())} (where memory or shared memory (/dev/shm) ran out, "
-            "take fewer --num_workers or a smaller --batch_ahead)"
-        ) from None
 
 
 def _checked(chunk: list[Tensor] | str) -> tuple[Tensor, Tensor]:
