@@ -122,8 +122,9 @@ class RunLog:
         while not self.config.run_name and folder.exists():
             count += 1
             folder = self.config.out_dir / f"{name}-{count}"
+        own = resumed is not None and folder.exists() and folder.samefile(resumed)
         try:
-            folder.mkdir(parents=True, exist_ok=self.config.resume == "auto" or folder.absolute() == resumed)
+            folder.mkdir(parents=True, exist_ok=own or self.config.resume == "auto")
         except FileExistsError:
             raise UsageError(f"--run_name={name}: {folder} exists already: choose another name or remove it") from None
         except OSError as error:
@@ -296,10 +297,13 @@ def _rewind(source: Path, folder: Path, sizes: dict[str, int]) -> None:
             path.unlink(missing_ok=True)
     for name, size in sizes.items():
         path = folder / Path(name).name  # whatever a checkpoint says, nothing outside the folder is touched
-        if source.absolute() != folder.absolute() and (source / path.name).is_file():
+        if not source.samefile(folder) and (source / path.name).is_file():
             shutil.copyfile(source / path.name, path)
-        if path.is_file() and path.stat().st_size > size:
+        found = path.stat().st_size if path.is_file() else 0
+        if found > size:
             os.truncate(path, size)
+        elif found < size:
+            print(f"warning: {path} has lost what the checkpoint finds in it", file=sys.stderr, flush=True)
 
 
 def peak_memory_bytes() -> int:
