@@ -134,10 +134,9 @@ class Checkpoints:
 
 def unwritable(path: Path, error: Exception) -> RunError:
     """A full disk, mostly."""
-    return RunError(
-        f"{path} could not be written ({reason(error)}): the checkpoints written before are whole; "
-        "make room, then go on with --resume=auto"
-    )
+    saved = steps_of(path.parent) or steps_of(path.parent / "checkpoints")
+    rest = "the checkpoints written before are whole" if saved else "nothing was saved yet"
+    return RunError(f"{path} could not be written ({reason(error)}): {rest}; make room, then go on with --resume=auto")
 
 
 def reason(error: Exception) -> str:
