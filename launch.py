@@ -241,7 +241,9 @@ def resume_command(out_dir: Path, run_name: str) -> str:
 def _started_by() -> Sequence[str]:
     """The command line of the launcher, or of this process where there is none."""
     if _by_torchrun():
-        return Path(f"/proc/{os.getppid()}/cmdline").read_text().rstrip("\0").split("\0")
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().rstrip("\0").split("\0")
+        if sys.orig_argv[-1] in words:  # else it has died, and this is the process that inherits orphans
+            return words
     return ["srun", *sys.orig_argv] if SLURMEnvironment.detect() else sys.orig_argv
 
 

@@ -18,6 +18,7 @@ import yaml
 
 import checkpoint
 import config
+import launch
 import main
 from checks.conftest import ROOT
 from config import UsageError
@@ -167,6 +168,28 @@ def test_a_branch_in_a_new_folder(copy, tmp_path):
     assert (copy / "checkpoints" / "step-00000010.pt").exists()
 
 
+def test_a_folder_by_another_name_and_rows_that_are_lost(copy, capfd):
+    (copy / "metrics.csv").write_text("")
+    step = copy / "checkpoints" / "step-00000008.pt"
+    assert run(copy.parent / "run" / "..", f"--resume={step}") == 0
+    told = capfd.readouterr()
+    assert "step 8" in told.out and "learning rate is 0" not in told.out
+    assert told.err.count("warning") == 1 and "metrics.csv has lost what the checkpoint finds in it" in told.err
+
+
+def test_what_a_full_disk_leaves(copy, tmp_path):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert "the checkpoints written before are whole" in str(checkpoint.unwritable(copy / "metrics.csv", full))
+    assert "nothing was saved yet" in str(checkpoint.unwritable(tmp_path / "metrics.csv", full))
+
+
+def test_the_command_that_goes_on_when_the_launcher_has_died(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # but the parent is no launcher of this process
+    monkeypatch.setattr(sys, "orig_argv", ["python", "main.py", "--seed=3"])
+    command = launch.resume_command(Path("out"), "run")
+    assert command == "python main.py --seed=3 --out_dir=out --run_name=run --resume=auto"
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
@@ -188,7 +211,7 @@ def test_auto_needs_a_name(tmp_path, capsys):
     assert "--resume=auto needs --run_name=NAME" in capsys.readouterr().err
 
 
-def test_what_may_differ(copy):
+def test_what_may_differ(copy, capsys):
     """All that is no mathematics; a longer run keeps the learning rate's schedule of the shorter one."""
     assert set(checkpoint.FREE) | set(checkpoint.GROWING) <= set(config.Config.__dataclass_fields__)
     path = copy / "checkpoints" / "step-00000010.pt"
@@ -196,6 +219,7 @@ def test_what_may_differ(copy):
     options = checkpoint.continued(replace(options, run_name="run", out_dir=copy.parent), path)
     assert options.lr_decay_samples == 320
     assert run(copy.parent, "--max_samples=640", "--log_interval=2", "--eval_interval=3", "--resume=auto") == 0
+    assert "the learning rate is 0 from sample 320 on" in capsys.readouterr().out
     assert yaml.safe_load((copy / "config.yaml").read_text())["lr_decay_samples"] == 320
     assert [row["step"] for row in _rows(copy / "metrics.csv")][9:] == ["10", "12", "14", "15", "16", "18", "20"]
     with pytest.raises(UsageError, match="--lr_decay_samples=640 was 320"):
