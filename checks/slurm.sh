@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A real Slurm of two nodes on this machine, for the tests: checks/slurm.sh up | down.  Needs root and Debian's packages.
 #   export SLURM_CONF=$(checks/slurm.sh up)
+# Its nodes are one machine: several tasks need MASTER_ADDR=127.0.0.1 in their environment.
 set -euo pipefail
 home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.slurm
 daemons=(munged slurmctld slurmd-node1 slurmd-node2)
@@ -73,5 +74,5 @@ up() {
 case ${1:-} in
   up) up >&2 && echo "$home/slurm.conf" ;;
   down) down ;;
-  *) sed -n '2,3s/^# *//p' "$0" >&2 && exit 2 ;;
+  *) sed -n '2,4s/^# *//p' "$0" >&2 && exit 2 ;;
 esac
