@@ -29,7 +29,8 @@ PUBLISHED = {
     "--test_interval=2 --training_type=iter --max_iters=10 --lr_decay_type=iter --warmup_iters=2 --lr_decay_iters=9 "
     "--scheduler=multistep --milestones=[4,6] --gamma=0.5 --min_lr=1e-5 --ramp_up_type=factor --ramp_up_factor=1.5 "
     "--stagewise_ramp_up=True --samples_stages=[64,64] --global_batch_sizes=[16,32] --beta1=0.8 --beta2=0.99 "
-    "--grad_clip=1.0 --linear_ramp_up=False --linear_ramp_up_increment=8 --devices=2 --num_nodes=1",
+    "--grad_clip=1.0 --linear_ramp_up=False --devices=2 --num_nodes=1",
+    "linear": "--test=False --linear_ramp_up=True --linear_ramp_up_increment=8 --max_batch_size=512",
 }
 
 
