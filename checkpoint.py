@@ -14,7 +14,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -148,7 +148,8 @@ def reason(error: Exception) -> str:
 def plain_options(config: Config) -> dict[str, Any]:
     """All options as plain values, as checkpoints and config.yaml have them."""
     values = asdict(config) | {"resume": None}  # how a run was started again is no property of the run
-    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+    names = (entry.name for topic in Config.__bases__ for entry in fields(topic))  # in the order of --help
+    return {name: str(values[name]) if isinstance(values[name], Path) else values[name] for name in names}
 
 
 def steps_of(folder: Path) -> dict[int, Path]:

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -68,9 +69,9 @@ class BatchOptions:
     """Batch size"""
 
     batch_size: int = 16
-    """initial global batch size [samples, over all devices]"""
+    """initial global batch size [samples, over all devices]; in stages it is the first of them"""
     max_batch_size: int | None = None
-    """largest global batch size [samples]; default: the size of the training set"""
+    """largest global batch size [samples]; default: the size of the training set, or the largest stage"""
     max_micro_batch_size: int = 4096
     """most samples a device processes at once; larger batches are accumulated [samples per device]"""
     gradient_accumulation_steps: int = 1
@@ -154,8 +155,8 @@ class ScheduleOptions:
     """cap on the learning rate where decay_lr=False; default: none"""
     scheduler: Literal["cosine", "linear", "multistep"] = "cosine"
     """form of the decay after the linear warm-up"""
-    lr_decay_type: Literal["sample", "iter"] = "sample"
-    """what the schedule counts: samples or iterations (steps)"""
+    lr_decay_type: Literal["sample", "iter"] | None = None
+    """what the schedule counts: samples or iterations (steps); default: as training_type"""
     min_lr: float = 0.0
     """learning rate at the end of the decay"""
     warmup_samples: int = 0
@@ -253,6 +254,7 @@ class Config(
         Raises:
             UsageError: a value is out of range or options contradict each other.
         """
+        self.lr_decay_type = self.lr_decay_type or self.training_type
         self._check_ranges()
         self._check_without_effect()
         self._check_batch_sizes()
@@ -286,9 +288,11 @@ class Config(
         """Refuse options that nothing would read: whoever sets them expects something else of the run."""
         for names, other, value in (
             ("global_batch_sizes samples_stages", "stagewise_ramp_up", True),
+            ("linear_ramp_up_increment", "linear_ramp_up", True),
             ("ramp_up_factor", "ramp_up_type", "factor"),
-            ("warmup_samples warmup_iters", "decay_lr", True),
+            ("warmup_samples warmup_iters min_lr scheduler lr_decay_samples lr_decay_iters", "decay_lr", True),
             ("warmup_iters lr_decay_iters", "lr_decay_type", "iter"),
+            ("warmup_samples lr_decay_samples", "lr_decay_type", "sample"),
             ("milestones gamma", "scheduler", "multistep"),
             ("max_iters", "training_type", "iter"),
         ):
@@ -337,11 +341,15 @@ class Config(
             raise UsageError("--scheduler=multistep needs --milestones=[N,N,…]")
         if sorted(self.milestones) != self.milestones:
             raise UsageError(f"--milestones={self.milestones} must rise: sort them")
+        if self.scheduler != "multistep":
+            self._check_end_of_decay()
+        self._check_warmup()
+
+    def _check_end_of_decay(self):
         if self.lr_decay_type == "iter" and self.lr_decay_iters is None and self.training_type == "sample":
             raise UsageError("--lr_decay_type=iter needs --lr_decay_iters (or --training_type=iter with --max_iters)")
         if self.lr_decay_type == "sample" and self.lr_decay_samples is None and self.training_type == "iter":
             raise UsageError("--lr_decay_type=sample needs --lr_decay_samples here (or take --lr_decay_type=iter)")
-        self._check_warmup()
 
     def _check_warmup(self):
         unit = "samples" if self.lr_decay_type == "sample" else "iters"
@@ -465,12 +473,16 @@ def import_object(option: str, path: str) -> Any:
         UsageError: there is no such module or name.
     """
     module_name, _, name = path.partition(":")
+    if not (module_name and name):
+        raise UsageError(f"--{option}={path}: write package.module:name")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UsageError(f"--{option}={path}: cannot import {module_name} ({error})") from None
+    except Exception as error:  # whatever a user's module runs into
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        place = f", {where.filename}:{where.lineno}" if not isinstance(error, (ImportError, SyntaxError)) else ""
+        raise UsageError(f"--{option}={path}: cannot import {module_name} ({in_one_line(error)}{place})") from None
     if not hasattr(module, name):
         raise UsageError(f"--{option}={path}: {module_name} has no '{name}'{nearest(name, dir(module))}")
     return getattr(module, name)

@@ -25,7 +25,7 @@ class DataSet:
     A data set of one's own is a function `(data_dir: Path) -> DataSet`, named by `--dataset=package.module:function`.
 
     Args:
-        train: training samples. `TensorDataset(images, labels)` with images uint8 (N, C, H, W) and labels int64 (N,) is
+        train: training samples. `TensorDataset(images, labels)` with images uint8 (N, C, H, W) and whole labels (N,) is
             held in the device's memory. Any other map-style data set, in which `train[i]` is an image, uint8
             (C, H, W), all of one shape, and its label, is read while training goes on, by `num_workers` processes.
         val: validation samples, likewise.
@@ -50,17 +50,20 @@ class DataSet:
             if not len(samples):
                 raise ValueError(f"{name} has no samples")
             if isinstance(samples, TensorDataset):
-                self._check_tensors(name, *samples.tensors)
+                setattr(self, name, self._checked(name, *samples.tensors))
         image = self.train[0][0]
         if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.dim() != 3:
             raise ValueError(f"train[0] needs an image, uint8 (C, H, W), not {described(image)}")
         self.image_shape = tuple(image.shape)
 
-    def _check_tensors(self, name: str, images: Tensor, labels: Tensor) -> None:
+    def _checked(self, name: str, images: Tensor, labels: Tensor) -> TensorDataset:
         if images.dtype != torch.uint8 or images.dim() != 4 or len(images) != len(labels):
             raise ValueError(f"{name} needs uint8 images (N, C, H, W) and N labels, not {described(images)}")
+        if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise ValueError(f"{name} needs labels of whole numbers (N,), not {described(labels)}")
         if labels.min() < 0 or labels.max() >= self.num_classes:
             raise ValueError(f"{name} has labels outside 0 … {self.num_classes - 1}")
+        return TensorDataset(images, labels.long())
 
     @property
     def in_memory(self) -> bool:

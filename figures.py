@@ -60,7 +60,7 @@ def _draw(axes, name: str, points: list[tuple[float, float]]) -> None:
         points, style["linewidth"] = _thinned(points), 0.9
     elif name == "batch size":
         style["drawstyle"] = "steps-pre"  # a row tells of the step that ends there
-    elif name == "validation" and len(points) <= 40:
+    if len(points) == 1 or (name == "validation" and len(points) <= 40):
         style |= {"marker": "o", "markersize": 3}
     axes.plot(*zip(*points) if points else ((), ()), **style)
 

@@ -335,7 +335,7 @@ class GhostNorms(_OwnPass):
         if not error < (1e-2 if precise else 0.2):
             self.uncovered = set(self.parameters())
             return f"on this model its norms are {error:.1%} off those of single samples"
-        return f"no rule for {_listed(sorted(self.uncovered))}" if self.uncovered else ""
+        return f"no rule for {listed(sorted(self.uncovered))}" if self.uncovered else ""
 
     def _norm_sq_of_one(self, parameters: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
         loss = self._losses(self._call(self.parameters(), x.unsqueeze(0)), y.unsqueeze(0)).sum()
@@ -526,7 +526,8 @@ def _training_gradient(parameters: dict[str, nn.Parameter], grad_scale: float) -
     return {name: unscaled(parameter) for name, parameter in parameters.items()}
 
 
-def _listed(names: list[str], most: int = 3) -> str:
+def listed(names: list[str], most: int = 3) -> str:
+    """The first few of them, for a message."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.strategies import DDPStrategy
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from config import Config, RunError, UsageError
@@ -38,6 +39,11 @@ def start_fabric(config: Config) -> Fabric:
     launched = launched_size()
     if not (by_fabric_run or launched):
         refuse_too_many_processes(config)
+        if config.num_nodes > 1 and not {"MASTER_ADDR", "NODE_RANK"} <= os.environ.keys():
+            raise UsageError(
+                f"--num_nodes={config.num_nodes}: start one `fabric run` or torchrun on every node, or use srun "
+                "(README, section Launching)"
+            )
     try:
         if by_fabric_run:
             fabric = Fabric()
@@ -56,7 +62,10 @@ def start_fabric(config: Config) -> Fabric:
         return fabric
     except (RuntimeError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
-        raise UsageError(f"--accelerator={config.accelerator} --devices={config.devices}: {reason}") from None
+        raise UsageError(
+            f"--accelerator={config.accelerator} --devices={config.devices}: {reason.rstrip('!.')}: "
+            "choose what this machine has, or --accelerator=cpu"
+        ) from None
 
 
 def refuse_too_many_processes(config: Config) -> None:
@@ -65,6 +74,14 @@ def refuse_too_many_processes(config: Config) -> None:
     on_cpu = config.accelerator == "cpu" or (config.accelerator == "auto" and not torch.cuda.is_available())
     if on_cpu and isinstance(config.devices, int) and config.devices > most:
         raise UsageError(f"--devices={config.devices}: on the {os.cpu_count()} CPU cores here use at most {most}")
+
+
+def strategy_name(fabric: Fabric) -> str:
+    """As `--strategy` has it: what Fabric really uses."""
+    if not isinstance(fabric.strategy, DDPStrategy):
+        return "auto"
+    finds_unused = fabric.strategy._ddp_kwargs.get("find_unused_parameters")
+    return "ddp_find_unused_parameters_true" if finds_unused else "ddp"
 
 
 def launched_size() -> tuple[int, int] | None:

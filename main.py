@@ -94,6 +94,7 @@ class Trainer:
         self.stream = stream.build(
             data_set, config.seed, config.shuffle, fabric.device, dtype, config.num_workers, config.batch_ahead
         )
+        together(fabric, self.refuse_unused_parameters)
         self.learning_rate = optim.LearningRate(config, config.max_samples)
         self.schedule = batch_size_schedule(config)
         self.progress = Progress(config.batch_size)
@@ -158,6 +159,23 @@ class Trainer:
         if least > 1 and c.max_micro_batch_size < 3:
             raise UsageError(f"--max_micro_batch_size: {c.model} has BatchNorm on 1×1 maps and needs 3 or more")
 
+    def refuse_unused_parameters(self) -> None:
+        """DDP waits for the gradient of every parameter, unless it is told not to."""
+        if self.fabric.world_size == 1 or self.config.strategy == "ddp_find_unused_parameters_true":
+            return
+        inputs, targets = self.stream.read(range(2))
+        names, parameters = zip(*((n, p) for n, p in self.module.named_parameters() if p.requires_grad))
+        self.module.eval()  # running statistics stay as they are
+        with self.fabric.autocast():
+            loss = mean_loss(self.module(inputs), targets)
+        of_loss = torch.autograd.grad(loss, parameters, allow_unused=True)
+        unused = [name for name, gradient in zip(names, of_loss) if gradient is None]
+        if unused:
+            raise UsageError(
+                f"--strategy: {self.config.model} does not use {gradients.listed(unused)}, and --devices="
+                f"{self.config.devices} would wait for the gradient: add --strategy=ddp_find_unused_parameters_true"
+            )
+
     def set_up_test(self) -> tuple[tests.Test | None, gradients.Estimator | None, list[str]]:
         """The test, where its statistics come from, and what the user should be told of them."""
         c = self.config
@@ -187,6 +205,7 @@ class Trainer:
     def fit(self) -> str:
         """Train to the end; returns the run's status."""
         progress = self.progress
+        self.totals.start_clock()
         while progress.cut_off or not self.finished():
             row, progress.cut_off = progress.cut_off or self.step(), {}
             due = self.evaluation_is_due(row["batch_size"])
@@ -503,7 +522,7 @@ def resolve(config: Config, fabric: Fabric, training_samples: int) -> Config:
         if not config.samples_stages:
             effective["samples_stages"] = [effective.get("max_samples", config.max_samples) // len(sizes)] * len(sizes)
     unit = {"sample": "samples", "iter": "iters"}[config.lr_decay_type]
-    if config.decay_lr and getattr(config, f"lr_decay_{unit}") is None:
+    if config.decay_lr and config.scheduler != "multistep" and getattr(config, f"lr_decay_{unit}") is None:
         effective[f"lr_decay_{unit}"] = effective.get(f"max_{unit}", getattr(config, f"max_{unit}"))
     if config.max_batch_size is None:
         effective["max_batch_size"] = max([training_samples, *config.global_batch_sizes])
@@ -525,6 +544,7 @@ def resolve(config: Config, fabric: Fabric, training_samples: int) -> Config:
         accelerator="cpu" if fabric.device.type == "cpu" else "cuda",
         devices=world_size // getattr(fabric.strategy, "num_nodes", 1),
         num_nodes=getattr(fabric.strategy, "num_nodes", 1),
+        strategy=launch.strategy_name(fabric),
         precision=fabric._precision.precision,
     )
 
@@ -562,9 +582,10 @@ def conclude(trainer: Trainer, status: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program on these arguments (default: `sys.argv`); returns the exit status."""
-    for name in ("lightning.fabric", "lightning_utilities", "lightning.fabric.utilities.rank_zero"):
+    for name in ("lightning.fabric", "lightning.fabric.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message=".*torch.jit.script")  # of torch's own forward-mode formulas
     try:
         status = run(options.parse(arguments))
     except UsageError as error:

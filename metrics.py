@@ -17,6 +17,7 @@ class Totals:
 
     def __init__(self, device: torch.device):
         self.device = device
+        self.seconds_before = 0.0  # of a run that goes on, since its last log line
         self.clear()
 
     def clear(self) -> None:
@@ -25,6 +26,10 @@ class Totals:
         self.steps: set[int] = set()
         self.test_time = 0.0
         self.started = time.perf_counter()
+
+    def start_clock(self) -> None:
+        """The training begins; what went before, setting up, does not count."""
+        self.started = time.perf_counter() - self.seconds_before
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -39,7 +44,7 @@ class Totals:
         self.sums.copy_(state["sums"])
         self.not_finite_at.copy_(state["not_finite_at"])
         self.steps, self.test_time = set(state["steps"]), state["test_time"]
-        self.started = time.perf_counter() - state["seconds"]
+        self.seconds_before = state["seconds"]
 
     def pause(self, seconds: float) -> None:
         """Do not count these seconds."""

@@ -9,7 +9,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from config import UsageError, import_object, nearest
+from config import UsageError, import_object, in_one_line, nearest
 
 ImageShape = tuple[int, int, int]
 """Channels, height, width."""
@@ -72,12 +72,19 @@ def build(name: str, image_shape: ImageShape, num_classes: int) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torchvision announces changes of its initialisers
             model = create(image_shape, num_classes)
+            if not isinstance(model, nn.Module):
+                raise TypeError(f"it gives {type(model).__name__}, not torch.nn.Module")
             output_shape = _output_shape(model, (2, *image_shape))
-    except (RuntimeError, ValueError, AssertionError, TypeError, IndexError, ZeroDivisionError) as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UsageError(f"--model={name} cannot take images of {size} (channels × height × width): {reason}") from None
+    except Exception as error:  # a user's model raises what it likes
+        raise UsageError(
+            f"--model={name} does not work on images of {size} (channels × height × width): {in_one_line(error)}: "
+            "choose another --model or --dataset"
+        ) from None
     if output_shape != (2, num_classes):
-        raise UsageError(f"--model={name} gives an output of shape {output_shape} for 2 images, not (2, {num_classes})")
+        raise UsageError(
+            f"--model={name} gives an output of shape {output_shape} for 2 images, not (2, {num_classes}): "
+            "choose another --model, or end it in one number for each class"
+        )
     return model
 
 
@@ -88,6 +95,8 @@ def _output_shape(model: nn.Module, input_shape: tuple[int, ...], training: bool
     try:
         with torch.no_grad():
             output = functional_call(model.train(training), tensors, torch.zeros(input_shape, device="meta"))
+        if not isinstance(output, Tensor):
+            raise TypeError(f"its output is {type(output).__name__}, not a tensor of logits")
         return tuple(output.shape)
     finally:
         model.train(was_training)

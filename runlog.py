@@ -113,7 +113,8 @@ class RunLog:
             unit_scale=by_samples,
             disable=not sys.stderr.isatty(),
             dynamic_ncols=True,
-            bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]{postfix}",
+            # The bar takes what room is left: in a narrow terminal the numbers matter more.
+            bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]{postfix} {bar}",
         )
 
     def _make_folder(self, resumed: Path | None) -> Path:

@@ -357,8 +357,8 @@ class SeededReader(Dataset):
         image, label = self.samples[index]
         if not isinstance(image, Tensor) or image.dtype != torch.uint8 or tuple(image.shape) != self.image_shape:
             raise ValueError(f"its image is {described(image)}, not uint8 {self.image_shape}")
-        if not 0 <= label < self.num_classes:
-            raise ValueError(f"its label {int(label)} is outside 0 … {self.num_classes - 1}")
+        if not 0 <= label < self.num_classes or int(label) != label:
+            raise ValueError(f"its label {label} is none of 0 … {self.num_classes - 1}")
         return image, int(label)
 
 

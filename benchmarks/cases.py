@@ -111,13 +111,18 @@ def without_in_place(model: nn.Module) -> nn.Module:
     return model
 
 
-def without_dropout(model: nn.Module) -> nn.Module:
-    """The same model with every probability of dropout and stochastic depth at 0, where passes must agree."""
+def for_comparison(model: nn.Module) -> nn.Module:
+    """The same model where passes must agree: without dropout and stochastic depth, and with gradients everywhere.
+
+    (torchvision's vision transformers start with a head of zeros, before which all gradients vanish.)
+    """
     for module in model.modules():
         if isinstance(module, (nn.modules.dropout._DropoutNd, torchvision.ops.StochasticDepth)):
             module.p = 0.0
         if isinstance(module, nn.MultiheadAttention):
             module.dropout = 0.0
+        if isinstance(module, nn.Linear) and not module.weight.any():
+            nn.init.normal_(module.weight, std=0.02)
     return model
 
 

@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 
 import gradients
 import models
-from benchmarks.cases import RESULTS, provenance, without_dropout
+from benchmarks.cases import RESULTS, for_comparison, provenance
 
 NAMES = torchvision.models.list_models(module=torchvision.models)
 CLASSES = 10
@@ -71,7 +71,7 @@ def examine(name: str, batch_size: int | None = None) -> dict:
     """The three ways on one model; by default 4 samples, 2 where the model or its images are large."""
     size = image_size(name)
     torch.manual_seed(0)
-    model = without_dropout(models.build(name, (3, size, size), CLASSES))
+    model = for_comparison(models.build(name, (3, size, size), CLASSES))
     if batch_size is None:
         batch_size = 2 if size > 300 or sum(parameter.numel() for parameter in model.parameters()) > 50e6 else 4
     generator = torch.Generator().manual_seed(1)

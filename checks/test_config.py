@@ -29,7 +29,8 @@ PUBLISHED = {
     "--test_interval=2 --training_type=iter --max_iters=10 --lr_decay_type=iter --warmup_iters=2 --lr_decay_iters=9 "
     "--scheduler=multistep --milestones=[4,6] --gamma=0.5 --min_lr=1e-5 --ramp_up_type=factor --ramp_up_factor=1.5 "
     "--stagewise_ramp_up=True --samples_stages=[64,64] --global_batch_sizes=[16,32] --beta1=0.8 --beta2=0.99 "
-    "--grad_clip=1.0 --linear_ramp_up=False --linear_ramp_up_increment=8 --devices=2 --num_nodes=1",
+    "--grad_clip=1.0 --linear_ramp_up=False --devices=2 --num_nodes=1",
+    "linear": "--test=False --linear_ramp_up=True --linear_ramp_up_increment=8 --max_batch_size=512",
 }
 
 
@@ -56,7 +57,7 @@ def test_help_groups_by_topic_and_names_every_option(capsys):
 def test_readme_names_every_option_with_its_default():
     rows = dict(re.findall(r"^\| `(\w+)` \| `?([^|]*?)`? \|", (ROOT / "README.md").read_text(), re.M))
     assert set(config.Config.__dataclass_fields__) <= set(rows)
-    defaults = config.parse([])
+    defaults = config._DEFAULTS
     for option in config.Config.__dataclass_fields__:
         assert rows[option] == ("-" if getattr(defaults, option) is None else str(getattr(defaults, option))), option
 
@@ -108,6 +109,8 @@ REFUSED = [
     ("--warmup_samples=500 --max_samples=400", "--warmup_samples=500 is not before --max_samples=400"),
     ("--training_type=iter --lr_decay_type=iter --warmup_iters=9 --max_iters=9", "is not before --max_iters=9"),
     ("--decay_lr=False --warmup_samples=5", "--warmup_samples acts only with --decay_lr=True"),
+    ("--decay_lr=False --min_lr=1e-3", "--min_lr acts only with --decay_lr=True"),
+    ("--test=False --linear_ramp_up_increment=3", "acts only with --linear_ramp_up=True"),
     ("--lr_decay_iters=5", "--lr_decay_iters acts only with --lr_decay_type=iter"),
     ("--max_iters=5", "--max_iters acts only with --training_type=iter"),
     ("--batch_ahead=4", "--batch_ahead acts only with --num_workers=1 or more"),
@@ -130,6 +133,12 @@ def test_refused_in_one_line(options, words):
     with pytest.raises(UsageError, match=re.escape(words)) as refused:
         config.parse(options.split())
     assert "\n" not in str(refused.value)
+
+
+def test_schedules_count_what_the_training_counts():
+    assert config.parse(["--training_type=iter"]).lr_decay_type == "iter"
+    assert config.parse([]).lr_decay_type == "sample"
+    config.parse(["--lr_decay_type=iter", "--scheduler=multistep", "--milestones=[10,20]"])  # no end to be told of
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,16 @@ def test_own_data_set(tmp_path, monkeypatch):
         data.load("own_images:wrong", tmp_path)
     with pytest.raises(UsageError, match="did you mean 'load'"):
         data.load("own_images:laod", tmp_path)
+    for kind in (np.uint8, np.int16, np.int32):
+        np.savez(tmp_path / "own_images.npz", x_train=x, y_train=y.astype(kind), x_val=x, y_val=y)
+        assert data.load("own_images:load", tmp_path).train[0][1].dtype == torch.int64
+    for wrong in (y.astype(np.float32), y.reshape(-1, 1)):
+        np.savez(tmp_path / "own_images.npz", x_train=x, y_train=wrong, x_val=x, y_val=y)
+        with pytest.raises(UsageError, match="train needs labels of whole numbers"):
+            data.load("own_images:load", tmp_path)
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    with pytest.raises(UsageError, match=r"cannot import broken \(ZeroDivisionError: .*broken.py:1\)"):
+        data.load("broken:load", tmp_path)
     np.savez(tmp_path / "own_images.npz", x_train=x, y_train=y + 7, x_val=x, y_val=y)
     with pytest.raises(UsageError, match="labels outside 0 … 2"):
         data.load("own_images:load", tmp_path)

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 import contributions
 import gradients
 import models
-from benchmarks.cases import without_dropout
+from benchmarks.cases import for_comparison
 from checks import oracle
 from checks.test_gradients import assert_matches
 
@@ -239,7 +239,7 @@ def test_torchvision_models_equal_vmap(name, dtype):
     """Training mode, no dropout: the fast path agrees with the reference."""
     torch.manual_seed(0)
     model = models.build(name, (3, 64, 64), CLASSES).to(dtype)
-    without_dropout(model)
+    for_comparison(model)
     inputs, targets = images(4, 3, 64, 64).to(dtype), torch.arange(4) % CLASSES
     results = []
     for estimator in (

@@ -1,5 +1,7 @@
 """Models by name: sizes, stems, refusals."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -39,15 +41,30 @@ def test_torchvision_models_without_auxiliary_heads(name):
     assert model.train()(torch.rand(2, 1, 32, 32)).shape == (2, 5)
 
 
+def no_module(image_shape, num_classes):
+    return 5
+
+
+def two_outputs(image_shape, num_classes):
+    class Net(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.flatten(1)), 0
+
+    return Net(math.prod(image_shape), num_classes)
+
+
 @pytest.mark.parametrize(
     "name, shape, words",
     [
         ("resnet19", (3, 32, 32), "did you mean 'resnet18'"),
-        ("alexnet", (3, 32, 32), "cannot take images of 3×32×32"),
-        ("vit_b_16", (3, 30, 30), "cannot take images"),
+        ("alexnet", (3, 32, 32), "does not work on images of 3×32×32"),
+        ("vit_b_16", (3, 30, 30), "does not work on images"),
         ("vit_b_16", (3, 32, 48), "square"),
-        ("maxvit_t", (3, 32, 32), "cannot take images"),
+        ("maxvit_t", (3, 32, 32), "does not work on images"),
         ("torch.nn:Nothing", (3, 32, 32), "has no 'Nothing'"),
+        ("torch.nn:", (3, 32, 32), "write package.module:name"),
+        ("checks.test_models:no_module", (3, 32, 32), "it gives int, not torch.nn.Module"),
+        ("checks.test_models:two_outputs", (3, 32, 32), "its output is tuple"),
         ("checks.test_models:wrong_output", (3, 32, 32), "gives an output of shape"),
     ],
 )
