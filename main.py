@@ -591,6 +591,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         launch.report(error)
         status = EXIT_STATUS["refused"]
+    except KeyboardInterrupt:  # before the training begins: there is nothing to save
+        status = 128 + signal.SIGINT
     except Exception as error:
         launch.report(error)
         status = EXIT_STATUS["failed"]
