@@ -75,7 +75,9 @@ PARTS = {
     "mnist_logistic": Part(
         {**MNIST, "model": "logistic", "max_samples": 600_000}, with_linear(600_000), learning_rates=(0.01, 0.03, 0.1)
     ),
-    "mnist_cnn": Part({**MNIST, "model": "cnn", "max_samples": 120_000}, with_linear(120_000)),
+    "mnist_cnn": Part(
+        {**MNIST, "model": "cnn", "max_samples": 120_000}, with_linear(120_000), learning_rates=(0.003, 0.01)
+    ),
     "cifar10_cnn": Part(CIFAR10_CNN, with_linear(1_000_000)),
     "cifar10_batch_norm": Part(
         SMALL_RESNET,
@@ -92,7 +94,7 @@ def run(folder: Path, options: Options, further: Sequence[str]) -> dict:
         subprocess.CalledProcessError: the options were refused, or the program broke.
     """
     summary = folder / "summary.json"
-    if not summary.exists():
+    if not summary.exists() or json.loads(summary.read_text())["status"] == "interrupted":
         shutil.rmtree(folder, ignore_errors=True)
         words = [f"--{name}={value}" for name, value in options.items()]
         command = [sys.executable, "main.py", "--accelerator=cpu", "--devices=1", *words, *further]
