@@ -76,7 +76,7 @@ PARTS = {
         {**MNIST, "model": "logistic", "max_samples": 600_000}, with_linear(600_000), learning_rates=(0.01, 0.03, 0.1)
     ),
     "mnist_cnn": Part(
-        {**MNIST, "model": "cnn", "max_samples": 120_000}, with_linear(120_000), learning_rates=(0.003, 0.01)
+        {**MNIST, "model": "cnn", "max_samples": 90_000}, with_linear(90_000), learning_rates=(0.003, 0.01)
     ),
     "cifar10_cnn": Part(CIFAR10_CNN, with_linear(1_000_000)),
     "cifar10_batch_norm": Part(

@@ -253,7 +253,7 @@ def benchmark(
                 said = ours.get("error") or (f"{ratio(ours):.2f}" if "tested" in ours["times"] else "")
                 print(f"{key:<40} {said}", file=sys.stderr, flush=True)
                 (out / "speed.json").write_text(json.dumps({"machine": provenance(), "results": results}) + "\n")
-    text = f"{table(results)}\n\n`python -m benchmarks.speed` on {provenance()}.\n"
+    text = f"{table(results)}\n\n`python -m benchmarks.speed --budget={budget:g}` on {provenance()}.\n"
     (out / "speed.md").write_text(text)
     print(text)
 

@@ -199,7 +199,7 @@ class Broken(torch.utils.data.Dataset):
         (lambda good: (good.float(), 1), r"its image is torch.float32 \(3, 8, 8\), not uint8 \(3, 8, 8\)"),
         (lambda good: (good[:, 1:], 1), r"its image is torch.uint8 \(3, 7, 8\), not uint8 \(3, 8, 8\)"),
         (lambda good: (good.numpy(), 1), "its image is ndarray"),
-        (lambda good: (good, 5), "its label 5 is outside 0 … 4"),
+        (lambda good: (good, 5), "its label 5 is none of 0 … 4"),
         (lambda good: good, "ValueError"),
     ],
 )
