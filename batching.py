@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from config import Config
 from tests import Decision
 
 
@@ -121,3 +122,15 @@ class Linear:
 
     def __call__(self, batch_size: int, samples: int, decision: Decision | None = None) -> int:
         return max(batch_size, min(batch_size + self.increment, self.max_batch_size))
+
+
+def schedule(config: Config) -> Constant | Adaptive | Stagewise | Linear:
+    """How the next batch's size follows from the present one."""
+    if config.test:
+        factor = config.ramp_up_factor if config.ramp_up_type == "factor" else None
+        return Adaptive(config.max_batch_size, factor)
+    if config.stagewise_ramp_up:
+        return Stagewise(config.global_batch_sizes, config.samples_stages)
+    if config.linear_ramp_up:
+        return Linear(config.max_batch_size, config.linear_ramp_up_increment)
+    return Constant()

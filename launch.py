@@ -1,4 +1,4 @@
-"""Processes: Fabric under every launcher, agreeing between ranks, and ending all of them when one fails."""
+"""Processes: Fabric under every launcher, what the options come to there, agreeing between ranks, ending together."""
 
 import os
 import shlex
@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -82,6 +83,48 @@ def strategy_name(fabric: Fabric) -> str:
         return "auto"
     finds_unused = fabric.strategy._ddp_kwargs.get("find_unused_parameters")
     return "ddp_find_unused_parameters_true" if finds_unused else "ddp"
+
+
+def resolve(config: Config, fabric: Fabric, training_samples: int) -> Config:
+    """The options as they take effect: defaults that depend on the data, and the devices that Fabric really uses.
+
+    Raises:
+        UsageError: the options do not fit the data or the devices.
+    """
+    world_size, effective = fabric.world_size, {}
+    if config.max_samples is None:
+        effective["max_samples"] = 30 * training_samples
+    if config.stagewise_ramp_up:
+        sizes = config.global_batch_sizes
+        effective["batch_size"] = sizes[0]
+        if not config.samples_stages:
+            effective["samples_stages"] = [effective.get("max_samples", config.max_samples) // len(sizes)] * len(sizes)
+    unit = {"sample": "samples", "iter": "iters"}[config.lr_decay_type]
+    if config.decay_lr and config.scheduler != "multistep" and getattr(config, f"lr_decay_{unit}") is None:
+        effective[f"lr_decay_{unit}"] = effective.get(f"max_{unit}", getattr(config, f"max_{unit}"))
+    if config.max_batch_size is None:
+        effective["max_batch_size"] = max([training_samples, *config.global_batch_sizes])
+    smallest = min(config.global_batch_sizes) if config.stagewise_ramp_up else config.batch_size
+    if training_samples < world_size:
+        raise UsageError(
+            f"--dataset={config.dataset} has {training_samples} training samples for {world_size} devices: "
+            "use fewer --devices"
+        )
+    if smallest < world_size:
+        option = "global_batch_sizes" if config.stagewise_ramp_up else "batch_size"
+        raise UsageError(
+            f"--{option}: a batch of {smallest} cannot be shared by {world_size} devices: "
+            "raise it or use fewer --devices"
+        )
+    return replace(
+        config,
+        **effective,
+        accelerator="cpu" if fabric.device.type == "cpu" else "cuda",
+        devices=world_size // getattr(fabric.strategy, "num_nodes", 1),
+        num_nodes=getattr(fabric.strategy, "num_nodes", 1),
+        strategy=strategy_name(fabric),
+        precision=fabric._precision.precision,
+    )
 
 
 def launched_size() -> tuple[int, int] | None:

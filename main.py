@@ -21,7 +21,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ class Trainer:
         data_set = together(fabric, lambda: data.load(config.dataset, config.data_dir))
         self.samples_per_epoch, self.validation_samples = len(data_set.train), len(data_set.val)
         requested_precision = os.environ.get("LT_PRECISION", config.precision)
-        self.config = config = together(fabric, lambda: resolve(config, fabric, self.samples_per_epoch))
+        self.config = config = together(fabric, lambda: launch.resolve(config, fabric, self.samples_per_epoch))
         together(fabric, lambda: self.resumed and checkpoint.refuse_differences(config, self.resumed))
         fabric.seed_everything(config.seed, verbose=False)  # the same weights on every rank
         self.module = together(fabric, lambda: models.build(config.model, data_set.image_shape, data_set.num_classes))
@@ -96,7 +96,7 @@ class Trainer:
         )
         together(fabric, self.refuse_unused_parameters)
         self.learning_rate = optim.LearningRate(config, config.max_samples)
-        self.schedule = batch_size_schedule(config)
+        self.schedule = batching.schedule(config)
         self.progress = Progress(config.batch_size)
         self.totals = Totals(fabric.device)
         self.validation = Validation(data_set.num_classes, fabric.device)
@@ -493,60 +493,6 @@ def average_over_ranks(buffers: Iterable[Tensor], world_size: int) -> None:
     flat = gradients.sum_over_ranks(torch.cat([buffer.flatten() for buffer in buffers])) / world_size
     for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers])):
         buffer.copy_(part.view_as(buffer))
-
-
-def batch_size_schedule(config: Config):
-    """How the next batch's size follows from the present one."""
-    if config.test:
-        factor = config.ramp_up_factor if config.ramp_up_type == "factor" else None
-        return batching.Adaptive(config.max_batch_size, factor)
-    if config.stagewise_ramp_up:
-        return batching.Stagewise(config.global_batch_sizes, config.samples_stages)
-    if config.linear_ramp_up:
-        return batching.Linear(config.max_batch_size, config.linear_ramp_up_increment)
-    return batching.Constant()
-
-
-def resolve(config: Config, fabric: Fabric, training_samples: int) -> Config:
-    """The options as they take effect: defaults that depend on the data, and the devices that Fabric really uses.
-
-    Raises:
-        UsageError: the options do not fit the data or the devices.
-    """
-    world_size, effective = fabric.world_size, {}
-    if config.max_samples is None:
-        effective["max_samples"] = 30 * training_samples
-    if config.stagewise_ramp_up:
-        sizes = config.global_batch_sizes
-        effective["batch_size"] = sizes[0]
-        if not config.samples_stages:
-            effective["samples_stages"] = [effective.get("max_samples", config.max_samples) // len(sizes)] * len(sizes)
-    unit = {"sample": "samples", "iter": "iters"}[config.lr_decay_type]
-    if config.decay_lr and config.scheduler != "multistep" and getattr(config, f"lr_decay_{unit}") is None:
-        effective[f"lr_decay_{unit}"] = effective.get(f"max_{unit}", getattr(config, f"max_{unit}"))
-    if config.max_batch_size is None:
-        effective["max_batch_size"] = max([training_samples, *config.global_batch_sizes])
-    smallest = min(config.global_batch_sizes) if config.stagewise_ramp_up else config.batch_size
-    if training_samples < world_size:
-        raise UsageError(
-            f"--dataset={config.dataset} has {training_samples} training samples for {world_size} devices: "
-            "use fewer --devices"
-        )
-    if smallest < world_size:
-        option = "global_batch_sizes" if config.stagewise_ramp_up else "batch_size"
-        raise UsageError(
-            f"--{option}: a batch of {smallest} cannot be shared by {world_size} devices: "
-            "raise it or use fewer --devices"
-        )
-    return replace(
-        config,
-        **effective,
-        accelerator="cpu" if fabric.device.type == "cpu" else "cuda",
-        devices=world_size // getattr(fabric.strategy, "num_nodes", 1),
-        num_nodes=getattr(fabric.strategy, "num_nodes", 1),
-        strategy=launch.strategy_name(fabric),
-        precision=fabric._precision.precision,
-    )
 
 
 def run(config: Config) -> int:
