@@ -152,8 +152,8 @@ class Estimator:
         """[samples, groups, Σ m_k‖ḡ_k‖²] of this rank."""
         return self.sums
 
-    def _add(self, samples: int, norms_sq: Tensor, groups: int | None = None) -> None:
-        self.sums[:2] += self.sums.new_tensor([samples, samples if groups is None else groups])
+    def _add(self, samples: int, norms_sq: Tensor) -> None:
+        self.sums[:2] += samples
         self.sums[2] += norms_sq
 
     def mean_gradient(self, samples: float, grad_scale: float) -> dict[str, Tensor]:
@@ -458,22 +458,22 @@ class MicroBatchGradients(Estimator):
 
     def _start(self) -> None:
         super()._start()
-        self.groups: list[tuple[int, dict[str, Tensor]]] = []  # m_k, loss_scale · Σ of the group's gradients
+        # m_k, and by parameter: loss_scale · Σ of the group's gradients, or the norms of its rows
+        self.groups: list[tuple[int, dict[str, Tensor]]] = []
         self.loss_scale = 1.0
 
     @contextlib.contextmanager
     def observe(self, inputs: Tensor, targets: Tensor, loss_scale: float = 1.0) -> Iterator[None]:
-        m, norms = len(inputs), []
         group: dict[str, Tensor] = {}
 
         def hook_for(name: str):
-            def hook(gradient: Tensor) -> None:
-                if self.inner_products:
-                    group[name] = gradient  # autograd then leaves this tensor alone and adds it up elsewhere
-                else:
-                    norms.append(_row_norms(gradient))
+            def keep(gradient: Tensor) -> None:
+                group[name] = gradient  # autograd then leaves this tensor alone and adds it up elsewhere
 
-            return hook
+            def keep_norms(gradient: Tensor) -> None:
+                group[name] = _row_norms(gradient)
+
+            return keep if self.inner_products else keep_norms
 
         handles = [parameter.register_hook(hook_for(name)) for name, parameter in self.parameters().items()]
         try:
@@ -481,19 +481,21 @@ class MicroBatchGradients(Estimator):
         finally:
             for handle in handles:
                 handle.remove()
-        # m_k‖ḡ_k‖² with ḡ_k = (the loss's gradient) / (m_k · loss_scale)
-        self._add(m, _sum_of_squares(norms) / (m * loss_scale**2) if norms else 0.0, groups=1)
-        if self.inner_products:
-            self.loss_scale = loss_scale
-            self.groups.append((m, group))
-            if len(self.groups) > 2 * self.num_groups:
-                self.groups = [_merged(self.groups[i : i + 2]) for i in range(0, len(self.groups), 2)]
+        self.loss_scale = loss_scale
+        self.groups.append((len(inputs), group))
+        if self.inner_products and len(self.groups) > 2 * self.num_groups:
+            self.groups = [_merged(self.groups[i : i + 2]) for i in range(0, len(self.groups), 2)]
 
     def _total(self, grad_scale: float) -> Tensor:
-        if self.inner_products:  # of the groups that are left, so that all statistics are of the same groups
-            norms_sq = [_norm_sq(group.values()) / (m * self.loss_scale**2) for m, group in self.groups]
-            self.sums[1], self.sums[2] = len(norms_sq), sum(norms_sq)
-        self.sums[2] /= grad_scale**2
+        """With ḡ_k = (the loss's gradient) / (m_k · loss_scale · grad_scale)."""
+        norms = [[_row_norms(g) if self.inner_products else g for g in group.values()] for _, group in self.groups]
+        rows = [sum(map(len, own)) for own in norms]
+        if self.groups:
+            sizes = self.sums.new_tensor([m for m, _ in self.groups])
+            self.sums[0], self.sums[1] = sizes.sum(), len(sizes)
+            squares = torch.cat([norm for own in norms for norm in own]).double().square()
+            sizes = sizes.repeat_interleave(torch.tensor(rows, device=sizes.device), output_size=sum(rows))
+            self.sums[2] = (squares / sizes).sum() / (self.loss_scale * grad_scale) ** 2
         return self.sums
 
     def mean_gradient(self, samples: float, grad_scale: float) -> dict[str, Tensor]:
@@ -547,13 +549,9 @@ def _row_norms(tensor: Tensor) -> Tensor:
     return torch.linalg.vector_norm(at_least_single(tensor).reshape(len(tensor) if tensor.dim() else 1, -1), dim=1)
 
 
-def _sum_of_squares(norms: list[Tensor]) -> Tensor:
-    return torch.cat(norms).double().square().sum()
-
-
 def _norm_sq(tensors: Iterable[Tensor]) -> Tensor:
     """The squared norm of all of them as one vector, float64 ()."""
-    return _sum_of_squares([_row_norms(tensor) for tensor in tensors])
+    return torch.cat([_row_norms(tensor) for tensor in tensors]).double().square().sum()
 
 
 def _inner(groups: list[dict[str, Tensor]], mean: dict[str, Tensor]) -> Tensor:

@@ -58,7 +58,7 @@ def test_peers_meet_models_without_in_place_operations():
 
 
 def test_every_model_table():
-    result = torchvision_models.examine("squeezenet1_1", batch_size=2)
+    *_, result = torchvision_models.examine("squeezenet1_1", batch_size=2)
     assert result["finite"] and result["taken"] == "ghost" and result["difference"] < 1e-4
     assert "| squeezenet1_1 | 0.7 M | 224 | 2 | yes | ghost |" in torchvision_models.table({"squeezenet1_1": result})
     assert len(torchvision_models.NAMES) == 80
