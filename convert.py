@@ -4,8 +4,8 @@
 
 reads IMAGE_FOLDER/train/CLASS/*.JPEG and IMAGE_FOLDER/val/CLASS/*.JPEG, and writes train_500_0.50_90.ffcv and
 val_500_0.50_90.ffcv (resolution, share of JPEG, quality) into OUT_DIR. A file gets its name when it is whole, and one
-that is whole already is left alone: after an interruption, the same command goes on with the file that it was at.
-Images that cannot be read are left out and named. Exit status: 0 done, 2 refused.
+that is whole already is left alone: after an interruption, the same command begins anew the file that it was at, no
+other. Images that cannot be read are left out and named. Exit status: 0 done, 2 refused, 130 or 143 interrupted.
 """
 
 import _thread
@@ -113,14 +113,24 @@ def is_whole(target: Path) -> bool:
 
 
 class ended_with_its_workers:
-    """Ends the block where a process started in it is killed (out of memory, …), and the other processes with it."""
+    """Ends the block, and the processes started in it, where one of them is killed (out of memory, …) or at a signal."""
 
     def __enter__(self):
-        # What a background job ignores, interrupt_main could not raise.
-        self.handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.program = os.getpid()
+        # Of our own, as interrupt_main could not raise what a background job ignores.
+        self.handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         self.over, self.died = threading.Event(), None
         self.watch = threading.Thread(target=self._watch, daemon=True)
         self.watch.start()
+
+    def _stop(self, number: int, frame) -> None:
+        if os.getpid() != self.program:  # a worker process
+            os._exit(128 + number)
+        if self.died:
+            raise KeyboardInterrupt
+        self.over.set()
+        print("\nconvert.py: interrupted: the same command begins this file anew", file=sys.stderr, flush=True)
+        raise SystemExit(128 + number)
 
     def _watch(self) -> None:
         workers = set()
@@ -134,7 +144,8 @@ class ended_with_its_workers:
     def __exit__(self, kind, error, traceback):
         self.over.set()
         self.watch.join()
-        signal.signal(signal.SIGINT, self.handler)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         if kind:
             for worker in multiprocessing.active_children():
                 worker.terminate()

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import signal
+import subprocess
 import sys
 import time
 import tracemalloc
@@ -178,6 +180,26 @@ def test_converter_ends_with_its_workers(tmp_path, ffcv, folder):
     with pytest.raises(UsageError, match="exit code 9"):
         convert.convert(images, tmp_path / "train.ffcv", workers=2, **imagenet.DEFAULTS)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_converter_leaves_nothing(tmp_path, ffcv, number):
+    """A signal to all processes of the group, as a terminal's Ctrl-C."""
+    out = tmp_path / "out"
+    slowly = "import convert, time; read = convert.ImageFolder.__init__\n"
+    slowly += "convert.ImageFolder.__init__ = lambda self, root: read(self, root, loader=lambda path: time.sleep(60))\n"
+    slowly += f"raise SystemExit(convert.main([{str(write_folder(tmp_path / 'images'))!r}, {str(out)!r}]))"
+    program = subprocess.Popen(
+        [sys.executable, "-c", slowly], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not list(out.glob(".*.unreadable")):
+        assert time.monotonic() < deadline and program.poll() is None
+        time.sleep(0.1)
+    time.sleep(1)  # its worker processes are at work
+    os.killpg(program.pid, number)
+    assert "convert.py: interrupted" in program.communicate(timeout=60)[1]
+    assert program.returncode == 128 + number and not list(out.iterdir())
 
 
 def test_converter_refuses(tmp_path, ffcv, capfd):
