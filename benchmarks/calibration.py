@@ -22,15 +22,18 @@ import data
 import gradients
 from benchmarks import cases
 from benchmarks.cases import RESULTS, provenance
+from models import couples_samples
 
 ESTIMATORS = ("vmap", "ghost", "micro_batch")
+GROUPS = 8
+CUT = "micro_batch, cut"
 Batch = tuple[Tensor, Tensor]
 
 
-def gradient(model: nn.Module, batch: Batch) -> Tensor:
-    """Of the training loss, as one vector."""
-    parts = torch.autograd.grad(cross_entropy(model(batch[0]), batch[1]), list(model.parameters()))
-    return torch.cat([part.flatten() for part in parts])
+def gradient(model: nn.Module, batch: Batch, pieces: int = 1) -> Tensor:
+    """Of the training loss, as one vector; accumulated over so many micro-batches of equal size."""
+    loss = sum(cross_entropy(model(x), y) for x, y in zip(*(part.chunk(pieces) for part in batch))) / pieces
+    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(model.parameters()))])
 
 
 Measured = tuple[float, float]
@@ -41,22 +44,22 @@ def mean_and_error(values: Tensor) -> Measured:
     return float(values.mean()), float(values.std() / len(values) ** 0.5)
 
 
-def true_variance(model: nn.Module, batches: Iterable[Batch]) -> Measured:
+def true_variance(model: nn.Module, batches: Iterable[Batch], pieces: int = 1) -> Measured:
     """The sample variance of the batch gradient over independent batches."""
-    vectors = torch.stack([gradient(model, batch) for batch in batches]).double()
+    vectors = torch.stack([gradient(model, batch, pieces) for batch in batches]).double()
     deviations = (vectors - vectors.mean(0)).square().sum(1) * len(vectors) / (len(vectors) - 1)
     return mean_and_error(deviations)
 
 
-def estimated_variance(model: nn.Module, test_gradients: str, batches: Iterable[Batch], groups: int = 8) -> Measured:
+def estimated_variance(model: nn.Module, test_gradients: str, batches: Iterable[Batch]) -> Measured:
     """An estimator's V over the batches."""
     found = []
     for inputs, targets in batches:
         estimator, _ = gradients.build(
-            test_gradients, model, cross_entropy, False, 256, (inputs[:3], targets[:3]), num_groups=groups
+            test_gradients, model, cross_entropy, False, 256, (inputs[:3], targets[:3]), num_groups=GROUPS
         )
         model.zero_grad(set_to_none=True)
-        pieces, scale = groups if test_gradients == "micro_batch" else 1, 1 / len(inputs)
+        pieces, scale = GROUPS if test_gradients == "micro_batch" else 1, 1 / len(inputs)
         for x, y in zip(inputs.chunk(pieces), targets.chunk(pieces)):
             with estimator.observe(x, y, scale):
                 if pieces > 1:
@@ -88,12 +91,17 @@ def calibrate(
         if step in steps:
             buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
             for batch_size in batch_sizes:
-                truth, truth_error = true_variance(model, drawn(batch_size, batches, 2 + step))
-                truth, truth_error = truth * batch_size, truth_error * batch_size
+                estimates = {}
                 for name in ESTIMATORS:
                     count = batches if name == "micro_batch" else looks
-                    estimate, error = estimated_variance(model, name, drawn(batch_size, count, 2 + step))
-                    ratio, relative = estimate / truth, math.hypot(error / estimate, truth_error / truth)
+                    estimates[name] = estimated_variance(model, name, drawn(batch_size, count, 2 + step))
+                if couples_samples(model):  # else a cut changes nothing
+                    estimates[CUT] = estimates["micro_batch"]
+                pieces = {name: GROUPS if name == CUT else 1 for name in estimates}
+                truths = {n: true_variance(model, drawn(batch_size, batches, 2 + step), n) for n in {*pieces.values()}}
+                for name, (estimate, error) in estimates.items():
+                    truth, truth_error = truths[pieces[name]]
+                    ratio, relative = estimate / truth / batch_size, math.hypot(error / estimate, truth_error / truth)
                     numbers = {"ratio": ratio, "standard_error": ratio * relative}
                     yield {"step": step, "batch_size": batch_size, "estimator": name, **numbers}
             for name, buffer in model.named_buffers():  # looking must not change the training
@@ -121,7 +129,7 @@ def table(rows: list[dict]) -> str:
 def figure(rows: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    colors = dict(zip(ESTIMATORS, ("tab:orange", "tab:blue", "tab:green")))
+    colors = dict(zip(ESTIMATORS, ("tab:orange", "tab:blue", "tab:green")))  # CUT is 1 by construction
     networks, steps = (sorted({row[name] for row in rows}) for name in ("network", "step"))
     sizes = sorted({row["batch_size"] for row in rows})
     drawing = Figure(figsize=(10, 4), layout="constrained")
