@@ -5,7 +5,8 @@
 
 Every line of the table is measured in a process of its own, in which tested and plain steps alternate: the figure is
 the median of the ratios of neighbours. Memory is the largest that the process has held (on a GPU: allocated there).
-Peers need `pip install -r requirements-benchmarks.txt`; one that cannot run a case is shown with its error.
+Peers need `pip install -r requirements-benchmarks.txt`; one that cannot run a case is shown with its error. Lines that
+an earlier command has left in the same folder are kept until they are measured anew.
 """
 
 import json
@@ -243,17 +244,22 @@ def benchmark(
         print(json.dumps(measure(CASES[name], method, test_type, budget)))
         return
     out.mkdir(parents=True, exist_ok=True)
-    results = {}
+    kept = out / "speed.json"
+    results = json.loads(kept.read_text()) if kept.exists() else {}
     for name in cases:
         for method in methods:
             for test_type in TESTS if method in OURS else TESTS[:1]:
                 key = f"{name} {method} {test_type}"
-                results[key] = in_own_process(name, method, test_type, budget)
-                ours = results[key]
+                ours = in_own_process(name, method, test_type, budget)
+                results[key] = ours | {
+                    "command": f"python -m benchmarks.speed --budget={budget:g}",
+                    "machine": provenance(),
+                }
                 said = ours.get("error") or (f"{ratio(ours):.2f}" if "tested" in ours["times"] else "")
                 print(f"{key:<40} {said}", file=sys.stderr, flush=True)
-                (out / "speed.json").write_text(json.dumps({"machine": provenance(), "results": results}) + "\n")
-    text = f"{table(results)}\n\n`python -m benchmarks.speed --budget={budget:g}` on {provenance()}.\n"
+                kept.write_text(json.dumps(results) + "\n")
+    sources = sorted({f"`{result['command']}` on {result['machine']}." for result in results.values()})
+    text = "\n\n".join([table(results), *sources]) + "\n"
     (out / "speed.md").write_text(text)
     print(text)
 
