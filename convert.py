@@ -113,7 +113,7 @@ def is_whole(target: Path) -> bool:
 
 
 class ended_with_its_workers:
-    """Ends the block, and the processes started in it, where one of them is killed (out of memory, …) or at a signal."""
+    """Ends the block, and the processes started in it, where one is killed (out of memory, …) or a signal comes."""
 
     def __enter__(self):
         self.program = os.getpid()

@@ -37,6 +37,7 @@ def start_fabric(config: Config) -> Fabric:
     strategy = os.environ.get("LT_STRATEGY", "auto") if by_fabric_run else config.strategy
     if strategy not in ("auto", "ddp", "ddp_find_unused_parameters_true"):  # the launcher takes any
         raise UsageError(f"--strategy={strategy} is not supported: whole gradients are needed; choose auto or ddp")
+    share_cores()
     launched = launched_size()
     if not (by_fabric_run or launched):
         refuse_too_many_processes(config)
@@ -67,6 +68,14 @@ def start_fabric(config: Config) -> Fabric:
             f"--accelerator={config.accelerator} --devices={config.devices}: {reason.rstrip('!.')}: "
             "choose what this machine has, or --accelerator=cpu"
         ) from None
+
+
+def share_cores() -> None:
+    """`fabric run` lets every process on a machine use all its cores; several such are many times slower than one."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if processes > 1 and torch.get_num_threads() * processes > cores:
+        torch.set_num_threads(max(1, cores // processes))
 
 
 def refuse_too_many_processes(config: Config) -> None:

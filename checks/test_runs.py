@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
+import models
 from checks.conftest import ROOT, column, launch, train
 from checks.test_config import PUBLISHED
 from checks.test_data import write_cifar10
@@ -70,6 +72,21 @@ def test_launchers(tmp_path, launcher, free_port):
     assert options["strategy"] == "ddp"
     assert options["precision"] == ("bf16-mixed" if launcher == "fabric" else "32-true")
     assert done.stdout.count("\nfinished") == 1
+
+
+def Counted(image_shape, num_classes):
+    print("threads:", torch.get_num_threads(), flush=True)
+    return models.build("logistic", image_shape, num_classes)
+
+
+def test_fabric_run_shares_the_cores(tmp_path, free_port):
+    """The launcher itself gives each process as many threads as there are cores; a user's own choice stays."""
+    cores = len(os.sched_getaffinity(0))
+    command = [BIN / "fabric", "run", "main.py", f"--main-port={free_port}", "--devices=2", *TINY]
+    command += ["--model=checks.test_runs:Counted", f"--out_dir={tmp_path}"]
+    for chosen, expected in ((cores, max(1, cores // 2)), (1, 1)):
+        done = launch(*command, f"--run_name={chosen}", OMP_NUM_THREADS=str(chosen))
+        assert done.returncode == 0 and done.stdout.count(f"threads: {expected}\n") == 2, done.stdout + done.stderr
 
 
 class WithUnused(torch.nn.Linear):
