@@ -317,4 +317,8 @@ def _started_by() -> Sequence[str]:
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    """What one process computes on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cores = torch.get_num_threads()
+    return f"{cores} CPU core{'s' if cores > 1 else ''}"
