@@ -483,19 +483,29 @@ class MicroBatchGradients(Estimator):
                 handle.remove()
         self.loss_scale = loss_scale
         self.groups.append((len(inputs), group))
-        if self.inner_products and len(self.groups) > 2 * self.num_groups:
-            self.groups = [_merged(self.groups[i : i + 2]) for i in range(0, len(self.groups), 2)]
+        if len(self.groups) > 2 * self.num_groups:
+            if self.inner_products:
+                self.groups = [_merged(self.groups[i : i + 2]) for i in range(0, len(self.groups), 2)]
+            else:
+                self._add_norms()
+                self.groups = []
 
-    def _total(self, grad_scale: float) -> Tensor:
-        """With ḡ_k = (the loss's gradient) / (m_k · loss_scale · grad_scale)."""
+    def _add_norms(self) -> None:
+        """Of several groups at once: a dozen small operations for each would be most of a small network's price."""
         norms = [[_row_norms(g) if self.inner_products else g for g in group.values()] for _, group in self.groups]
         rows = [sum(map(len, own)) for own in norms]
-        if self.groups:
-            sizes = self.sums.new_tensor([m for m, _ in self.groups])
-            self.sums[0], self.sums[1] = sizes.sum(), len(sizes)
-            squares = torch.cat([norm for own in norms for norm in own]).double().square()
-            sizes = sizes.repeat_interleave(torch.tensor(rows, device=sizes.device), output_size=sum(rows))
-            self.sums[2] = (squares / sizes).sum() / (self.loss_scale * grad_scale) ** 2
+        sizes = self.sums.new_tensor([m for m, _ in self.groups])
+        self.sums[0] += sizes.sum()
+        self.sums[1] += len(sizes)
+        squares = torch.cat([norm for own in norms for norm in own]).double().square()
+        sizes = sizes.repeat_interleave(torch.tensor(rows, device=sizes.device), output_size=sum(rows))
+        self.sums[2] += (squares / sizes).sum()
+
+    def _total(self, grad_scale: float) -> Tensor:
+        if self.groups:  # a rank may have none
+            self._add_norms()
+        # ḡ_k = (the loss's gradient) / (m_k · loss_scale · grad_scale)
+        self.sums[2] /= (self.loss_scale * grad_scale) ** 2
         return self.sums
 
     def mean_gradient(self, samples: float, grad_scale: float) -> dict[str, Tensor]:

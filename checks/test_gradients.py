@@ -94,6 +94,22 @@ def test_torchvision_families(name):
     assert moments.sum_inner == pytest.approx(3 * moments.grad_norm_sq, rel=1e-3)
 
 
+def test_norms_of_many_uneven_groups():
+    """micro_batch for the norm test alone, over more groups than it keeps."""
+    model, (inputs, targets) = small_net(), batch(23)
+    vectors = oracle.gradient_vectors(model, cross_entropy, inputs, targets)
+    estimator = gradients.MicroBatchGradients(model, cross_entropy, False, 8, num_groups=2)
+    pieces = torch.arange(23).split([3, 1, 4, 2, 5, 1, 7])
+    model.zero_grad()
+    for piece in pieces:
+        with estimator.observe(inputs[piece], targets[piece], 0.5 / 23):
+            (cross_entropy(model(inputs[piece]), targets[piece], reduction="sum") * 0.5 / 23 * 4).backward()
+    moments = estimator.moments(grad_scale=4.0)
+    expected = sum(len(piece) * vectors[piece].mean(0).square().sum() for piece in pieces)
+    assert (moments.batch_size, moments.num_groups) == (23, 7)
+    assert moments.sum_norm_sq == pytest.approx(float(expected), rel=1e-9)
+
+
 @pytest.mark.parametrize("test_gradients", ["vmap", "ghost", "micro_batch"])
 def test_mixed_precision_and_a_scaler_do_not_change_the_decision(test_gradients):
     """bfloat16 autocast and scaled gradients ask for the batch that single precision asks for, but for rounding."""
