@@ -13,7 +13,6 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
-import models
 from checks.conftest import ROOT, column, launch, train
 from checks.test_config import PUBLISHED
 from checks.test_data import write_cifar10
@@ -74,19 +73,23 @@ def test_launchers(tmp_path, launcher, free_port):
     assert done.stdout.count("\nfinished") == 1
 
 
-def Counted(image_shape, num_classes):
-    print("threads:", torch.get_num_threads(), flush=True)
-    return models.build("logistic", image_shape, num_classes)
-
-
 def test_fabric_run_shares_the_cores(tmp_path, free_port):
     """The launcher itself gives each process as many threads as there are cores; a user's own choice stays."""
+    (tmp_path / "counted.py").write_text(
+        "import models, os, pathlib, torch\n"
+        "def Net(*of):\n"
+        "    file = pathlib.Path(__file__).with_name('threads' + os.environ['LOCAL_RANK'])\n"
+        "    file.write_text(str(torch.get_num_threads()))\n"
+        "    return models.build('logistic', *of)\n"
+    )
     cores = len(os.sched_getaffinity(0))
     command = [BIN / "fabric", "run", "main.py", f"--main-port={free_port}", "--devices=2", *TINY]
-    command += ["--model=checks.test_runs:Counted", f"--out_dir={tmp_path}"]
+    command += ["--model=counted:Net", f"--out_dir={tmp_path}"]
     for chosen, expected in ((cores, max(1, cores // 2)), (1, 1)):
-        done = launch(*command, f"--run_name={chosen}", OMP_NUM_THREADS=str(chosen))
-        assert done.returncode == 0 and done.stdout.count(f"threads: {expected}\n") == 2, done.stdout + done.stderr
+        environment = {"OMP_NUM_THREADS": str(chosen), "PYTHONPATH": str(tmp_path)}
+        done = launch(*command, f"--run_name=of_{chosen}", **environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert [(tmp_path / f"threads{rank}").read_text() for rank in (0, 1)] == [str(expected)] * 2
 
 
 class WithUnused(torch.nn.Linear):
