@@ -3,11 +3,11 @@
     python -m benchmarks.comparison mnist_cnn -j 2 --data_dir=data
     python report.py out/comparison/mnist_cnn/final --target=0.98 --figures=out/figures/mnist_cnn
 
-For each method of a part, one run of the whole length at each of the part's learning rates (seed 0); the best final
-validation accuracy chooses; then three runs (seeds 1, 2, 3) at that learning rate. A run is one process on one core,
-`-j` of them at a time. Runs that have ended are skipped, so that the command can be given again after an interruption.
-The sweep and the summary of each final run are kept in benchmarks/results/comparison/PART/. Further options
-are handed on to main.py.
+For each method of a part, one run at each of the part's learning rates (seed 0), of the whole length or of a share of
+it; the best final validation accuracy chooses; then three runs (seeds 1, 2, 3) at that learning rate. A run is one
+process on one core, `-j` of them at a time. Runs that have ended are skipped, so that the command can be given again
+after an interruption. The sweep and the summary of each final run are kept in benchmarks/results/comparison/PART/.
+Further options are handed on to main.py.
 """
 
 import argparse
@@ -51,17 +51,21 @@ def with_linear(max_samples: int) -> dict[str, Options]:
 
 @dataclass(frozen=True)
 class Part:
-    """What all runs share, the methods that are compared, and the learning rates that each of them may try."""
+    """What all runs share, the methods that are compared, and the learning rates that each of them may try.
+
+    A run of the sweep has the `sweep_divisor`-th part of the samples, with schedules as much shorter.
+    """
 
     shared: Options
     methods: dict[str, Options]
     learning_rates: tuple[float, ...] = (0.003, 0.01, 0.03)
+    sweep_divisor: int = 1
 
 
 MNIST: Options = {"dataset": "mnist", "optimizer": "adagrad", "decay_lr": False, "batch_size": 16}
-# On a CPU, pieces of 256 take half the time of whole batches of some thousands.
+# On a CPU, pieces of one or two hundred take half the time of whole batches of some thousands.
 MNIST_CNN: Options = {**MNIST, "model": "cnn", "max_samples": 90_000, "max_micro_batch_size": 256}
-CIFAR10: Options = {"dataset": "benchmarks.cases:cifar10_npz", "batch_size": 16, "max_micro_batch_size": 1024}
+CIFAR10: Options = {"dataset": "benchmarks.cases:cifar10_npz", "batch_size": 16, "max_micro_batch_size": 128}
 CIFAR10_CNN = {**CIFAR10, "model": "cnn", "optimizer": "adagrad", "max_samples": 1_000_000, "warmup_samples": 100_000}
 SMALL_RESNET = {
     **CIFAR10,
@@ -78,13 +82,19 @@ PARTS = {
         {**MNIST, "model": "logistic", "max_samples": 600_000}, with_linear(600_000), learning_rates=(0.01, 0.03, 0.1)
     ),
     "mnist_cnn": Part(MNIST_CNN, with_linear(90_000), learning_rates=(0.003, 0.01)),
-    "cifar10_cnn": Part(CIFAR10_CNN, with_linear(1_000_000)),
+    "cifar10_cnn": Part(CIFAR10_CNN, with_linear(1_000_000), sweep_divisor=10),
     "cifar10_batch_norm": Part(
         SMALL_RESNET,
         {name: {"test_gradients": name} for name in ("vmap", "micro_batch")},
         learning_rates=(0.03, 0.1, 0.3),
     ),
 }
+
+
+def shortened(options: Options, divisor: int) -> Options:
+    """The same with fewer samples: warm-up and linear ramp end at the same share of the run."""
+    factors = {"max_samples": 1 / divisor, "warmup_samples": 1 / divisor, "linear_ramp_up_increment": divisor}
+    return {name: round(value * factors[name]) if name in factors else value for name, value in options.items()}
 
 
 def run(folder: Path, options: Options, further: Sequence[str]) -> dict:
@@ -118,7 +128,11 @@ def sweep(part: Part, folder: Path, pool: ThreadPoolExecutor, further: Sequence[
         (method, rate): pool.submit(
             run,
             folder / f"{method}_lr{rate:g}",
-            {**part.shared, **options, "learning_rate": rate, "seed": SWEEP_SEED},
+            {
+                **shortened({**part.shared, **options}, part.sweep_divisor),
+                "learning_rate": rate,
+                "seed": SWEEP_SEED,
+            },
             further,
         )
         for method, options in part.methods.items()
