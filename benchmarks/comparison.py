@@ -72,8 +72,8 @@ SMALL_RESNET = {
     "model": "benchmarks.cases:small_resnet_batch_norm",
     "optimizer": "sgdm",
     "batch_size": 64,
-    "max_samples": 250_000,
-    "warmup_samples": 25_000,
+    "max_samples": 50_000,
+    "warmup_samples": 5_000,
     "test_type": "norm",
     "eta": 0.5,
 }
@@ -86,7 +86,7 @@ PARTS = {
     "cifar10_batch_norm": Part(
         SMALL_RESNET,
         {name: {"test_gradients": name} for name in ("vmap", "micro_batch")},
-        learning_rates=(0.03, 0.1, 0.3),
+        learning_rates=(0.03, 0.1),
     ),
 }
 
