@@ -87,6 +87,7 @@ PARTS = {
         SMALL_RESNET,
         {name: {"test_gradients": name} for name in ("vmap", "micro_batch")},
         learning_rates=(0.03, 0.1),
+        sweep_divisor=2,
     ),
 }
 
