@@ -72,10 +72,10 @@ SMALL_RESNET = {
     "model": "benchmarks.cases:small_resnet_batch_norm",
     "optimizer": "sgdm",
     "batch_size": 64,
-    "max_samples": 50_000,
-    "warmup_samples": 5_000,
+    "max_samples": 25_000,
+    "warmup_samples": 2_500,
     "test_type": "norm",
-    "eta": 0.5,
+    "eta": 1.0,
 }
 PARTS = {
     "mnist_logistic": Part(
