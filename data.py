@@ -14,8 +14,8 @@ import torchvision
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-import imagenet
-from config import UsageError, import_object, in_one_line, nearest
+from imagenet.reading import load as load_imagenet
+from launch.options import UsageError, import_object, in_one_line, nearest
 
 
 @dataclass
@@ -150,7 +150,7 @@ def _downloadable(kind: type, read, *arguments) -> _Downloadable:
 
 
 def _imagenet(data_dir: Path) -> DataSet:
-    train, val, num_classes = imagenet.load(data_dir)
+    train, val, num_classes = load_imagenet(data_dir)
     return DataSet(train, val, num_classes, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
@@ -200,7 +200,7 @@ def load(name: str, data_dir: Path) -> DataSet:
     except Exception as error:
         raise UsageError(
             f"--dataset={name} with --data_dir={data_dir} cannot be read: {in_one_line(error)}: "
-            "check the files there" + (" and the function (README.md, 'Your own data set')" if ":" in name else "")
+            "check the files there" + (" and the function (docs/extending.md)" if ":" in name else "")
         ) from None
     if not isinstance(data_set, DataSet):
         raise UsageError(f"--dataset={name} must return a data.DataSet, not {type(data_set).__name__}")

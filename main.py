@@ -12,6 +12,11 @@ by SIGUSR1 (time is up: start it again), both after a checkpoint was saved (--re
 a second SIGINT.
 """
 
+from launch import options
+
+# The words first, torch after them: --help and what is refused are answered at once.
+CONFIG = options.parse_or_exit() if __name__ == "__main__" else None
+
 import contextlib
 import itertools
 import logging
@@ -20,8 +25,8 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,40 +35,25 @@ from lightning.fabric import Fabric
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-import batching
-import checkpoint
-import config as options
+import batches
 import data
 import gradients
-import launch
 import models
 import optim
-import runlog
-import stream
 import tests
-from config import Config, RunError, UsageError
-from interrupts import Interrupts
-from launch import device_name, start_fabric, together
-from metrics import Totals, Validation
-from runlog import RunLog
+from launch import processes
+from launch.interrupts import Interrupts
+from launch.options import REFUSED, Config, RunError, UsageError
+from launch.processes import together
+from runs import checkpoint
+from runs import log as texts
+from runs.log import RunLog
+from runs.metrics import Progress, Totals, Validation, average_over_ranks
 
-EXIT_STATUS = {"finished": 0, "failed": 1, "refused": 2, "diverged": 3, "interrupted": os.EX_TEMPFAIL}
+EXIT_STATUS = {"finished": 0, "failed": 1, "refused": REFUSED, "diverged": 3, "interrupted": os.EX_TEMPFAIL}
 TIME_IS_UP = 85
 """Exit status after SIGUSR1, by which batch systems announce the end of a job's time: it is to be started again."""
 GO_ON, SAVE = 0, 1  # what ranks agree on after a step: the largest wins, and the number of a signal is larger
-
-
-@dataclass
-class Progress:
-    """How far a run has come, and what it has said once and for all."""
-
-    batch_size: int
-    steps: int = 0
-    samples: int = 0
-    best_step: int | None = None  # the checkpoint with the best validation accuracy
-    undecided: str = ""  # why the last test decided nothing
-    notices: list[str] = field(default_factory=list)
-    cut_off: dict[str, Any] = field(default_factory=dict)  # what `step` gave, where a signal cut the evaluation off
 
 
 class Trainer:
@@ -71,17 +61,18 @@ class Trainer:
 
     def __init__(self, fabric: Fabric, config: Config, interrupts: Interrupts):
         self.fabric, self.interrupts = fabric, interrupts
-        config, self.resumed = self.find_checkpoint(config)
+        config, self.resumed = checkpoint.resumption(fabric, config)
         together(fabric, lambda: fabric.is_global_zero and data.prepare(config.dataset, config.data_dir))
         data_set = together(fabric, lambda: data.load(config.dataset, config.data_dir))
         self.samples_per_epoch, self.validation_samples = len(data_set.train), len(data_set.val)
         requested_precision = os.environ.get("LT_PRECISION", config.precision)
-        self.config = config = together(fabric, lambda: launch.resolve(config, fabric, self.samples_per_epoch))
+        self.config = config = together(fabric, lambda: processes.resolve(config, fabric, self.samples_per_epoch))
         together(fabric, lambda: self.resumed and checkpoint.refuse_differences(config, self.resumed))
         fabric.seed_everything(config.seed, verbose=False)  # the same weights on every rank
         self.module = together(fabric, lambda: models.build(config.model, data_set.image_shape, data_set.num_classes))
         self.min_micro_batch_size = models.smallest_micro_batch(self.module, data_set.image_shape)
-        together(fabric, self.refuse_single_samples)
+        least = self.min_micro_batch_size
+        together(fabric, lambda: processes.refuse_single_samples(config, fabric.world_size, least))
         optimizer = together(fabric, lambda: optim.build(self.module.parameters(), config))
         self.model, self.optimizer = fabric.setup(
             torch.compile(self.module) if config.compile else self.module, optimizer
@@ -91,16 +82,18 @@ class Trainer:
             self.model._forward_module.broadcast_buffers = False
         torch.manual_seed(config.seed + 1 + fabric.global_rank)  # dropout differs between ranks
         dtype = next(self.module.parameters()).dtype
-        self.stream = stream.build(
+        self.stream = batches.build(
             data_set, config.seed, config.shuffle, fabric.device, dtype, config.num_workers, config.batch_ahead
         )
-        together(fabric, self.refuse_unused_parameters)
+        if config.strategy == "ddp":
+            together(fabric, self.refuse_unused_parameters)
         self.learning_rate = optim.LearningRate(config, config.max_samples)
-        self.schedule = batching.schedule(config)
+        self.schedule = batches.schedule(config)
         self.progress = Progress(config.batch_size)
         self.totals = Totals(fabric.device)
         self.validation = Validation(data_set.num_classes, fabric.device)
         self.log: RunLog | None = None
+        self.stop_signal = 0
         notices = []
         if not (data_set.in_memory or config.num_workers):
             notices.append("--num_workers=0: the training process itself reads the samples, and waits for them")
@@ -111,70 +104,23 @@ class Trainer:
         self.log = together(fabric, lambda: self.open_log(marks))
         self.checkpoints = checkpoint.Checkpoints(fabric, config, self.log and self.log.folder)
         parameters = sum(parameter.numel() for parameter in self.module.parameters())
-        self.say(runlog.introduction(config, parameters, self.samples_per_epoch, fabric.world_size, fabric.device.type))
+        self.say(texts.introduction(config, parameters, self.samples_per_epoch, fabric.world_size, fabric.device.type))
         for line in (*notices, *told):
             self.notify(line)
-
-    def find_checkpoint(self, config: Config) -> tuple[Config, Path | None]:
-        """The checkpoint to go on from, if any, and the options with what follows from it."""
-        folder = config.out_dir / config.run_name if config.run_name else None
-        found = together(self.fabric, lambda: self.fabric.is_global_zero and checkpoint.find(config.resume, folder))
-        path, warnings = self.fabric.broadcast(found)
-        if self.fabric.is_global_zero and warnings:
-            print(*warnings, sep="\n", file=sys.stderr, flush=True)
-        if path is None:
-            return config, None
-        return together(self.fabric, lambda: checkpoint.continued(config, path)), path
 
     def open_log(self, marks: dict[str, Any] | None) -> RunLog | None:
         if not self.fabric.is_global_zero:
             return None
-        log = RunLog(self.config, self.fabric.world_size, self.resumed and self.resumed.absolute().parent.parent, marks)
-        checkpoint.remove_left_overs(log.folder / "checkpoints", self.resumed)
+        log = RunLog(self.config, self.fabric.world_size, self.resumed, marks)
         if self.resumed:
             log.say(f"resuming from {self.resumed}: step {self.progress.steps:,}, samples {self.progress.samples:,}")
-            self.warn_of_idle_end(log)
+            if warning := self.learning_rate.idle_end():
+                log.say(warning)
         return log
 
-    def warn_of_idle_end(self, log: RunLog) -> None:
-        """A longer continuation keeps the schedule, which may have come to 0 before its end."""
-        c, end = self.config, self.learning_rate.zero_from()
-        length = c.max_samples if c.training_type == "sample" else c.max_iters
-        if end is not None and c.lr_decay_type == c.training_type and end < length:
-            unit = {"sample": "sample", "iter": "step"}[c.lr_decay_type]
-            log.say(
-                f"the learning rate is 0 from {unit} {end:,} on: a continuation keeps the schedule; "
-                "for a longer one start a new run"
-            )
-
-    def refuse_single_samples(self) -> None:
-        """Where BatchNorm meets maps of one position, a micro-batch of one sample has nothing to normalise by."""
-        c, least = self.config, self.min_micro_batch_size
-        smallest = min(c.global_batch_sizes) if c.stagewise_ramp_up else c.batch_size
-        if least > 1 and smallest // self.fabric.world_size < least:
-            raise UsageError(
-                f"--batch_size: {c.model} has BatchNorm on 1×1 maps of these images and needs at least {least} samples "
-                f"a device: use {least * self.fabric.world_size} or more, or fewer --devices"
-            )
-        if least > 1 and c.max_micro_batch_size < 3:
-            raise UsageError(f"--max_micro_batch_size: {c.model} has BatchNorm on 1×1 maps and needs 3 or more")
-
     def refuse_unused_parameters(self) -> None:
-        """DDP waits for the gradient of every parameter, unless it is told not to."""
-        if self.fabric.world_size == 1 or self.config.strategy == "ddp_find_unused_parameters_true":
-            return
-        inputs, targets = self.stream.read(range(2))
-        names, parameters = zip(*((n, p) for n, p in self.module.named_parameters() if p.requires_grad))
-        self.module.eval()  # running statistics stay as they are
         with self.fabric.autocast():
-            loss = mean_loss(self.module(inputs), targets)
-        of_loss = torch.autograd.grad(loss, parameters, allow_unused=True)
-        unused = [name for name, gradient in zip(names, of_loss) if gradient is None]
-        if unused:
-            raise UsageError(
-                f"--strategy: {self.config.model} does not use {gradients.listed(unused)}, and --devices="
-                f"{self.config.devices} would wait for the gradient: add --strategy=ddp_find_unused_parameters_true"
-            )
+            models.refuse_unused_parameters(self.module, mean_loss, *self.stream.read(range(2)), self.config)
 
     def set_up_test(self) -> tuple[tests.Test | None, gradients.Estimator | None, list[str]]:
         """The test, where its statistics come from, and what the user should be told of them."""
@@ -195,11 +141,6 @@ class Trainer:
             num_groups=c.test_groups,
             notify=self.notify,
         )
-        if models.couples_samples(self.module) and c.test_gradients != "micro_batch":
-            told.append(
-                f"{c.model} has BatchNorm, which couples the samples of a batch: "
-                "--test_gradients=micro_batch is the accurate choice (README, section BatchNorm)"
-            )
         return test, estimator, told
 
     def fit(self) -> str:
@@ -251,12 +192,12 @@ class Trainer:
             return self.progress.steps >= self.config.max_iters
         return self.progress.samples >= self.config.max_samples
 
-    def plan(self, testing: bool) -> batching.Plan:
+    def plan(self, testing: bool) -> batches.Plan:
         c, progress = self.config, self.progress
         steps = c.gradient_accumulation_steps
         if testing and c.test_gradients == "micro_batch":  # a variance between micro-batches needs enough of them
             steps = max(steps, -(-c.test_groups // self.fabric.world_size))
-        return batching.plan(
+        return batches.cut(
             progress.samples,
             progress.batch_size,
             self.fabric.world_size,
@@ -270,7 +211,7 @@ class Trainer:
         c = self.config
         return c.test and self.progress.steps % c.test_interval == 0 and self.progress.batch_size < c.max_batch_size
 
-    def train_step(self, plan: batching.Plan, testing: bool) -> tests.Moments | None:
+    def train_step(self, plan: batches.Plan, testing: bool) -> tests.Moments | None:
         """One optimizer step on one global batch; the moments of its gradients where they are tested."""
         fabric, progress = self.fabric, self.progress
         for group in self.optimizer.param_groups:
@@ -350,10 +291,10 @@ class Trainer:
         self.model.eval()
         micro_batch_size = min(self.config.max_micro_batch_size, 1024)
         rounds = -(-self.validation_samples // (micro_batch_size * world_size))  # the last one is not every rank's
-        batches = self.stream.validation(rank, world_size, micro_batch_size)
+        micro_batches = self.stream.validation(rank, world_size, micro_batch_size)
         with out_of_memory_means("a validation micro-batch", "--max_micro_batch_size"):
-            for _, batch in itertools.zip_longest(range(rounds), batches):
-                self.stop_signal = launch.largest_over_ranks(self.fabric, self.interrupts.received)
+            for _, batch in itertools.zip_longest(range(rounds), micro_batches):
+                self.stop_signal = processes.largest_over_ranks(self.fabric, self.interrupts.received)
                 if self.stop_signal:  # all is to be as it was before
                     for buffer, own in zip(self.module.buffers(), own_buffers):
                         buffer.copy_(own)
@@ -381,11 +322,7 @@ class Trainer:
             self.log.write(row)
             self.log.advance(progress.samples if self.config.training_type == "sample" else progress.steps)
         if evaluation:
-            self.say(
-                f"step {progress.steps:>6,}  samples {progress.samples:>10,}  batch {row['batch_size']:>7,}  "
-                f"train loss {row['train_loss']:.4f}  "
-                f"val loss {row['val_loss']:.4f}  val accuracy {row['val_accuracy']:.2%}"
-            )
+            self.say(texts.evaluation_text(row))
         if diverged_at is not None:
             self.say(
                 f"diverged: the loss was not finite at step {diverged_at + 1}: lower --learning_rate or set --grad_clip"
@@ -396,7 +333,7 @@ class Trainer:
         """Save a checkpoint where any rank finds one due or has received a signal; gives the signal's number, or 0."""
         progress = self.progress
         wanted = self.interrupts.received or (SAVE if self.checkpoints.due(progress.steps) else GO_ON)
-        agreed = launch.largest_over_ranks(self.fabric, wanted)
+        agreed = processes.largest_over_ranks(self.fabric, wanted)
         if best := bool(evaluation) and self.validation.is_best():
             progress.best_step = progress.steps
         if best or agreed:
@@ -408,36 +345,22 @@ class Trainer:
         precision = self.fabric.strategy.precision  # with the gradient scaler, if any
         return {"model": self.model, "optimizer": self.optimizer, "precision": precision}
 
-    def own_state(self) -> dict[str, Any]:
-        """What differs between ranks."""
-        return {
-            "random": checkpoint.random_states(self.fabric.device),
-            "buffers": {name: buffer.cpu() for name, buffer in self.module.named_buffers()},
-            "totals": self.totals.state_dict(),
-        }
-
     def save(self) -> None:
         started = time.perf_counter()
         marks = together(self.fabric, lambda: self.log and self.log.mark())
         common = {"progress": asdict(self.progress), "history": self.validation.history, "marks": marks}
         state = {**self.state(), **common}
-        self.checkpoints.save(self.progress.steps, self.progress.best_step, state, self.own_state())
+        own = checkpoint.state_of_rank(self.module, self.totals, self.fabric.device)
+        self.checkpoints.save(self.progress.steps, self.progress.best_step, state, own)
         self.totals.pause(time.perf_counter() - started)
 
     def restore(self, path: Path) -> dict[str, Any]:
         """Go back to what a checkpoint holds, on as many ranks as there are now; gives the log's marks."""
         rest = self.fabric.load(path, self.state(), weights_only=True)
-        ranks, rank, buffers = rest["ranks"], self.fabric.global_rank, dict(self.module.named_buffers())
-        if len(ranks) == self.fabric.world_size:
-            own = ranks[rank]
-            checkpoint.set_random_states(own["random"], self.fabric.device)
-        else:
-            own = checkpoint.pooled(ranks, rank)
-            torch.manual_seed(self.config.seed + 1 + rank + (self.progress.samples << 32))  # nothing drawn twice
         self.progress, self.validation.history = Progress(**rest["progress"]), rest["history"]
-        for name, value in own["buffers"].items():
-            buffers[name].copy_(value)
-        self.totals.load_state_dict(own["totals"])
+        rank, world_size = self.fabric.global_rank, self.fabric.world_size
+        new_seed = self.config.seed + 1 + rank + (self.progress.samples << 32)  # nothing is drawn twice
+        checkpoint.restore_rank(rest["ranks"], rank, world_size, self.module, self.totals, self.fabric.device, new_seed)
         return rest["marks"]
 
     def say(self, line: str) -> None:
@@ -450,18 +373,18 @@ class Trainer:
             self.progress.notices.append(line)
             self.say(line)
 
+    def conclude(self, status: str) -> None:
+        self.log.conclude(status, self.results(), self.module, self.stop_signal)
+
     def results(self) -> dict:
         """What summary.json says of the training itself."""
         progress = self.progress
         return {
             **self.validation.results(),
-            "steps": progress.steps,
-            "samples": progress.samples,
-            "mean_batch_size": progress.samples / max(progress.steps, 1),
-            "final_batch_size": progress.batch_size,
+            **progress.results(),
             "best_checkpoint": progress.best_step and self.checkpoints.path(progress.best_step).name,
             "world_size": self.fabric.world_size,
-            "device": device_name(self.fabric.device),
+            "device": processes.device_name(self.fabric.device),
         }
 
 
@@ -484,17 +407,6 @@ def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return cross_entropy(logits.to(torch.get_default_dtype()), targets)
 
 
-@torch.no_grad()
-def average_over_ranks(buffers: Iterable[Tensor], world_size: int) -> None:
-    """Replace floating-point buffers (BatchNorm's running statistics) by their mean over the ranks, in one exchange."""
-    buffers = [buffer for buffer in buffers if buffer.is_floating_point()]
-    if world_size == 1 or not buffers:
-        return
-    flat = gradients.sum_over_ranks(torch.cat([buffer.flatten() for buffer in buffers])) / world_size
-    for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers])):
-        buffer.copy_(part.view_as(buffer))
-
-
 def run(config: Config) -> int:
     """Train as the options say; returns the exit status.
 
@@ -502,47 +414,36 @@ def run(config: Config) -> int:
         UsageError: the options cannot be met.
         RunError: the run cannot go on.
     """
-    fabric = start_fabric(config)
+    fabric = processes.start_fabric(config)
     if fabric._precision.precision == "64-true":
         torch.set_default_dtype(torch.float64)  # else Fabric hands the model's outputs back in float32
     interrupts = Interrupts()
     trainer = Trainer(fabric, config, interrupts)
     with interrupts:  # until here there is nothing to save: a signal ends the program at once
         status = trainer.fit()
-        together(fabric, lambda: trainer.log and conclude(trainer, status))
+        together(fabric, lambda: trainer.log and trainer.conclude(status))
     if status == "interrupted" and trainer.stop_signal == signal.SIGUSR1:
         return TIME_IS_UP
     return EXIT_STATUS[status]
 
 
-def conclude(trainer: Trainer, status: str) -> None:
-    """The end of a run, on the first rank: weights, summary, and how to go on."""
-    log = trainer.log
-    if status == "finished":
-        log.save_weights(trainer.module)
-    log.say(runlog.summary_text(log.finish(status, trainer.results()), log.folder))
-    if status == "interrupted":
-        command = launch.resume_command(log.folder.parent, log.folder.name)
-        log.say(f"interrupted by {signal.Signals(trainer.stop_signal).name}; go on with:\n  {command}")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program on these arguments (default: `sys.argv`); returns the exit status."""
+    """Run the program on these arguments (default: `sys.argv`, read already); returns the exit status."""
     for name in ("lightning.fabric", "lightning.fabric.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", message=".*torch.jit.script")  # of torch's own forward-mode formulas
     try:
-        status = run(options.parse(arguments))
+        status = run(CONFIG or options.parse(arguments))
     except UsageError as error:
-        launch.report(error)
+        processes.report(error)
         status = EXIT_STATUS["refused"]
     except KeyboardInterrupt:  # before the training begins: there is nothing to save
         status = 128 + signal.SIGINT
     except Exception as error:
-        launch.report(error)
+        processes.report(error)
         status = EXIT_STATUS["failed"]
-    return launch.leave(status)
+    return processes.leave(status)
 
 
 if __name__ == "__main__":

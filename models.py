@@ -1,6 +1,5 @@
 """Models by name: two small ones for any image shape, every torchvision classifier, and a user's own."""
 
-import copy
 import inspect
 import warnings
 
@@ -9,7 +8,8 @@ import torchvision
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from config import UsageError, import_object, in_one_line, nearest
+from gradients import Loss, couples_samples, listed
+from launch.options import Config, UsageError, import_object, in_one_line, nearest
 
 ImageShape = tuple[int, int, int]
 """Channels, height, width."""
@@ -88,6 +88,34 @@ def build(name: str, image_shape: ImageShape, num_classes: int) -> nn.Module:
     return model
 
 
+def smallest_micro_batch(model: nn.Module, image_shape: ImageShape) -> int:
+    """Samples that a training pass needs at least: two where BatchNorm meets maps of a single position, else one."""
+    if not couples_samples(model):
+        return 1
+    try:
+        _output_shape(model, (1, *image_shape), training=True)
+    except Exception as error:  # whatever else is wrong with the model is said where it is trained
+        return 2 if "more than 1 value per channel" in str(error) else 1
+    return 1
+
+
+def refuse_unused_parameters(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor, config: Config) -> None:
+    """DDP waits for the gradient of every parameter, unless it is told not to.
+
+    Raises:
+        UsageError: the loss of these samples does not depend on some.
+    """
+    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
+    model.eval()  # running statistics stay as they are
+    of_loss = torch.autograd.grad(loss(model(inputs), targets), parameters, allow_unused=True)
+    unused = [name for name, gradient in zip(names, of_loss) if gradient is None]
+    if unused:
+        raise UsageError(
+            f"--strategy: {config.model} does not use {listed(unused)}, and --devices={config.devices} would wait for "
+            "the gradient: add --strategy=ddp_find_unused_parameters_true"
+        )
+
+
 def _output_shape(model: nn.Module, input_shape: tuple[int, ...], training: bool = False) -> tuple[int, ...]:
     """Run the model on the meta device: shapes only, no memory, no arithmetic."""
     tensors = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
@@ -146,76 +174,3 @@ def _change_input_channels(model: nn.Module, channels: int) -> None:
                 parent_name, _, child_name = module_name.rpartition(".")
                 setattr(model.get_submodule(parent_name), child_name, nn.Conv2d(**arguments))
             return
-
-
-# Per-sample copies: layers that couple the samples of a batch, or draw one random number for all of them, are
-# replaced by layers that treat each sample by itself, as if it were a batch of one.
-
-
-class PerSampleBatchNorm(nn.Module):
-    """Batch normalisation of every sample by its own statistics over its positions (as the paper's code does).
-
-    Works on a batch as on a single sample under vmap, and on 1×1 maps (the variance is then zero, the output the bias).
-
-    Shape: (N, C, *) → (N, C, *).
-    """
-
-    def __init__(self, batch_norm: nn.modules.batchnorm._BatchNorm):
-        super().__init__()
-        self.weight, self.bias, self.eps = batch_norm.weight, batch_norm.bias, batch_norm.eps
-        self.num_features = batch_norm.num_features
-
-    def forward(self, x: Tensor) -> Tensor:
-        # One group per channel is exactly this normalisation. (nn.functional's wrapper refuses single values.)
-        return torch.group_norm(x, self.num_features, self.weight, self.bias, self.eps)
-
-
-class PerSampleStochasticDepth(nn.Module):
-    """Stochastic depth by samples that draws its noise out of place, as vmap needs. Shape: (N, *) → (N, *)."""
-
-    def __init__(self, p: float):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0:
-            return x
-        survives = torch.rand_like(x[(slice(None), *[slice(0, 1)] * (x.dim() - 1))]) >= self.p
-        return x * survives.to(x.dtype) / max(1 - self.p, 1e-12)
-
-
-def couples_samples(model: nn.Module) -> bool:
-    """True where a layer makes the gradient of one sample depend on the others of its batch (BatchNorm in training)."""
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-
-
-def smallest_micro_batch(model: nn.Module, image_shape: ImageShape) -> int:
-    """Samples that a training pass needs at least: two where BatchNorm meets maps of a single position, else one."""
-    if not couples_samples(model):
-        return 1
-    try:
-        _output_shape(model, (1, *image_shape), training=True)
-    except Exception as error:  # whatever else is wrong with the model is said where it is trained
-        return 2 if "more than 1 value per channel" in str(error) else 1
-    return 1
-
-
-def per_sample_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model's structure in which no layer couples samples; parameters and buffers are on the meta device.
-
-    Names of parameters and buffers are the model's, so `torch.func.functional_call` runs it with the model's own.
-    """
-    template = copy.deepcopy(model)
-    for name, module in list(template.named_modules()):
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            replacement: nn.Module = PerSampleBatchNorm(module)
-        elif isinstance(module, torchvision.ops.StochasticDepth):
-            replacement = PerSampleStochasticDepth(module.p)
-        else:
-            continue
-        parent_name, _, child_name = name.rpartition(".")
-        if not name:
-            template = replacement
-        else:
-            setattr(template.get_submodule(parent_name), child_name, replacement)
-    return template.train(model.training).to("meta")

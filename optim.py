@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from config import Config, UsageError, import_object, nearest
+from launch.options import Config, UsageError, import_object, nearest
 
 NAMES = {
     "adagrad": torch.optim.Adagrad,
@@ -177,6 +177,18 @@ class LearningRate:
             return None
         return (
             (c.lr_decay_samples or self.max_samples) if c.lr_decay_type == "sample" else c.lr_decay_iters or c.max_iters
+        )
+
+    def idle_end(self) -> str:
+        """A longer continuation keeps the schedule, which may come to 0 before its end: a warning, or nothing."""
+        c, end = self.config, self.zero_from()
+        length = c.max_samples if c.training_type == "sample" else c.max_iters
+        if end is None or c.lr_decay_type != c.training_type or end >= length:
+            return ""
+        unit = {"sample": "sample", "iter": "step"}[c.lr_decay_type]
+        return (
+            f"the learning rate is 0 from {unit} {end:,} on: a continuation keeps the schedule; "
+            "for a longer one start a new run"
         )
 
     def __call__(self, samples: int, steps: int) -> float:

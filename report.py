@@ -18,10 +18,9 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-import figures
-import runs
-from config import UsageError
-from runs import DamagedRun, Group, Run
+from launch.options import UsageError
+from runs import figures, reading
+from runs.reading import DamagedRun, Group, Run
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def csv_table(table_rows: Sequence[Row], shown: Sequence[Column]) -> str:
 
 
 def caption(chosen: Sequence[Run], groups: Sequence[Group]) -> str:
-    shared = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in runs.common(chosen).items())
+    shared = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in reading.common(chosen).items())
     return f"{len(chosen)} runs in {len(groups)} configurations; all: {shared}"
 
 
@@ -184,12 +183,12 @@ def report(options: argparse.Namespace) -> None:
     """
     if options.target is not None and not 0 < options.target < 1:
         raise UsageError(f"--target={options.target} must be an accuracy between 0 and 1, such as 0.98")
-    found, problems = runs.find(options.folders)
-    chosen = runs.choose(found, options.where)
+    found, problems = reading.find(options.folders)
+    chosen = reading.choose(found, options.where)
     if options.figures or options.target is not None:
         chosen, damaged = readable(chosen)
         problems += damaged
-    groups, twins = runs.group(chosen)
+    groups, twins = reading.group(chosen)
     for line in problems + twins:
         print(f"passed over: {line}", file=sys.stderr)
     if not groups:

@@ -22,7 +22,7 @@ import data
 import gradients
 from benchmarks import cases
 from benchmarks.cases import RESULTS, provenance
-from models import couples_samples
+from gradients import couples_samples
 
 ESTIMATORS = ("vmap", "ghost", "micro_batch")
 GROUPS = 8

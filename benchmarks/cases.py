@@ -15,7 +15,7 @@ from torchvision.models.resnet import BasicBlock
 
 import models
 from data import DataSet
-from runlog import versions
+from runs.log import versions
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.cases import RESULTS, provenance, without_in_place
-from runlog import peak_memory_bytes
+from runs.log import peak_memory_bytes
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ TESTS = ("norm", "ip+orth")
 def trainer_of(case: Case, test_gradients: str | None, test_type: str, out_dir: str):
     """main.py's own trainer; its `train_step` is what is measured."""
     import main
-    from config import Config
-    from interrupts import Interrupts
-    from launch import start_fabric
+    from launch.interrupts import Interrupts
+    from launch.options import Config
+    from launch.processes import start_fabric
 
     own = case.model != "cnn" and not case.model.startswith("vit")
     config = Config(

@@ -24,11 +24,12 @@ import torch
 from jsonargparse import auto_cli
 from PIL import Image
 
-import convert
+import batches
 import data
-import imagenet
-import stream
+from batches.augment import Normalise
+from batches.order import SampleOrder
 from benchmarks.cases import RESULTS, provenance
+from imagenet import convert, reading
 
 FIXED = 64
 CHANGING = (1, 127, 40, 88, 13, 115, 64, 3, 125, 31, 97, 64)  # their mean is 64, too
@@ -59,7 +60,7 @@ def micro_batches(start: int, sizes: Iterator[int], samples: int) -> Iterator[ra
 def rates(data_dir: Path, num_workers: int, samples: int, rounds: int) -> dict[str, list[float]]:
     """Samples a second in each stretch of `samples`."""
     loaded = data.load("imagenet", data_dir)
-    source = stream.build(loaded, 0, True, torch.device("cpu"), torch.float32, num_workers)
+    source = batches.build(loaded, 0, True, torch.device("cpu"), torch.float32, num_workers)
     result = {"fixed": [], "changing": []}
     for start, kind in zip(count(0, samples), ["fixed", *["fixed", "changing"] * rounds]):  # the first one warms up
         sizes = cycle((FIXED,) if kind == "fixed" else CHANGING)
@@ -78,13 +79,13 @@ def rates_of_ffcv_loader(path: Path, num_workers: int, rounds: int) -> list[floa
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import RandomHorizontalFlip, ToTensor, ToTorchImage
 
-    side = imagenet.RESOLUTION
+    side = reading.RESOLUTION
     image = [RandomResizedCropRGBImageDecoder((side, side)), RandomHorizontalFlip(), ToTensor(), ToTorchImage(False)]
     pipelines = {"image": image, "label": [IntDecoder(), ToTensor()]}
     options = {"order": OrderOption.RANDOM, "drop_last": False, "pipelines": pipelines}
     loader = Loader(str(path), FIXED, num_workers, **options)
     torch.set_num_threads(1)
-    normalise = stream.Normalise(data.load("imagenet", path.parent), torch.device("cpu"), torch.float32)
+    normalise = Normalise(data.load("imagenet", path.parent), torch.device("cpu"), torch.float32)
     result = []
     for _ in range(rounds + 1):
         started, samples = time.perf_counter(), 0
@@ -97,7 +98,7 @@ def rates_of_ffcv_loader(path: Path, num_workers: int, rounds: int) -> list[floa
 
 def bookkeeping() -> dict[str, float]:
     """Bytes and seconds of the sample order of a training set of ImageNet's size."""
-    order = stream.SampleOrder(FULL_SIZE, 0, True)
+    order = SampleOrder(FULL_SIZE, 0, True)
     started = time.perf_counter()
     for epoch in range(3):
         order.samples(range(epoch * FULL_SIZE, epoch * FULL_SIZE + 32))
@@ -149,7 +150,7 @@ def main(num_workers: int = 2, samples: int = 1600, rounds: int = 5, out: Path =
         # In a process of its own: it changes the number of threads and leaves compiled code behind.
         script = "import sys, json, pathlib; from benchmarks import stream; "
         script += "print(json.dumps(stream.rates_of_ffcv_loader(pathlib.Path(sys.argv[1]), *map(int, sys.argv[2:]))))"
-        path = imagenet.find_ffcv_files(ffcv)[0]
+        path = reading.find_ffcv_files(ffcv)[0]
         command = [sys.executable, "-c", script, str(path), str(num_workers), str(rounds)]
         said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ).stdout
         results["ffcv's own Loader"] = {"fixed": json.loads(said.splitlines()[-1])}

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-import config
 from benchmarks import calibration, cases, comparison, speed, torchvision_models
+from launch import options as config
 
 
 @pytest.fixture(scope="module")

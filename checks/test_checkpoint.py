@@ -16,12 +16,12 @@ import pytest
 import torch
 import yaml
 
-import checkpoint
-import config
-import launch
 import main
 from checks.conftest import ROOT
-from config import UsageError
+from launch import options as config
+from launch import processes
+from launch.options import UsageError
+from runs import checkpoint
 
 TINY = ["--model=logistic", "--accelerator=cpu", "--devices=1"]
 TINY += ["--max_samples=320", "--batch_size=32", "--max_batch_size=32"]
@@ -186,7 +186,7 @@ def test_what_a_full_disk_leaves(copy, tmp_path):
 def test_the_command_that_goes_on_when_the_launcher_has_died(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # but the parent is no launcher of this process
     monkeypatch.setattr(sys, "orig_argv", ["python", "main.py", "--seed=3"])
-    command = launch.resume_command(Path("out"), "run")
+    command = processes.resume_command(Path("out"), "run")
     assert command == "python main.py --seed=3 --out_dir=out --run_name=run --resume=auto"
 
 

@@ -11,7 +11,7 @@ import torch
 import torchvision
 
 import data
-from config import UsageError
+from launch.options import UsageError
 
 
 def write_mnist(folder: Path, name: str = "MNIST", train: int = 20, val: int = 10) -> None:

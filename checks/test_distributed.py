@@ -7,7 +7,7 @@ import torch
 import torch.multiprocessing as mp
 from torch.nn.functional import cross_entropy
 
-import batching
+import batches
 import gradients
 from checks import oracle
 from checks.conftest import column, train
@@ -24,7 +24,7 @@ def observe(rank: int, world_size: int, steps: int, port: int, queue) -> None:
         torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
     inputs, targets = batch(SAMPLES)
     estimator = gradients.PerSampleGradients(small_net(), cross_entropy, True, 5)
-    for positions in batching.plan(0, SAMPLES, world_size, 100, steps).micro_batches(rank):
+    for positions in batches.cut(0, SAMPLES, world_size, 100, steps).micro_batches(rank):
         with estimator.observe(inputs[list(positions)], targets[list(positions)]):
             pass
     queue.put(estimator.moments())
@@ -85,7 +85,7 @@ def observe_training_pass(rank: int, world_size: int, steps: int, port: int, que
         model = torch.nn.parallel.DistributedDataParallel(module) if world_size > 1 else module
         probe = (inputs[:3], targets[:3])
         estimator, _ = gradients.build(name, module, cross_entropy, True, 5, probe, in_training_pass=True)
-        micro_batches = batching.plan(0, SAMPLES, world_size, 100, steps).micro_batches(rank)
+        micro_batches = batches.cut(0, SAMPLES, world_size, 100, steps).micro_batches(rank)
         scale = 16.0 * world_size / SAMPLES  # 16: a gradient scaler's factor
         for i, positions in enumerate(micro_batches, start=1):
             x, y = inputs[list(positions)], targets[list(positions)]
@@ -102,7 +102,7 @@ def observe_training_pass(rank: int, world_size: int, steps: int, port: int, que
 def test_training_pass_moments_of_any_split(world_size, steps, free_port):
     inputs, targets = batch(SAMPLES)
     vectors = oracle.gradient_vectors(small_net(), cross_entropy, inputs, targets)
-    plan = batching.plan(0, SAMPLES, world_size, 100, steps)
+    plan = batches.cut(0, SAMPLES, world_size, 100, steps)
     groups = [list(positions) for rank in range(world_size) for positions in plan.micro_batches(rank)]
     sizes = [len(group) for group in groups]
     by_groups = moments_of(torch.stack([vectors[group].mean(0) for group in groups]), sizes)

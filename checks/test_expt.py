@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import config
 from checks.conftest import ROOT, launch
+from launch import options as config
 
 PUBLISHED = ["logistic", "cnn", "resnet18", "resnet50", "resnet50_cifar100", "resnet50_cifar100_ip", "resnet101"]
 BASELINES = ("small", "large", "stagewise", "linear")

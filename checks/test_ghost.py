@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-import contributions
 import gradients
 import models
 from benchmarks.cases import for_comparison
 from checks import oracle
 from checks.test_gradients import assert_matches
+from gradients import contributions, per_sample_copy
 
 CLASSES = 3
 
@@ -35,7 +35,7 @@ def assert_ghost_is_exact(model: nn.Module, inputs: torch.Tensor, rel: float = 1
     model = model.double()
     inputs = inputs.double() if inputs.is_floating_point() else inputs
     targets = torch.arange(len(inputs)) % CLASSES
-    reference = models.per_sample_copy(model)
+    reference = per_sample_copy.per_sample_copy(model)
     parameters = dict(model.named_parameters())
 
     def alone(x):
@@ -46,7 +46,7 @@ def assert_ghost_is_exact(model: nn.Module, inputs: torch.Tensor, rel: float = 1
     expected = oracle.statistics(oracle.gradient_vectors(alone, cross_entropy, inputs, targets))
     probe = (inputs[:3], targets[:3])
     for in_training_pass, sizes in itertools.product((False, True), ((len(inputs),), (3, len(inputs) - 3))):
-        if in_training_pass and models.couples_samples(model):
+        if in_training_pass and per_sample_copy.couples_samples(model):
             continue
         # In one piece the p_i come from what the pass has kept, in several by forward mode.
         estimator = gradients.GhostNorms(model, cross_entropy, True, sizes[0], in_training_pass=in_training_pass)

@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-import convert
+import batches
 import data
-import imagenet
-import stream
+from batches.order import SampleOrder
 from checks.conftest import ROOT, column, train
-from config import UsageError
+from imagenet import convert, reading
+from launch.options import UsageError
 
 CLASSES, TRAIN, VAL = 3, 8, 3  # images a class
 FULL_SIZE = 1_281_167  # ImageNet's training set
@@ -50,7 +50,7 @@ def folder(tmp_path_factory) -> Path:
 def ffcv():
     """The package, where it is installed."""
     try:
-        return imagenet.import_ffcv()
+        return reading.import_ffcv()
     except UsageError as error:
         pytest.skip(str(error))
 
@@ -63,15 +63,15 @@ def ffcv_dir(folder, ffcv, tmp_path_factory) -> Path:
     return out
 
 
-def stream_of(data_dir: Path, shuffle: bool = True, **options) -> stream.LoadedStream:
-    return stream.build(data.load("imagenet", data_dir), 1, shuffle, torch.device("cpu"), torch.float32, **options)
+def stream_of(data_dir: Path, shuffle: bool = True, **options) -> batches.LoadedStream:
+    return batches.build(data.load("imagenet", data_dir), 1, shuffle, torch.device("cpu"), torch.float32, **options)
 
 
 def test_ffcv_files_hold_the_images_of_the_folder(folder, ffcv_dir):
     """Another encoding and another way to resize, but the same order, crops, flips and labels."""
     assert sorted(path.name for path in ffcv_dir.iterdir()) == ["train_500_0.50_90.ffcv", "val_500_0.50_90.ffcv"]
     of_folder, of_ffcv = data.load("imagenet", folder), data.load("imagenet", ffcv_dir)
-    assert isinstance(of_ffcv.train, imagenet.FfcvImages) and isinstance(of_folder.train, imagenet.FolderImages)
+    assert isinstance(of_ffcv.train, reading.FfcvImages) and isinstance(of_folder.train, reading.FolderImages)
     assert {int(entry["mode"]) for entry in of_ffcv.train.entries} == {0, 1}  # JPEG and plain
     for loaded in (of_folder, of_ffcv):
         assert (loaded.num_classes, loaded.image_shape) == (CLASSES, (3, 224, 224))
@@ -130,7 +130,7 @@ def test_ffcv_files_without_ffcv(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match=r"apt-get install .*libturbojpeg0-dev.*pip install -r requirements-imagenet"):
         data.load("imagenet", tmp_path)
     assert (ROOT / "requirements-imagenet.txt").exists()
-    assert imagenet.INSTALL.split(" (")[0] in (ROOT / "README.md").read_text()
+    assert reading.INSTALL.split(" (")[0] in (ROOT / "docs" / "imagenet.md").read_text()
 
 
 @pytest.mark.parametrize("cut", ["in the images", "in the table", "unfinished"])
@@ -178,7 +178,7 @@ def test_converter_ends_with_its_workers(tmp_path, ffcv, folder):
     """A worker process that the system kills: an error, and no file."""
     images = ImageFolder(str(folder / "train"), loader=lambda path: time.sleep(1) or os._exit(9))
     with pytest.raises(UsageError, match="exit code 9"):
-        convert.convert(images, tmp_path / "train.ffcv", workers=2, **imagenet.DEFAULTS)
+        convert.convert(images, tmp_path / "train.ffcv", workers=2, **reading.DEFAULTS)
     assert not list(tmp_path.iterdir())
 
 
@@ -186,7 +186,7 @@ def test_converter_ends_with_its_workers(tmp_path, ffcv, folder):
 def test_interrupted_converter_leaves_nothing(tmp_path, ffcv, number):
     """A signal to all processes of the group, as a terminal's Ctrl-C."""
     out = tmp_path / "out"
-    slowly = "import convert, time; read = convert.ImageFolder.__init__\n"
+    slowly = "import time; from imagenet import convert; read = convert.ImageFolder.__init__\n"
     slowly += "convert.ImageFolder.__init__ = lambda self, root: read(self, root, loader=lambda path: time.sleep(60))\n"
     slowly += f"raise SystemExit(convert.main([{str(write_folder(tmp_path / 'images'))!r}, {str(out)!r}]))"
     program = subprocess.Popen(
@@ -198,7 +198,7 @@ def test_interrupted_converter_leaves_nothing(tmp_path, ffcv, number):
         time.sleep(0.1)
     time.sleep(1)  # its worker processes are at work
     os.killpg(program.pid, number)
-    assert "convert.py: interrupted" in program.communicate(timeout=60)[1]
+    assert "imagenet.convert: interrupted" in program.communicate(timeout=60)[1]
     assert program.returncode == 128 + number and not list(out.iterdir())
 
 
@@ -243,21 +243,21 @@ def full_size_image_folder(folder: Path) -> Path:
 def assert_bookkeeping_is_small(samples: torch.utils.data.Dataset, held: int) -> None:
     """Under 50 MB a rank: `held` bytes for the samples' names or places, and the orders of two epochs."""
     assert len(samples) == FULL_SIZE
-    order = stream.SampleOrder(len(samples), 1, True)
+    order = SampleOrder(len(samples), 1, True)
     order.samples(range(FULL_SIZE - 5, FULL_SIZE + 5))
     held += sum(order._permutation(epoch).nbytes for epoch in (0, 1))
     assert FULL_SIZE * 16 < held < 50e6
 
 
 def test_bookkeeping_of_a_full_size_image_folder(tmp_path):
-    samples = imagenet.FolderImages(full_size_image_folder(tmp_path), train=True)
+    samples = reading.FolderImages(full_size_image_folder(tmp_path), train=True)
     assert_bookkeeping_is_small(samples, held=len(pickle.dumps(samples)))  # all that it refers to
 
 
 def test_bookkeeping_of_a_full_size_ffcv_file(tmp_path, ffcv):
     path = full_size_ffcv_file(tmp_path, ffcv)
     tracemalloc.start()
-    samples = imagenet.FfcvImages(path, train=True)
+    samples = reading.FfcvImages(path, train=True)
     held = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert_bookkeeping_is_small(samples, held)

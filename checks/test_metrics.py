@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from metrics import Validation
+from runs.metrics import Validation
 
 
 @pytest.mark.parametrize("num_classes", [99, 100])

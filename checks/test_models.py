@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import models
-from config import UsageError
+from gradients import per_sample_copy
+from launch.options import UsageError
 
 
 def count(model: nn.Module) -> int:
@@ -87,7 +88,7 @@ def wrong_output(image_shape, num_classes):
 
 def test_copy_shares_names_and_holds_no_memory():
     model = models.build("resnet18", (3, 32, 32), 10)
-    template = models.per_sample_copy(model)
+    template = per_sample_copy.per_sample_copy(model)
     assert {n for n, _ in template.named_parameters()} == {n for n, _ in model.named_parameters()}
     assert all(parameter.is_meta for parameter in template.parameters())
-    assert not models.couples_samples(template) and models.couples_samples(model)
+    assert not per_sample_copy.couples_samples(template) and per_sample_copy.couples_samples(model)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import optim
-from config import Config, UsageError
+from launch.options import Config, UsageError
 
 
 def parameters(n: int = 2) -> list[torch.nn.Parameter]:

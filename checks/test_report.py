@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import yaml
 
-import config
-import figures
 import main
 import report
-import runs
-from runs import Group
+from launch import options as config
+from runs import figures, reading
+from runs.reading import Group
 
 ROWS = ("step", "samples", "epoch", "train_loss", "val_loss", "val_accuracy", "batch_size", "step_time")
 DEFAULTS = dataclasses.asdict(config.Config()) | {"data_dir": "data", "out_dir": "out"}
@@ -143,7 +142,7 @@ def test_a_row_cut_short_is_left_out(tmp_path):
     folder = write_run(tmp_path / "run")
     with open(folder / "metrics.csv", "a") as file:
         file.write("21,210,2.1,0.0")
-    assert runs.read_metrics(folder)["step"] == list(range(1, 21))
+    assert reading.read_metrics(folder)["step"] == list(range(1, 21))
 
 
 def test_the_newest_of_two_runs_with_one_seed(tmp_path, capsys):
@@ -168,7 +167,7 @@ def test_names_tell_what_differs_and_no_more(tmp_path):
         "g": {**same, "test": False, "batch_size": 128, "eta": 9.0, "seed": 7},  # η is read by nobody
     }.items():
         write_run(tmp_path / name, **options)
-    groups, _ = runs.group(runs.find([tmp_path])[0])
+    groups, _ = reading.group(reading.find([tmp_path])[0])
     assert [entry.name for entry in groups] == [
         "augmented inner product test, θ = 0.5, ν = 2, learning rate 0.01, test gradients ghost",
         "constant 128, learning rate 0.01",
@@ -185,7 +184,7 @@ def test_an_option_that_came_later_has_its_default(tmp_path):
     options = yaml.safe_load((old / "config.yaml").read_text())
     del options["test_groups"], options["grad_clip"]
     (old / "config.yaml").write_text(yaml.safe_dump(options))
-    groups, _ = runs.group(runs.find([tmp_path])[0])
+    groups, _ = reading.group(reading.find([tmp_path])[0])
     assert [len(entry.finished) for entry in groups] == [2]
 
 
@@ -193,7 +192,7 @@ def test_mean_and_band_over_seeds(tmp_path):
     """Loss 1/step and batch sizes that double at step 3 in one seed, at step 5 in the other."""
     read = []
     for seed, doubled in ((1, 3), (2, 5)):
-        run = runs.read_run(write_run(tmp_path / str(seed), seed=seed, steps=10))
+        run = reading.read_run(write_run(tmp_path / str(seed), seed=seed, steps=10))
         run.metrics["batch_size"] = [20.0 if step >= doubled else 10.0 for step in run.metrics["step"]]
         run.metrics["train_loss"] = [seed * loss for loss in run.metrics["train_loss"]]
         read.append(run)
@@ -208,8 +207,8 @@ def test_mean_and_band_over_seeds(tmp_path):
 
 
 def test_figures_show_every_configuration(mixed):
-    found, _ = runs.find([mixed])
-    groups, _ = runs.group(found)
+    found, _ = reading.find([mixed])
+    groups, _ = reading.group(found)
     figure = figures.compare(groups, "seconds")
     loss, val_loss, accuracy, batch = figure.axes
     assert [axes.get_ylabel() for axes in figure.axes] == list(figures.COMPARED.values())
@@ -228,7 +227,7 @@ def test_figures_show_every_configuration(mixed):
 
 
 def test_pareto_picture(mixed):
-    groups, _ = runs.group(runs.find([mixed])[0])
+    groups, _ = reading.group(reading.find([mixed])[0])
     figure = figures.pareto(groups, 0.96)
     (axes,) = figure.axes
     assert axes.get_xlabel() == "steps to 96 % validation accuracy" and axes.get_xscale() == "log"
@@ -271,9 +270,9 @@ def test_five_hundred_runs_in_time(tmp_path, capsys):
 def test_last_epoch_loss():
     """Rows of 10 samples in epochs of 20: the last epoch is the last two rows; a short run is all of it."""
     metrics = {"epoch": [0.5, 1.0, 1.5], "samples": [10.0, 20.0, 30.0], "train_loss": [9.0, 4.0, 2.0]}
-    assert runs.last_epoch_loss(metrics) == 3
-    assert runs.last_epoch_loss({name: values[:1] for name, values in metrics.items()}) == 9
-    assert runs.last_epoch_loss({}) is None
+    assert reading.last_epoch_loss(metrics) == 3
+    assert reading.last_epoch_loss({name: values[:1] for name, values in metrics.items()}) == 9
+    assert reading.last_epoch_loss({}) is None
 
 
 def test_long_training_curves_are_thinned_to_means():

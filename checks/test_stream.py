@@ -8,43 +8,45 @@ import numpy as np
 import pytest
 import torch
 
-import batching
+import batches
 import data
-import stream
+from batches import order
+from batches.augment import crop_and_flip
+from batches.order import SampleOrder
 from checks.conftest import launch
-from config import RunError
+from launch.options import RunError
 
 
 def test_crop_and_flip_equals_a_plain_loop():
     images = torch.arange(6 * 2 * 5 * 7, dtype=torch.float64).view(6, 2, 5, 7) + 1
     positions = torch.arange(100, 106)
     expected = []
-    for image, bits in zip(images, stream.position_hash(positions, seed=3).tolist()):
+    for image, bits in zip(images, order.position_hash(positions, seed=3).tolist()):
         top, left, flip = bits % 9, bits // 9 % 9, bits // 81 % 2
         padded = torch.zeros(2, 13, 15, dtype=torch.float64)
         padded[:, 4:9, 4:11] = image
         cropped = padded[:, top : top + 5, left : left + 7]
         expected.append(cropped.flip(2) if flip else cropped)
-    assert torch.equal(stream.crop_and_flip(images, positions, seed=3), torch.stack(expected))
+    assert torch.equal(crop_and_flip(images, positions, seed=3), torch.stack(expected))
 
 
 def test_position_hash_is_uniform_and_seeded():
     positions = torch.arange(50_000)
-    bits = stream.position_hash(positions, 1)
+    bits = order.position_hash(positions, 1)
     assert bits.min() >= 0 and len(bits.unique()) == len(bits)
     for modulus in (2, 9):
         counts = (bits % modulus).bincount().double()
         expected = len(bits) / modulus
         assert ((counts - expected).square() / expected).sum() < 40  # chi-square, at most 8 degrees of freedom
-    assert not torch.equal(bits, stream.position_hash(positions, 2))
+    assert not torch.equal(bits, order.position_hash(positions, 2))
 
 
-def stream_of(n: int, augment: bool = False) -> stream.InMemoryStream:
+def stream_of(n: int, augment: bool = False) -> batches.InMemoryStream:
     images = torch.arange(n * 3 * 8 * 8, dtype=torch.int64).remainder(251).to(torch.uint8).view(n, 3, 8, 8)
     labels = torch.arange(n) % 5
     sets = torch.utils.data.TensorDataset(images, labels)
     data_set = data.DataSet(sets, sets, 5, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), crop_and_flip=augment)
-    return stream.InMemoryStream(data_set, 0, False, torch.device("cpu"), torch.float64)
+    return batches.InMemoryStream(data_set, 0, False, torch.device("cpu"), torch.float64)
 
 
 def test_normalisation():
@@ -88,9 +90,9 @@ class Numbered(torch.utils.data.Dataset):
         return torch.tensor(words, dtype=torch.int32).view(torch.uint8).view(1, 4, 5), i % 5
 
 
-def loaded_stream(n: int, val: int = 11, shuffle: bool = True, num_workers: int = 0) -> stream.LoadedStream:
+def loaded_stream(n: int, val: int = 11, shuffle: bool = True, num_workers: int = 0) -> batches.LoadedStream:
     data_set = data.DataSet(Numbered(n), Numbered(val), 5)
-    return stream.build(data_set, 3, shuffle, torch.device("cpu"), torch.float64, num_workers)
+    return batches.build(data_set, 3, shuffle, torch.device("cpu"), torch.float64, num_workers)
 
 
 def words(inputs: torch.Tensor) -> torch.Tensor:
@@ -105,11 +107,11 @@ SIZES = (4, 61, 4, 130, 3, 200, 90, 8)  # global batches; chunks have 32 samples
 def test_loaded_stream_of_changing_batches(world_size, num_workers):
     """Exact batches over several epochs: each sample once an epoch, in the order of a data set in memory, and read by
     the same processes from first to last."""
-    n, order = 77, stream.SampleOrder(77, 3, True)
+    n, order = 77, SampleOrder(77, 3, True)
     ranks = [loaded_stream(n, num_workers=num_workers) for _ in range(world_size)]
     start, seen, readers = 0, {}, [set() for _ in ranks]
     for size in SIZES:
-        plan = batching.plan(start, size, world_size, 40)
+        plan = batches.cut(start, size, world_size, 40)
         for rank, samples in enumerate(ranks):
             micro_batches = plan.micro_batches(rank)
             for positions, (inputs, targets) in zip(micro_batches, samples.take(micro_batches), strict=True):
@@ -164,12 +166,12 @@ def test_crop_and_flip_of_loaded_samples():
     images, labels = torch.full((9, 3, 8, 8), 200, dtype=torch.uint8), torch.arange(9) % 5
     in_memory = torch.utils.data.TensorDataset(images, labels)
     streams = [
-        stream.build(
+        batches.build(
             data.DataSet(samples, in_memory, 5, crop_and_flip=True), 0, True, torch.device("cpu"), torch.float64
         )
         for samples in (in_memory, torch.utils.data.Subset(in_memory, range(9)))
     ]
-    assert [type(s) for s in streams] == [stream.InMemoryStream, stream.LoadedStream]
+    assert [type(s) for s in streams] == [batches.InMemoryStream, batches.LoadedStream]
     (x, targets), (y, other) = (next(s.take([range(3, 43, 2)])) for s in streams)
     assert torch.equal(x, y) and torch.equal(targets, other) and x.min() == 0
 
@@ -204,7 +206,7 @@ class Broken(torch.utils.data.Dataset):
     ],
 )
 def test_samples_against_the_contract(sample, said):
-    samples = stream.build(data.DataSet(Broken(sample), Broken(None), 5), 0, False, torch.device("cpu"), torch.float32)
+    samples = batches.build(data.DataSet(Broken(sample), Broken(None), 5), 0, False, torch.device("cpu"), torch.float32)
     with pytest.raises(RunError, match=f"sample 6 of the training set cannot be read: .*{said}") as refused:
         list(samples.take([range(9)]))
     assert "\n" not in str(refused.value)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-import checkpoint
 from checks import fault_drill
 from checks.conftest import ROOT, launch, process_of_rank, train
+from runs import checkpoint
 
 BIN = Path(sys.executable).parent
 NETWORK = ["--dataset=checks.fault_drill:augmented_digits", "--model=checks.fault_drill:Net"]

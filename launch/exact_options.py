@@ -9,7 +9,7 @@ import sysconfig
 from pathlib import Path
 
 MODULE = '''\
-"""Written by AdAdaGrad's setup/exact_options.py: no abbreviated options in `fabric` and `torchrun`."""
+"""Written by AdAdaGrad's launch/exact_options.py: no abbreviated options in `fabric` and `torchrun`."""
 import os
 import sys
 

@@ -1,156 +1,25 @@
-"""The sample stream: which sample stands at which position, and micro-batches of exactly the size that is asked for.
-
-Order: position p = 0, 1, 2, … of a run is sample `perm(seed, epoch)[p % N]` of epoch p // N. A batch is a range of
-positions, so every sample is used exactly once an epoch whatever the batch sizes were, on any number of ranks. What is
-drawn at random for a sample depends on its position alone.
-
-`InMemoryStream` and `LoadedStream` give the same micro-batches; both take up at any position.
-"""
+"""Micro-batches of exactly the size that is asked for, from a data set that is read while training goes on."""
 
 import contextlib
 import itertools
 import random
 import sys
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from batching import positions_of_rank
-from config import RunError, in_one_line
+from batches.augment import Normalise, crop_and_flip
+from batches.order import SampleOrder, as_tensor, position_hash
+from batches.plan import positions_of_rank
 from data import DataSet, described
-from interrupts import heed_the_parent_alone
+from launch.interrupts import heed_the_parent_alone
+from launch.options import RunError, in_one_line
 
 CHUNK = 32
 """Samples that a worker process reads at a time."""
-
-
-def build(
-    data_set: DataSet,
-    seed: int,
-    shuffle: bool,
-    device: torch.device,
-    dtype: torch.dtype,
-    num_workers: int = 0,
-    batch_ahead: int = 2,
-) -> "InMemoryStream | LoadedStream":
-    """The stream of a data set: on the device where its samples are in memory, else by worker processes."""
-    if data_set.in_memory:
-        return InMemoryStream(data_set, seed, shuffle, device, dtype)
-    return LoadedStream(data_set, seed, shuffle, device, dtype, num_workers, batch_ahead)
-
-
-def position_hash(positions: Tensor, seed: int) -> Tensor:
-    """63 random bits for every position: SplitMix64's finaliser (Steele, Lea, Flood, OOPSLA 2014) of seed and position.
-
-    Args:
-        positions: int64, any shape.
-
-    Returns:
-        int64 ≥ 0, the same shape. Integer arithmetic only: the same on every device.
-    """
-    z = positions * -7046029254386353131 + (seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) % 2**63
-    z = (z ^ _shift_right(z, 30)) * -4658895280553007687
-    z = (z ^ _shift_right(z, 27)) * -7723592293110705685
-    return (z ^ _shift_right(z, 31)) & (2**63 - 1)
-
-
-def _shift_right(z: Tensor, bits: int) -> Tensor:
-    """Logical shift; torch's own keeps the sign."""
-    return (z >> bits) & (2 ** (64 - bits) - 1)
-
-
-def crop_and_flip(images: Tensor, positions: Tensor, seed: int, padding: int = 4) -> Tensor:
-    """Zero-pad, crop back at a random place, and flip half of the images; what is drawn depends on the position alone.
-
-    Args:
-        images: (N, C, H, W), any dtype.
-        positions: (N,) int64, the images' positions in the run.
-    """
-    n, _, height, width = images.shape
-    bits = position_hash(positions, seed)
-    choices = 2 * padding + 1
-    top, left, flip = bits % choices, bits // choices % choices, bits // choices**2 % 2
-    rows = top[:, None] + torch.arange(height, device=images.device)  # n×h
-    columns = torch.arange(width, device=images.device)
-    columns = left[:, None] + torch.where(flip[:, None] == 1, columns.flip(0), columns)  # n×w
-    padded = torch.nn.functional.pad(images, (padding,) * 4).permute(0, 2, 3, 1)
-    sample = torch.arange(n, device=images.device)
-    return padded[sample[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-class Normalise:
-    """uint8 pixels → (pixel/255 − mean)/std in the training's dtype, on the device."""
-
-    def __init__(self, data_set: DataSet, device: torch.device, dtype: torch.dtype):
-        self.dtype = dtype
-        self.mean, self.std = (
-            torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)
-            for values in (data_set.mean, data_set.std)
-        )
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return images.to(self.dtype).div_(255).sub_(self.mean).div_(self.std)
-
-
-class SampleOrder:
-    """Which sample stands at which position: a new permutation every epoch, the same for every world size."""
-
-    def __init__(self, num_samples: int, seed: int, shuffle: bool, device: torch.device | str = "cpu"):
-        self.num_samples, self.device = num_samples, device
-
-        def permutation(epoch: int) -> Tensor:
-            if not shuffle:
-                return torch.arange(num_samples, dtype=torch.int32, device=device)
-            generator = torch.Generator().manual_seed(int(position_hash(torch.tensor(epoch), seed + 1)))
-            return torch.randperm(num_samples, generator=generator, dtype=torch.int32).to(device)
-
-        # Two: a batch that crosses from one epoch to the next asks for both.
-        self._permutation = lru_cache(maxsize=2)(permutation)
-
-    def samples(self, positions: range) -> Tensor:
-        """The samples at these positions: int64 (len(positions),)."""
-        parts, n, p = [], self.num_samples, positions.start
-        while p < positions.stop:
-            epoch = p // n
-            end = min(positions.stop, (epoch + 1) * n)
-            parts.append(self._permutation(epoch)[p - epoch * n : end - epoch * n : positions.step])
-            p += len(range(p, end, positions.step)) * positions.step
-        return torch.cat(parts).long()
-
-
-class InMemoryStream:
-    """Micro-batches from a data set in the device's memory."""
-
-    def __init__(self, data_set: DataSet, seed: int, shuffle: bool, device: torch.device, dtype: torch.dtype):
-        self.images, self.labels = (tensor.to(device) for tensor in data_set.train.tensors)
-        self.val_images, self.val_labels = (tensor.to(device) for tensor in data_set.val.tensors)
-        self.order = SampleOrder(len(self.images), seed, shuffle, device)
-        self.normalise = Normalise(data_set, device, dtype)
-        self.augment, self.seed = data_set.crop_and_flip, seed
-
-    def read(self, positions: range) -> tuple[Tensor, Tensor]:
-        """The training samples at these positions: inputs (n, C, H, W), targets (n,)."""
-        samples = self.order.samples(positions)
-        images = self.images[samples]
-        if self.augment:
-            images = crop_and_flip(images, _tensor(positions, images.device), self.seed)
-        return self.normalise(images), self.labels[samples]
-
-    def take(self, micro_batches: Iterable[range]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Micro-batches of training samples at these positions: inputs (n, C, H, W), targets (n,)."""
-        return map(self.read, micro_batches)
-
-    def validation(self, rank: int, world_size: int, micro_batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's share of the validation samples: over all ranks, each exactly once."""
-        own = positions_of_rank(0, len(self.val_images), rank, world_size)
-        for cut in range(0, len(own), micro_batch_size):
-            part = own[cut : cut + micro_batch_size]
-            index = slice(part.start, part.stop, part.step)
-            yield self.normalise(self.val_images[index]), self.val_labels[index]
 
 
 class LoadedStream:
@@ -210,7 +79,7 @@ class LoadedStream:
 
     def _inputs(self, images: Tensor, positions: range) -> Tensor:
         if self.augment:
-            images = crop_and_flip(images, _tensor(positions, images.device), self.seed)
+            images = crop_and_flip(images, as_tensor(positions, images.device), self.seed)
         return self.normalise(images)
 
     def validation(self, rank: int, world_size: int, micro_batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -220,10 +89,6 @@ class LoadedStream:
         for cut in range(0, len(own), micro_batch_size):
             images, labels = recut.take(len(own[cut : cut + micro_batch_size]))
             yield self.normalise(images), labels
-
-
-def _tensor(positions: range, device: torch.device | str = "cpu") -> Tensor:
-    return torch.arange(positions.start, positions.stop, positions.step, device=device)
 
 
 class Recut:
@@ -299,7 +164,7 @@ class ChunkReader:
 
     def requests(self, positions: range) -> list[tuple[int, int]]:
         """(sample, seed) at each of the positions."""
-        seeds = position_hash(_tensor(positions), self.seed)
+        seeds = position_hash(as_tensor(positions), self.seed)
         return list(zip(self.order.samples(positions).tolist(), seeds.tolist()))
 
 

@@ -1,7 +1,7 @@
 """ImageNet, or any data set of its form: ffcv files, or a folder of images.
 
 In `data_dir`, the first of these that is there is used:
-    train*.ffcv, val*.ffcv                                 as the ffcv-imagenet tools and convert.py write them
+    train*.ffcv, val*.ffcv                                 as the ffcv-imagenet tools and imagenet.convert write them
     train/CLASS/*.JPEG, val/CLASS/*.JPEG                   an image folder
 
 Both are map-style data sets for the sample stream: 224×224 uint8 images, in training a random-resized crop, flipped at
@@ -23,7 +23,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
 
-from config import UsageError, in_one_line
+from launch.options import UsageError, in_one_line
 
 RESOLUTION = 224
 CENTRE = 224 / 256
@@ -50,8 +50,9 @@ def load(data_dir: Path) -> tuple[Dataset, Dataset, int]:
         return train, val, int(train.labels.max(initial=0)) + 1
     if not all((data_dir / split).is_dir() for split in ("train", "val")):
         raise UsageError(
-            f"--data_dir={data_dir} has neither ffcv files (train*.ffcv and val*.ffcv; convert.py makes them) "
-            "nor an image folder (train/CLASS/*.JPEG and val/CLASS/*.JPEG): put one of them there"
+            f"--data_dir={data_dir} has neither ffcv files (train*.ffcv and val*.ffcv, made by "
+            "`python -m imagenet.convert`) nor an image folder (train/CLASS/*.JPEG and val/CLASS/*.JPEG): "
+            "put one of them there"
         )
     train, val = FolderImages(data_dir / "train", train=True), FolderImages(data_dir / "val", train=False)
     refuse_unlike_classes(data_dir, train.classes, val.classes)

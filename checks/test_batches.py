@@ -1,4 +1,4 @@
-"""batching.py and the sample order: exact sizes, exact coverage, schedules against written-out values."""
+"""batches/: sizes, plans and the sample order: exact sizes, exact coverage, schedules against written-out values."""
 
 from collections import Counter
 
@@ -6,8 +6,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import batching
-from stream import SampleOrder
+import batches
+from batches import sizes
+from batches.order import SampleOrder
 from tests import Decision
 
 
@@ -15,9 +16,9 @@ from tests import Decision
 def test_plan_is_exact_and_even(start, batch_size, world_size, max_micro_batch_size, min_steps):
     if batch_size < world_size:
         with pytest.raises(ValueError):
-            batching.plan(start, batch_size, world_size, max_micro_batch_size, min_steps)
+            batches.cut(start, batch_size, world_size, max_micro_batch_size, min_steps)
         return
-    plan = batching.plan(start, batch_size, world_size, max_micro_batch_size, min_steps)
+    plan = batches.cut(start, batch_size, world_size, max_micro_batch_size, min_steps)
     ranks = [plan.micro_batches(rank) for rank in range(world_size)]
     assert max(len(micro_batches) for micro_batches in ranks) == plan.steps
     sizes = [len(micro_batch) for micro_batches in ranks for micro_batch in micro_batches]
@@ -37,7 +38,7 @@ def test_plan_keeps_two_samples_together(batch_size, world_size, max_micro_batch
     """For BatchNorm on 1×1 maps: no micro-batch of one, and still none above the largest size."""
     if batch_size < 2 * world_size:
         return
-    plan = batching.plan(5, batch_size, world_size, max_micro_batch_size, min_steps, min_micro_batch_size=2)
+    plan = batches.cut(5, batch_size, world_size, max_micro_batch_size, min_steps, min_micro_batch_size=2)
     sizes = [len(micro_batch) for rank in range(world_size) for micro_batch in plan.micro_batches(rank)]
     assert min(sizes) >= 2 and max(sizes) <= max_micro_batch_size and sum(sizes) == batch_size
     assert max(sizes) == plan.micro_batch_size
@@ -59,7 +60,7 @@ def test_each_sample_once_an_epoch(num_samples, batch_sizes, worlds, shuffle, se
         world_size = worlds[i % len(worlds)]
         if batch_size < world_size:
             continue
-        plan = batching.plan(cursor, batch_size, world_size, 7)
+        plan = batches.cut(cursor, batch_size, world_size, 7)
         pairs = [
             pair
             for rank in range(world_size)
@@ -89,22 +90,22 @@ FAIL, PASS, NONE = Decision(False, 700), Decision(True, 64), Decision(None, 64, 
 @pytest.mark.parametrize(
     "schedule, batch_size, samples, decision, expected",
     [
-        (batching.Constant(), 64, 0, FAIL, 64),
-        (batching.Adaptive(1000), 64, 0, FAIL, 700),
-        (batching.Adaptive(500), 64, 0, FAIL, 500),
-        (batching.Adaptive(1000), 64, 0, PASS, 64),
-        (batching.Adaptive(1000), 64, 0, NONE, 64),
-        (batching.Adaptive(1000), 64, 0, None, 64),
-        (batching.Adaptive(1000, factor=2.0), 64, 0, FAIL, 128),
-        (batching.Adaptive(1000, factor=1.001), 64, 0, FAIL, 65),
-        (batching.Adaptive(100, factor=2.0), 64, 0, FAIL, 100),
-        (batching.Stagewise([8, 16, 32], [100, 100, 100]), 8, 99, None, 8),
-        (batching.Stagewise([8, 16, 32], [100, 100, 100]), 8, 100, None, 16),
-        (batching.Stagewise([8, 16, 32], [100, 50, 100]), 16, 150, None, 32),
-        (batching.Stagewise([8, 16, 32], [100, 50, 100]), 32, 10**6, None, 32),
-        (batching.Linear(100, 30), 64, 0, None, 94),
-        (batching.Linear(100, 30), 94, 0, None, 100),
-        (batching.Linear(100, 30), 100, 0, None, 100),
+        (sizes.Constant(), 64, 0, FAIL, 64),
+        (sizes.Adaptive(1000), 64, 0, FAIL, 700),
+        (sizes.Adaptive(500), 64, 0, FAIL, 500),
+        (sizes.Adaptive(1000), 64, 0, PASS, 64),
+        (sizes.Adaptive(1000), 64, 0, NONE, 64),
+        (sizes.Adaptive(1000), 64, 0, None, 64),
+        (sizes.Adaptive(1000, factor=2.0), 64, 0, FAIL, 128),
+        (sizes.Adaptive(1000, factor=1.001), 64, 0, FAIL, 65),
+        (sizes.Adaptive(100, factor=2.0), 64, 0, FAIL, 100),
+        (sizes.Stagewise([8, 16, 32], [100, 100, 100]), 8, 99, None, 8),
+        (sizes.Stagewise([8, 16, 32], [100, 100, 100]), 8, 100, None, 16),
+        (sizes.Stagewise([8, 16, 32], [100, 50, 100]), 16, 150, None, 32),
+        (sizes.Stagewise([8, 16, 32], [100, 50, 100]), 32, 10**6, None, 32),
+        (sizes.Linear(100, 30), 64, 0, None, 94),
+        (sizes.Linear(100, 30), 94, 0, None, 100),
+        (sizes.Linear(100, 30), 100, 0, None, 100),
     ],
 )
 def test_schedules(schedule, batch_size, samples, decision, expected):

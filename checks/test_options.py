@@ -5,9 +5,9 @@ import re
 import pytest
 import yaml
 
-import config
 from checks.conftest import ROOT
-from config import UsageError
+from launch import options as config
+from launch.options import UsageError
 
 PUBLISHED = {
     "cnn": "--num_workers=0 --optimizer=adagrad --batch_size=16 --max_test_micro_batch_size=15000 "

@@ -1,7 +1,9 @@
-"""What a run measures of itself: training totals since the last log line, and the validation metrics."""
+"""What a run measures of itself: how far it is, training totals since the last log line, the validation metrics."""
 
 import math
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,6 +12,28 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
+
+
+@dataclass
+class Progress:
+    """How far a run has come, and what it has said once and for all."""
+
+    batch_size: int
+    steps: int = 0
+    samples: int = 0
+    best_step: int | None = None  # the checkpoint with the best validation accuracy
+    undecided: str = ""  # why the last test decided nothing
+    notices: list[str] = field(default_factory=list)
+    cut_off: dict[str, Any] = field(default_factory=dict)  # what `step` gave, where a signal cut the evaluation off
+
+    def results(self) -> dict[str, float]:
+        """As summary.json has it."""
+        return {
+            "steps": self.steps,
+            "samples": self.samples,
+            "mean_batch_size": self.samples / max(self.steps, 1),
+            "final_batch_size": self.batch_size,
+        }
 
 
 class Totals:
@@ -115,3 +139,15 @@ class Validation:
             "best_val_accuracy": max((e["val_accuracy"] for e in self.history), default=None),
             "best_val_loss": min((e["val_loss"] for e in self.history), default=None),
         }
+
+
+@torch.no_grad()
+def average_over_ranks(buffers: Iterable[Tensor], world_size: int) -> None:
+    """Replace floating-point buffers (BatchNorm's running statistics) by their mean over the ranks, in one exchange."""
+    buffers = [buffer for buffer in buffers if buffer.is_floating_point()]
+    if world_size == 1 or not buffers:
+        return
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    dist.all_reduce(flat)
+    for buffer, part in zip(buffers, (flat / world_size).split([buffer.numel() for buffer in buffers])):
+        buffer.copy_(part.view_as(buffer))

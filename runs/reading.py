@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from config import CheckpointOptions, Config, TestOptions, UsageError, nearest
+from launch.options import CheckpointOptions, Config, TestOptions, UsageError, nearest
 
 FILES = ("config.yaml", "metrics.csv", "summary.json")
 NOT_COMPARED = {"seed", "run_name", "out_dir", "data_dir", "num_workers", "batch_ahead"}

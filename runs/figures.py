@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from runs import Group, Run, read_metrics
+from runs.reading import Group, Run, read_metrics
 
 PANELS = (
     ("loss", {"train": "train_loss", "validation": "val_loss"}),

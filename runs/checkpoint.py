@@ -10,6 +10,7 @@ import contextlib
 import os
 import pickle
 import random
+import sys
 import time
 import zipfile
 import zlib
@@ -24,8 +25,9 @@ import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
-from config import Config, RunError, UsageError
-from launch import together
+from launch.options import Config, RunError, UsageError
+from launch.processes import together
+from runs.metrics import Totals
 
 # What may differ between a run and its continuation: where things are, how often something is written, and how a batch
 # is cut over devices and passes. All else changes the mathematics.
@@ -220,6 +222,20 @@ def find(resume: str | None, folder: Path | None) -> tuple[Path | None, list[str
     return None, []
 
 
+def resumption(fabric: Fabric, config: Config) -> tuple[Config, Path | None]:
+    """The options with what follows from the checkpoint to go on from, and that checkpoint, if any. On all ranks.
+
+    Raises:
+        UsageError: see `find` and `continued`.
+    """
+    folder = config.out_dir / config.run_name if config.run_name else None
+    found = together(fabric, lambda: fabric.is_global_zero and find(config.resume, folder))
+    path, warnings = fabric.broadcast(found)
+    if fabric.is_global_zero and warnings:
+        print(*warnings, sep="\n", file=sys.stderr, flush=True)
+    return (together(fabric, lambda: continued(config, path)), path) if path else (config, None)
+
+
 def continued(config: Config, path: Path) -> Config:
     """The options of a continuation: what the run's length has decided stays; without a name, it is the same folder.
 
@@ -289,6 +305,42 @@ def set_random_states(states: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(states["torch"])
     if device.type == "cuda" and states["cuda"] is not None:
         torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def state_of_rank(module: torch.nn.Module, totals: Totals, device: torch.device) -> dict[str, Any]:
+    """What differs between ranks, as plain values: random states, buffers, totals since the last row."""
+    return {
+        "random": random_states(device),
+        "buffers": {name: buffer.cpu() for name, buffer in module.named_buffers()},
+        "totals": totals.state_dict(),
+    }
+
+
+def restore_rank(
+    ranks: Sequence[dict[str, Any]],
+    rank: int,
+    world_size: int,
+    module: torch.nn.Module,
+    totals: Totals,
+    device: torch.device,
+    new_seed: int,
+) -> None:
+    """Bring a rank to what `state_of_rank` gave: its own, or on another number of ranks what follows for all of them.
+
+    Args:
+        ranks: what each of the ranks saved.
+        new_seed: on another number of ranks, from which random numbers are drawn that no rank has drawn before.
+    """
+    if len(ranks) == world_size:
+        own = ranks[rank]
+        set_random_states(own["random"], device)
+    else:
+        own = pooled(ranks, rank)
+        torch.manual_seed(new_seed)
+    buffers = dict(module.named_buffers())
+    for name, value in own["buffers"].items():
+        buffers[name].copy_(value)
+    totals.load_state_dict(own["totals"])
 
 
 def pooled(ranks: Sequence[dict[str, Any]], rank: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -25,10 +26,10 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard.summary import scalar
 from tqdm import tqdm
 
-import figures
-import runs
-from checkpoint import plain_options, replacing, unwritable
-from config import Config, UsageError
+from launch.options import Config, UsageError
+from launch.processes import resume_command
+from runs import figures, reading
+from runs.checkpoint import plain_options, remove_left_overs, replacing, unwritable
 
 COLUMNS = """
     step samples epoch train_loss train_accuracy val_loss val_accuracy val_top5_accuracy lr
@@ -60,7 +61,7 @@ TAGS = {
 def default_name(config: Config) -> str:
     """Model, data set, schedule or test with its parameters, seed, time."""
     if config.test:
-        used = (f"{name}{getattr(config, name):g}" for name in runs.TEST_PARAMETERS[config.test_type])
+        used = (f"{name}{getattr(config, name):g}" for name in reading.TEST_PARAMETERS[config.test_type])
         schedule = "_".join([config.test_type, *used])
     elif config.stagewise_ramp_up:
         schedule = "stagewise" + "-".join(map(str, config.global_batch_sizes))
@@ -84,7 +85,7 @@ class RunLog:
     Args:
         config: the options in effect.
         world_size: number of processes.
-        resumed: the run folder of the checkpoint that the run goes on from; None for a new run.
+        resumed: the checkpoint that the run goes on from; None for a new run.
         marks: `mark` as it was at that checkpoint.
 
     Raises:
@@ -93,13 +94,15 @@ class RunLog:
 
     def __init__(self, config: Config, world_size: int, resumed: Path | None = None, marks: dict | None = None):
         self.config = config
-        self.folder = self._make_folder(resumed)
+        before = resumed and resumed.absolute().parent.parent
+        self.folder = self._make_folder(before)
         self._lock = _locked(self.folder)
         marks = marks or {"files": {}, "seconds": 0.0}
-        _rewind(resumed or self.folder, self.folder, marks["files"])
+        _rewind(before or self.folder, self.folder, marks["files"])
         self._last_line = time.perf_counter()
         self.start = self._last_line - marks["seconds"]
         (self.folder / "checkpoints").mkdir(exist_ok=True)
+        remove_left_overs(self.folder / "checkpoints", resumed)
         self._write_config(world_size)
         self._csv = open(self.folder / "metrics.csv", "a", newline="")  # noqa: SIM115 (closed by `finish`)
         self._writer = csv.DictWriter(self._csv, COLUMNS, restval="")
@@ -231,14 +234,23 @@ class RunLog:
             figures.curves(self.folder)
         return summary
 
+    def conclude(self, status: str, results: dict[str, Any], module: torch.nn.Module, stop_signal: int) -> None:
+        """The end of a run: weights, summary, and how to go on."""
+        if status == "finished":
+            self.save_weights(module)
+        self.say(summary_text(self.finish(status, results), self.folder))
+        if status == "interrupted":
+            command = resume_command(self.folder.parent, self.folder.name)
+            self.say(f"interrupted by {signal.Signals(stop_signal).name}; go on with:\n  {command}")
+
     def _training_results(self) -> dict[str, float | None]:
         """What the rows say of the training as a whole; a run of no steps says nothing."""
-        metrics = runs.read_metrics(self.folder)
+        metrics = reading.read_metrics(self.folder)
         if not metrics:
             return {"train_loss": None, "training_time": 0.0, "samples_per_second": None}
-        training_time = runs.seconds(metrics)[-1]
+        training_time = reading.seconds(metrics)[-1]
         return {
-            "train_loss": runs.last_epoch_loss(metrics),
+            "train_loss": reading.last_epoch_loss(metrics),
             "training_time": training_time,
             "samples_per_second": metrics["samples"][-1] / training_time,
         }
@@ -335,7 +347,7 @@ def provenance_card() -> str:
 
 def git_commit() -> str | None:
     """The commit of the program's own folder, None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    command = ["git", "-C", str(Path(__file__).parent.parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -360,6 +372,14 @@ def introduction(c: Config, parameters: int, training_samples: int, world_size: 
     return (
         f"{c.model} ({parameters:,} parameters) on {c.dataset} ({training_samples:,} training samples), {growth}, "
         f"{c.optimizer}, {world_size} × {device}, {c.precision}"
+    )
+
+
+def evaluation_text(row: dict[str, Any]) -> str:
+    """An evaluation in one line."""
+    return (
+        f"step {row['step']:>6,}  samples {row['samples']:>10,}  batch {row['batch_size']:>7,}  "
+        f"train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  val accuracy {row['val_accuracy']:.2%}"
     )
 
 

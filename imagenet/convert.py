@@ -1,6 +1,6 @@
 """Turn an image folder into ffcv files for --dataset=imagenet.
 
-    python convert.py /data/imagenet /data/imagenet-ffcv
+    python -m imagenet.convert /data/imagenet /data/imagenet-ffcv
 
 reads IMAGE_FOLDER/train/CLASS/*.JPEG and IMAGE_FOLDER/val/CLASS/*.JPEG, and writes train_500_0.50_90.ffcv and
 val_500_0.50_90.ffcv (resolution, share of JPEG, quality) into OUT_DIR. A file gets its name when it is whole, and one
@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets import ImageFolder
 
-from config import UsageError, in_one_line
-from imagenet import DEFAULTS, FFCV_NAME, FfcvImages, import_ffcv, refuse_unlike_classes
+from imagenet.reading import DEFAULTS, FFCV_NAME, FfcvImages, import_ffcv, refuse_unlike_classes
+from launch.options import UsageError, in_one_line
 
 SMALLEST_PAGE = 2**23  # bytes; an image has to fit into one page of the file
 
@@ -129,7 +129,7 @@ class ended_with_its_workers:
         if self.died:
             raise KeyboardInterrupt
         self.over.set()
-        print("\nconvert.py: interrupted: the same command begins this file anew", file=sys.stderr, flush=True)
+        print("\nimagenet.convert: interrupted: the same command begins this file anew", file=sys.stderr, flush=True)
         raise SystemExit(128 + number)
 
     def _watch(self) -> None:
@@ -168,7 +168,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         return parsed
 
     parser = argparse.ArgumentParser(
-        prog="convert.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m imagenet.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("folder", type=Path, metavar="IMAGE_FOLDER")
@@ -200,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             target = options.out_dir / FFCV_NAME.format(split=split, **encoding)
             convert(images, target, workers=options.num_workers, **encoding)
     except UsageError as error:
-        print(f"convert.py: error: {error}", file=sys.stderr, flush=True)
+        print(f"imagenet.convert: error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
 

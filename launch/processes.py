@@ -21,10 +21,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.strategies import DDPStrategy
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from config import Config, RunError, UsageError
-
-GRACE = 5.0
-"""Seconds that a rank which lost another waits, so that whoever knows which one died can say so first."""
+from launch.options import GRACE, Config, RunError, UsageError, say_error
 
 
 def start_fabric(config: Config) -> Fabric:
@@ -44,7 +41,7 @@ def start_fabric(config: Config) -> Fabric:
         if config.num_nodes > 1 and not {"MASTER_ADDR", "NODE_RANK"} <= os.environ.keys():
             raise UsageError(
                 f"--num_nodes={config.num_nodes}: start one `fabric run` or torchrun on every node, or use srun "
-                "(README, section Launching)"
+                "(docs/running.md)"
             )
     try:
         if by_fabric_run:
@@ -136,6 +133,25 @@ def resolve(config: Config, fabric: Fabric, training_samples: int) -> Config:
     )
 
 
+def refuse_single_samples(config: Config, world_size: int, least: int) -> None:
+    """Where BatchNorm meets maps of one position, a micro-batch of one sample has nothing to normalise by.
+
+    Args:
+        least: samples that a training pass of the model needs.
+
+    Raises:
+        UsageError: a device would get fewer.
+    """
+    smallest = min(config.global_batch_sizes) if config.stagewise_ramp_up else config.batch_size
+    if least > 1 and smallest // world_size < least:
+        raise UsageError(
+            f"--batch_size: {config.model} has BatchNorm on 1×1 maps of these images and needs at least {least} "
+            f"samples a device: use {least * world_size} or more, or fewer --devices"
+        )
+    if least > 1 and config.max_micro_batch_size < 3:
+        raise UsageError(f"--max_micro_batch_size: {config.model} has BatchNorm on 1×1 maps and needs 3 or more")
+
+
 def launched_size() -> tuple[int, int] | None:
     """Processes a node and nodes, where torchrun or srun has started this process; None where nothing has."""
     env = os.environ
@@ -210,7 +226,7 @@ def _watch_parent(parent: int) -> None:
     while not _leaving.wait(0.5):
         if os.getppid() != parent:
             name = "first process of this machine" if _is_child() else "launcher"
-            _say(f"rank {rank_zero_only.rank}: the {name} ({parent}) is gone: the run ends")
+            say_error(f"rank {rank_zero_only.rank}: the {name} ({parent}) is gone: the run ends")
             os._exit(1)
 
 
@@ -222,16 +238,12 @@ def _watch_children(launcher) -> None:
         for local_rank, process in enumerate(_children, start=1):
             if process.poll():
                 rank = int(os.environ.get("NODE_RANK", 0)) * launcher.num_processes + local_rank
-                _say(f"rank {rank} (process {process.pid}) {_ended(process.returncode)}: the run ends")
+                say_error(f"rank {rank} (process {process.pid}) {_ended(process.returncode)}: the run ends")
                 leave(1)
 
 
 def _ended(status: int) -> str:
     return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-
-
-def _say(line: str) -> None:
-    print(f"main.py: error: {line}", file=sys.stderr, flush=True)
 
 
 def report(error: Exception) -> None:
@@ -247,19 +259,19 @@ def report(error: Exception) -> None:
     if several and _is_lost_contact(error):
         time.sleep(GRACE)  # for the launcher, which knows which process died, to say so
         _leaving.set()
-        _say(f"{where}another rank is gone ({_first_line(error)}): the run ends")
+        say_error(f"{where}another rank is gone ({_first_line(error)}): the run ends")
         return
     _leaving.set()
     if isinstance(error, UsageError) or getattr(error, "on_all_ranks", False):
         if rank == 0:
-            _say(str(error))
+            say_error(str(error))
         elif not _is_child():
             time.sleep(GRACE)  # launchers end all processes when the first one ends: let rank 0 speak before
     elif isinstance(error, RunError):
-        _say(f"{where}{error}")
+        say_error(f"{where}{error}")
     else:
         traceback.print_exception(error)
-        _say(f"{where}{type(error).__name__}: {_first_line(error)}")
+        say_error(f"{where}{type(error).__name__}: {_first_line(error)}")
 
 
 def _is_lost_contact(error: Exception) -> bool:

@@ -11,16 +11,23 @@ import math
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Literal
+from types import NoneType, SimpleNamespace, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+REFUSED = 2
+"""Exit status of a program whose options, or the data that they name, are refused."""
+GRACE = 5.0
+"""Seconds that a rank waits with its end, so that whoever knows the reason can say it first."""
 
 
 class UsageError(Exception):
@@ -427,6 +434,30 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     return Config(**{name: getattr(options, name) for name in (entry.name for entry in fields(Config))})
 
 
+def parse_or_exit() -> Config:
+    """The options from `sys.argv`; where they are refused, the program ends with one line and exit status 2.
+
+    Needs neither torch nor Fabric: whoever mistypes a word need not wait for them.
+    """
+    try:
+        return parse()
+    except UsageError as error:
+        if rank_by_launcher() == 0:
+            say_error(str(error))
+        else:
+            time.sleep(GRACE)  # launchers end all processes when the first one ends: let rank 0 speak before
+        sys.exit(REFUSED)
+
+
+def rank_by_launcher() -> int:
+    """The rank that torchrun or srun has given this process; 0 where nothing has."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+
+
+def say_error(line: str) -> None:
+    print(f"main.py: error: {line}", file=sys.stderr, flush=True)
+
+
 def _explain(message: str) -> str:
     """One line with the nearest valid name, from the parser's message."""
     names = [entry.name for entry in fields(Config)] + ["config", "help", "print_config"]
@@ -486,3 +517,37 @@ def import_object(option: str, path: str) -> Any:
     if not hasattr(module, name):
         raise UsageError(f"--{option}={path}: {module_name} has no '{name}'{nearest(name, dir(module))}")
     return getattr(module, name)
+
+
+def page() -> str:
+    """docs/options.md: every option with its type, default and meaning, a table a topic."""
+    meanings = {action.dest: action for action in build_parser()._actions}
+    lines = [
+        "# Options",
+        "",
+        "Written by `python -m launch.options > docs/options.md` from the program's own options. On the command line",
+        "`--NAME=VALUE`; in a file for `--config FILE` a line `NAME: VALUE`. What stands on the command line after",
+        "`--config` overrides the file.",
+    ]
+    for topic in Config.__bases__:
+        lines += ["", f"## {topic.__doc__}", "", "| option | values | default | meaning |", "|---|---|---|---|"]
+        for entry in fields(topic):
+            default = getattr(_DEFAULTS, entry.name)
+            default = "" if default is None or default == {} or default == [] else f"`{default}`"
+            meaning = " ".join(meanings[entry.name].help.split())
+            lines.append(f"| `--{entry.name}` | {_values(entry.type)} | {default} | {meaning.replace('|', '/')} |")
+    return "\n".join(lines) + "\n"
+
+
+def _values(kind: Any) -> str:
+    """A type in words: its choices, its alternatives, or its name."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return ", ".join(map(str, arguments))
+    if origin in (Union, UnionType):
+        return " or ".join(_values(one) for one in arguments if one is not NoneType)
+    return str(kind).replace("typing.", "") if origin else kind.__name__
+
+
+if __name__ == "__main__":
+    print(page(), end="")

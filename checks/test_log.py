@@ -13,8 +13,8 @@ from tensorboard.plugins import base_plugin
 from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment, list_session_groups
 
 import main
-import runlog
-import runs
+from runs import log as runlog
+from runs import reading
 
 COLUMNS = (
     "step,samples,epoch,train_loss,train_accuracy,val_loss,val_accuracy,val_top5_accuracy,lr,batch_size,micro_batch_size,"
@@ -47,7 +47,7 @@ def test_a_diverged_run_leaves_strict_json(tmp_path, capsys):
 def test_empty_cells_are_none(tmp_path):
     with open(tmp_path / "metrics.csv", "w", newline="") as file:
         csv.writer(file).writerows([["step", "val_loss"], [1, ""], [2, math.pi]])
-    assert runs.read_metrics(tmp_path) == {"step": [1.0, 2.0], "val_loss": [None, math.pi]}
+    assert reading.read_metrics(tmp_path) == {"step": [1.0, 2.0], "val_loss": [None, math.pi]}
 
 
 def test_tensorboard_has_the_options_with_their_results(tmp_path):

@@ -1,0 +1,29 @@
+"""Which samples make the next batch: how large it is, how it is cut, and the stream that gives its micro-batches.
+
+`InMemoryStream` and `LoadedStream` give the same micro-batches; both take up at any position.
+"""
+
+import torch
+
+from batches.loading import LoadedStream
+from batches.plan import Plan, cut, positions_of_rank
+from batches.sizes import schedule
+from batches.stream import InMemoryStream
+from data import DataSet
+
+__all__ = ["InMemoryStream", "LoadedStream", "Plan", "build", "cut", "positions_of_rank", "schedule"]
+
+
+def build(
+    data_set: DataSet,
+    seed: int,
+    shuffle: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_workers: int = 0,
+    batch_ahead: int = 2,
+) -> "InMemoryStream | LoadedStream":
+    """The stream of a data set: on the device where its samples are in memory, else by worker processes."""
+    if data_set.in_memory:
+        return InMemoryStream(data_set, seed, shuffle, device, dtype)
+    return LoadedStream(data_set, seed, shuffle, device, dtype, num_workers, batch_ahead)

@@ -1,0 +1,40 @@
+"""Pixels to network inputs: random crops and flips that depend on the position alone, normalisation on the device."""
+
+import torch
+from torch import Tensor
+
+from batches.order import position_hash
+from data import DataSet
+
+
+def crop_and_flip(images: Tensor, positions: Tensor, seed: int, padding: int = 4) -> Tensor:
+    """Zero-pad, crop back at a random place, and flip half of the images; what is drawn depends on the position alone.
+
+    Args:
+        images: (N, C, H, W), any dtype.
+        positions: (N,) int64, the images' positions in the run.
+    """
+    n, _, height, width = images.shape
+    bits = position_hash(positions, seed)
+    choices = 2 * padding + 1
+    top, left, flip = bits % choices, bits // choices % choices, bits // choices**2 % 2
+    rows = top[:, None] + torch.arange(height, device=images.device)  # n×h
+    columns = torch.arange(width, device=images.device)
+    columns = left[:, None] + torch.where(flip[:, None] == 1, columns.flip(0), columns)  # n×w
+    padded = torch.nn.functional.pad(images, (padding,) * 4).permute(0, 2, 3, 1)
+    sample = torch.arange(n, device=images.device)
+    return padded[sample[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+class Normalise:
+    """uint8 pixels → (pixel/255 − mean)/std in the training's dtype, on the device."""
+
+    def __init__(self, data_set: DataSet, device: torch.device, dtype: torch.dtype):
+        self.dtype = dtype
+        self.mean, self.std = (
+            torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)
+            for values in (data_set.mean, data_set.std)
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return images.to(self.dtype).div_(255).sub_(self.mean).div_(self.std)

@@ -1,0 +1,130 @@
+"""What the estimators share: sums over ranks, the mean gradient, norms of tensors as large as the model."""
+
+import contextlib
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gradients.contributions import at_least_single
+from tests import Moments
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""(outputs, targets) of a batch → scalar: the mean (or sum) of the samples' losses."""
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """All-reduce in place where several processes train together."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+class Estimator:
+    """What the estimators share. They differ in how a micro-batch is observed and where ḡ and the p_k come from.
+
+    Args:
+        model: the module that is trained (not a wrapper of it).
+        loss: of the outputs and targets of a batch.
+        inner_products: measure p_k, too.
+        max_micro_batch_size: most samples in a pass of the test's own.
+        autocast: makes the context of the forward pass (mixed precision).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        inner_products: bool,
+        max_micro_batch_size: int,
+        autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ):
+        self.model, self.loss, self.inner_products = model, loss, inner_products
+        self.max_micro_batch_size, self.autocast = max_micro_batch_size, autocast
+        self._start()
+
+    def _start(self) -> None:
+        # [samples, groups, Σ m_k‖ḡ_k‖²]
+        self.sums = torch.zeros(3, dtype=torch.float64, device=next(self.model.parameters()).device)
+        self.gradient_sum: dict[str, Tensor] = {}
+
+    def observe(self, inputs: Tensor, targets: Tensor, loss_scale: float = 1.0) -> contextlib.AbstractContextManager:
+        """Add a micro-batch; the training pass on it, whose loss is loss_scale · Σ ℓ_i, runs inside."""
+        raise NotImplementedError
+
+    def moments(self, grad_scale: float = 1.0) -> Moments:
+        """The moments of all micro-batches observed since the last call, on all ranks. The host waits for the device.
+
+        Args:
+            grad_scale: the gradient scaler's factor on the gradients of the training pass.
+        """
+        samples, groups, sum_norm_sq = sum_over_ranks(self._total(grad_scale)).tolist()
+        mean = self.mean_gradient(samples, grad_scale)
+        inner = [None, None]
+        if self.inner_products:
+            inner = sum_over_ranks(self.inner_product_sums(mean, grad_scale)).tolist()
+        grad_norm_sq = float(norm_sq(mean.values()))
+        self._start()
+        return Moments(round(samples), round(groups), grad_norm_sq, sum_norm_sq, inner[1], inner[0])
+
+    def _total(self, grad_scale: float) -> Tensor:
+        """[samples, groups, Σ m_k‖ḡ_k‖²] of this rank."""
+        return self.sums
+
+    def _add(self, samples: int, norms_sq: Tensor) -> None:
+        self.sums[:2] += samples
+        self.sums[2] += norms_sq
+
+    def mean_gradient(self, samples: float, grad_scale: float) -> dict[str, Tensor]:
+        """ḡ by parameter: here from the sums of an own pass, averaged over the ranks in one exchange."""
+        flat = sum_over_ranks(torch.cat([gradient.flatten() for gradient in self.gradient_sum.values()])) / samples
+        pieces = flat.split([gradient.numel() for gradient in self.gradient_sum.values()])
+        return {name: piece.view_as(self.gradient_sum[name]) for name, piece in zip(self.gradient_sum, pieces)}
+
+    def inner_product_sums(self, mean: dict[str, Tensor], grad_scale: float) -> Tensor:
+        """[Σ m_k p_k, Σ m_k p_k²] over this rank's groups, float64."""
+        raise NotImplementedError
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by name."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """On the device, which is the host where there is no other."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def training_gradient(parameters: dict[str, nn.Parameter], grad_scale: float) -> dict[str, Tensor]:
+    """ḡ as the training step has it: averaged over the ranks, before clipping."""
+
+    def unscaled(parameter: nn.Parameter) -> Tensor:
+        if parameter.grad is None:
+            return torch.zeros_like(parameter)
+        return parameter.grad if grad_scale == 1 else parameter.grad / grad_scale
+
+    return {name: unscaled(parameter) for name, parameter in parameters.items()}
+
+
+def listed(names: list[str], most: int = 3) -> str:
+    """The first few of them, for a message."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+BLOCK = 2**16
+"""Numbers in a stretch of an inner product."""
+
+
+def row_norms(tensor: Tensor) -> Tensor:
+    """‖row‖ of every row of the first dimension."""
+    return torch.linalg.vector_norm(at_least_single(tensor).reshape(len(tensor) if tensor.dim() else 1, -1), dim=1)
+
+
+def norm_sq(tensors: Iterable[Tensor]) -> Tensor:
+    """The squared norm of all of them as one vector, float64 ()."""
+    return torch.cat([row_norms(tensor) for tensor in tensors]).double().square().sum()

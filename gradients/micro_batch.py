@@ -1,0 +1,103 @@
+"""`micro_batch`: the variance between the gradients of a step's own micro-batches."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from gradients.contributions import at_least_single
+from gradients.estimator import BLOCK, Estimator, row_norms, training_gradient
+
+
+class MicroBatchGradients(Estimator):
+    """`micro_batch`: the variance between the gradients of the training step's own micro-batches, times their size.
+
+    Nearly free: the groups' gradients are seen on their way into `.grad`, before DDP averages them. Norms need no copy;
+    inner products keep at most 2 × `num_groups` gradients, as neighbouring groups are merged when there are more.
+    For networks with BatchNorm this is also the most accurate estimate: it looks at the real training gradients.
+    """
+
+    def __init__(self, *arguments, num_groups: int = 8):
+        super().__init__(*arguments)
+        self.num_groups = num_groups
+
+    def _start(self) -> None:
+        super()._start()
+        # m_k, and by parameter: loss_scale · Σ of the group's gradients, or the norms of its rows
+        self.groups: list[tuple[int, dict[str, Tensor]]] = []
+        self.loss_scale = 1.0
+
+    @contextlib.contextmanager
+    def observe(self, inputs: Tensor, targets: Tensor, loss_scale: float = 1.0) -> Iterator[None]:
+        group: dict[str, Tensor] = {}
+
+        def hook_for(name: str):
+            def keep(gradient: Tensor) -> None:
+                group[name] = gradient  # autograd then leaves this tensor alone and adds it up elsewhere
+
+            def keep_norms(gradient: Tensor) -> None:
+                group[name] = row_norms(gradient)
+
+            return keep if self.inner_products else keep_norms
+
+        handles = [parameter.register_hook(hook_for(name)) for name, parameter in self.parameters().items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.loss_scale = loss_scale
+        self.groups.append((len(inputs), group))
+        if len(self.groups) > 2 * self.num_groups:
+            if self.inner_products:
+                self.groups = [_merged(self.groups[i : i + 2]) for i in range(0, len(self.groups), 2)]
+            else:
+                self._add_norms()
+                self.groups = []
+
+    def _add_norms(self) -> None:
+        """Of several groups at once: a dozen small operations for each would be most of a small network's price."""
+        norms = [[row_norms(g) if self.inner_products else g for g in group.values()] for _, group in self.groups]
+        rows = [sum(map(len, own)) for own in norms]
+        sizes = self.sums.new_tensor([m for m, _ in self.groups])
+        self.sums[0] += sizes.sum()
+        self.sums[1] += len(sizes)
+        squares = torch.cat([norm for own in norms for norm in own]).double().square()
+        sizes = sizes.repeat_interleave(torch.tensor(rows, device=sizes.device), output_size=sum(rows))
+        self.sums[2] += (squares / sizes).sum()
+
+    def _total(self, grad_scale: float) -> Tensor:
+        if self.groups:  # a rank may have none
+            self._add_norms()
+        # ḡ_k = (the loss's gradient) / (m_k · loss_scale · grad_scale)
+        self.sums[2] /= (self.loss_scale * grad_scale) ** 2
+        return self.sums
+
+    def mean_gradient(self, samples: float, grad_scale: float) -> dict[str, Tensor]:
+        return training_gradient(self.parameters(), grad_scale)
+
+    def inner_product_sums(self, mean: dict[str, Tensor], grad_scale: float) -> Tensor:
+        sizes = self.sums.new_tensor([m for m, _ in self.groups])
+        inner = _inner([group for _, group in self.groups], mean) / (grad_scale * self.loss_scale)  # m_k p_k
+        return torch.stack([inner.sum(), (inner.square() / sizes).sum()])
+
+
+def _merged(groups: list[tuple[int, dict[str, Tensor]]]) -> tuple[int, dict[str, Tensor]]:
+    """One group of two (or of one, the last of an odd number)."""
+    sizes, gradients = zip(*groups)
+    return sum(sizes), {name: sum(group[name] for group in gradients) for name in gradients[0]}
+
+
+def _inner(groups: list[dict[str, Tensor]], mean: dict[str, Tensor]) -> Tensor:
+    """The inner product of each with `mean` as one vector, float64 (K,). By parameter, so that `mean` stays in cache.
+
+    torch.dot is ten times as fast here as other ways to a sum of products, but keeps its sum in single precision.
+    """
+    products: list[list[Tensor]] = [[] for _ in groups]
+    for name, direction in mean.items():
+        direction = at_least_single(direction).flatten().split(BLOCK)
+        for own, group in zip(products, groups):
+            if name in group:
+                own += [torch.dot(a, b) for a, b in zip(at_least_single(group[name]).flatten().split(BLOCK), direction)]
+    return torch.stack([torch.stack(own).sum(dtype=torch.float64) for own in products])

@@ -1,0 +1,1 @@
+"""ImageNet, or any data set of its form: reading and converting."""

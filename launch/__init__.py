@@ -1,0 +1,1 @@
+"""Options, processes and signals: what is settled before and around the training."""
