@@ -229,7 +229,7 @@ def test_what_may_differ(copy, capsys):
 def test_a_second_interrupt_ends_at_once():
     """Also while the main thread is inside a call that never returns; copies of the first one do not count."""
     program = (
-        "import ctypes; from interrupts import Interrupts\n"
+        "import ctypes; from launch.interrupts import Interrupts\n"
         "mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock\n"
         "with Interrupts():\n    lock(mutex); print('ready', flush=True); lock(mutex)"
     )

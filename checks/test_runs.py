@@ -14,8 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import main
 from checks.conftest import ROOT, column, launch, train
-from checks.test_config import PUBLISHED
 from checks.test_data import write_cifar10
+from checks.test_options import PUBLISHED
 
 BIN = Path(sys.executable).parent
 TINY = ["--accelerator=cpu", "--max_samples=300", "--batch_size=32", "--run_name=run"]
