@@ -41,7 +41,7 @@ def start_fabric(config: Config) -> Fabric:
         if config.num_nodes > 1 and not {"MASTER_ADDR", "NODE_RANK"} <= os.environ.keys():
             raise UsageError(
                 f"--num_nodes={config.num_nodes}: start one `fabric run` or torchrun on every node, or use srun "
-                "(docs/running.md)"
+                "(docs/running.md, Launching)"
             )
     try:
         if by_fabric_run:

@@ -3,7 +3,7 @@
 A checkpoint is one file, `RUN_FOLDER/checkpoints/step-00000120.pt`, written by Fabric's `save` and read, weights only,
 by its `load`. It holds the model, the optimizer, the gradient scaler, the progress and, for every rank, the random
 states, the buffers (BatchNorm's running statistics differ between ranks until they are averaged) and the totals since
-the last row of metrics.csv. Which sample comes next follows from the progress alone (data.py).
+the last row of metrics.csv. Which sample comes next follows from the progress alone (batches/order.py).
 """
 
 import contextlib
