@@ -73,10 +73,10 @@ class Trainer:
         self.min_micro_batch_size = models.smallest_micro_batch(self.module, data_set.image_shape)
         least = self.min_micro_batch_size
         together(fabric, lambda: processes.refuse_single_samples(config, fabric.world_size, least))
+        self.model = fabric.setup_module(torch.compile(self.module) if config.compile else self.module)
+        # After the module has come to its device: Adagrad, for one, makes its state at once, where its parameters are.
         optimizer = together(fabric, lambda: optim.build(self.module.parameters(), config))
-        self.model, self.optimizer = fabric.setup(
-            torch.compile(self.module) if config.compile else self.module, optimizer
-        )
+        self.optimizer = fabric.setup_optimizers(optimizer)
         if fabric.world_size > 1:
             # Ranks may evaluate different numbers of micro-batches; running statistics are averaged in `evaluate`.
             self.model._forward_module.broadcast_buffers = False
@@ -233,7 +233,9 @@ class Trainer:
             self.totals.add(losses.detach(), logits.detach(), targets, progress.steps)
         moments = self.test_moments() if testing else None
         if self.config.grad_clip:
-            fabric.clip_gradients(self.model, self.optimizer, max_norm=self.config.grad_clip)
+            # A gradient that is not finite is the scaler's business (it skips the step) or shows in the next loss.
+            clip = {"max_norm": self.config.grad_clip, "error_if_nonfinite": False}
+            fabric.clip_gradients(self.model, self.optimizer, **clip)
         self.optimizer.step()
         progress.steps += 1
         progress.samples += plan.batch_size

@@ -105,12 +105,14 @@ class Validation:
     """Loss and accuracy over the validation samples, and the best of them so far; sums run over all ranks."""
 
     def __init__(self, num_classes: int, device: torch.device):
+        # By default the metrics look at what they are given: losses that are NaN they leave out, and the host waits.
+        unchecked = {"average": "micro", "validate_args": False}
         self.metrics = {
-            "val_loss": MeanMetric().set_dtype(torch.float64).to(device),
-            "val_accuracy": MulticlassAccuracy(num_classes, average="micro").to(device),
+            "val_loss": MeanMetric(nan_strategy="disable").set_dtype(torch.float64).to(device),
+            "val_accuracy": MulticlassAccuracy(num_classes, **unchecked).to(device),
         }
         if num_classes >= 100:
-            self.metrics["val_top5_accuracy"] = MulticlassAccuracy(num_classes, top_k=5, average="micro").to(device)
+            self.metrics["val_top5_accuracy"] = MulticlassAccuracy(num_classes, top_k=5, **unchecked).to(device)
         self.history: list[dict[str, float]] = []
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
@@ -137,7 +139,7 @@ class Validation:
         return {
             **{name: last.get(name) for name in self.metrics},
             "best_val_accuracy": max((e["val_accuracy"] for e in self.history), default=None),
-            "best_val_loss": min((e["val_loss"] for e in self.history), default=None),
+            "best_val_loss": min((e["val_loss"] for e in self.history if math.isfinite(e["val_loss"])), default=None),
         }
 
 
