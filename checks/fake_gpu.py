@@ -5,12 +5,14 @@ different devices do not mix, as on CUDA. `Watch` sees every operation. What it 
 
 - waits: the host reads a number of the device (`.item()`, `.tolist()`), or copies between host and device without
   `non_blocking`. (What has a size that depends on numbers, as `nonzero` or a boolean index, raises here.)
+- trailing waits: for an event after which more work was queued, so that the device does not run dry;
 - kernels: operations on the device that are no views and more than an allocation. One that torch runs as one operation
   counts one, so these are a little fewer than a profiler shows.
 """
 
 import contextlib
 import sys
+import time
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -29,7 +31,55 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 ROOT = Path(__file__).parent.parent
 NAME = "fakegpu"
-_setup_privateuseone_for_python_backend(NAME)
+
+
+class _Device:
+    """What `torch.get_device_module` gives for the fake device, as far as the program asks."""
+
+    class Event:
+        """Of a device that is done with everything at once."""
+
+        def __init__(self, enable_timing: bool = False):
+            pass
+
+        def record(self) -> None:
+            self.at, self.queued = time.perf_counter(), WATCHES[-1].queued
+
+        def synchronize(self) -> None:
+            watch = WATCHES[-1]
+            (watch.waits if self.queued == watch.queued else watch.trailing)[line()] += 1
+
+        def elapsed_time(self, end) -> float:
+            return 1000 * (end.at - self.at)
+
+    @staticmethod
+    def is_available() -> bool:
+        return True
+
+    @staticmethod
+    def is_initialized() -> bool:
+        return True
+
+    @staticmethod
+    def _is_in_bad_fork() -> bool:
+        return False
+
+    @staticmethod
+    def manual_seed_all(seed: int) -> None:
+        pass
+
+    @staticmethod
+    def device_count() -> int:
+        return 1
+
+    @staticmethod
+    def get_amp_supported_dtype() -> list[torch.dtype]:
+        return [torch.float16, torch.bfloat16]
+
+
+_setup_privateuseone_for_python_backend(NAME, backend_module=_Device)
+WATCHES: list["Watch"] = []
+"""Those that are on, the innermost last."""
 DEVICE = torch.device(NAME, 0)
 
 ALLOCATIONS = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided")
@@ -89,11 +139,12 @@ class Watch(TorchDispatchMode):
 
     def __init__(self, fake: FakeTensorMode):
         super().__init__()
-        self.fake = fake
+        self.fake, self.queued = fake, 0
         self.forget()
 
     def forget(self) -> None:
         self.waits: Counter[str] = Counter()
+        self.trailing: Counter[str] = Counter()
         self.kernels: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -116,6 +167,7 @@ class Watch(TorchDispatchMode):
             self.waits[line()] += 1
         if made_here and not _is_view(function) and function._schema.name not in ALLOCATIONS:
             self.kernels[line()] += 1
+            self.queued += 1
         return result
 
     def _faked(self, leaf):
@@ -169,7 +221,11 @@ def fake_gpu(precision=None) -> Iterator[tuple[Fabric, Watch]]:
     # Modules move by exchanging what is in their tensors, where the fake mode's weak references would be in the way.
     without_weak_references = mock.patch.object(weakref, "getweakrefs", lambda _: [])
     with fake, watch, _numbers_between_host_and_device(), without_weak_references, _checkpoints():
-        yield fabric, watch
+        WATCHES.append(watch)
+        try:
+            yield fabric, watch
+        finally:
+            WATCHES.pop()
 
 
 @contextlib.contextmanager
