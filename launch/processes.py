@@ -191,6 +191,27 @@ def largest_over_ranks(fabric: Fabric, number: int) -> int:
     return int(largest)
 
 
+class Agreement:
+    """The largest of the ranks' numbers one call later: no rank waits for the others."""
+
+    def __init__(self, fabric: Fabric):
+        self.fabric, self.largest, self.work = fabric, torch.tensor(0), None
+
+    def exchange(self, number: int) -> int:
+        """Hand in a number; gives the largest of the last call's (of a single process: this one), 0 at first."""
+        if self.fabric.world_size == 1:
+            return number
+        agreed, self.largest = self.last(), torch.tensor(number)
+        self.work = dist.all_reduce(self.largest, dist.ReduceOp.MAX, group=_host_group(), async_op=True)
+        return agreed
+
+    def last(self) -> int:
+        """The largest of what was handed in last."""
+        if self.work:
+            self.work.wait()
+        return int(self.largest)
+
+
 @lru_cache(maxsize=1)
 def _host_group() -> dist.ProcessGroup | None:
     return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
