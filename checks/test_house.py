@@ -14,16 +14,17 @@ ARROWS = {
     "main": {"batches", "data", "models", "optim", "gradients", "runs", "tests", "launch"},
     "report": {"runs", "launch"},
     "batches": {"data", "tests", "launch"},
-    "data": {"imagenet", "launch"},
-    "models": {"gradients", "launch"},
+    "data": {"imagenet", "text", "launch"},
+    "models": {"text", "gradients", "launch"},
     "optim": {"launch"},
     "gradients": {"tests"},
     "runs": {"launch"},
     "imagenet": {"launch"},
+    "text": {"launch"},
     "launch": set(),
     "tests": set(),
 }
-WITHOUT_FABRIC = ("tests", "batches", "optim", "gradients", "models", "data", "imagenet")
+WITHOUT_FABRIC = ("tests", "batches", "optim", "gradients", "models", "data", "imagenet", "text")
 
 
 def modules(room: str) -> list:
