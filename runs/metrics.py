@@ -217,7 +217,7 @@ class Validation:
 
     def update(self, outputs: Any, targets: Any) -> None:
         losses = self.loss(outputs, targets)
-        self.mean_loss.update(losses, 1.0 if losses.dim() else float(len(tree_leaves(targets)[0])))
+        self.mean_loss.update(losses if losses.dim() else losses.expand(len(tree_leaves(targets)[0])))
         for metric in self.metrics.values():
             metric.update(outputs, targets)
 
