@@ -13,17 +13,18 @@ from checks.conftest import ROOT
 ARROWS = {
     "main": {"batches", "data", "models", "optim", "gradients", "runs", "tests", "launch"},
     "report": {"runs", "launch"},
-    "batches": {"data", "tests", "launch"},
+    "batches": {"data", "control", "tests", "launch"},
     "data": {"imagenet", "launch"},
     "models": {"gradients", "launch"},
     "optim": {"launch"},
+    "control": {"tests"},
     "gradients": {"tests"},
     "runs": {"launch"},
     "imagenet": {"launch"},
     "launch": set(),
     "tests": set(),
 }
-WITHOUT_FABRIC = ("tests", "batches", "optim", "gradients", "models", "data", "imagenet")
+WITHOUT_FABRIC = ("tests", "control", "batches", "optim", "gradients", "models", "data", "imagenet")
 
 
 def modules(room: str) -> list:
