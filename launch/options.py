@@ -101,9 +101,10 @@ class TestOptions:
     """ν of the orthogonality test: smaller means larger batches"""
     test_interval: int = 1
     """test every so many steps"""
-    test_gradients: Literal["auto", "ghost", "vmap", "micro_batch"] = "auto"
+    test_gradients: Literal["auto", "ghost", "vmap", "loop", "micro_batch"] = "auto"
     """where the statistics come from. ghost: exact, norms without per-sample gradients; vmap: exact, per-sample
-    gradients by torch.func; micro_batch: variance between micro-batches; auto: ghost where it can, else vmap"""
+    gradients by torch.func; loop: exact, one backward pass a sample; micro_batch: variance between micro-batches; auto:
+    the first of ghost, vmap and loop that agrees with single samples"""
     test_groups: int = 8
     """least number of micro-batches, over all devices, into which micro_batch cuts a tested batch"""
     max_test_micro_batch_size: int = 256
