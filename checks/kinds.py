@@ -32,6 +32,7 @@ class Kind:
     Args:
         make: gives the module, after the seed was set; it is taken in double precision.
         inputs: of `SAMPLES` samples.
+        adds_up: the loss is the sum of the samples', not their mean.
     """
 
     group: str
@@ -39,6 +40,7 @@ class Kind:
     make: Callable[[], nn.Module]
     inputs: Callable[[], Any]
     loss: Callable = cross_entropy
+    adds_up: bool = False
 
     def build(self) -> tuple[nn.Module, Any, Tensor]:
         torch.manual_seed(0)
@@ -584,7 +586,9 @@ def _others() -> Iterator[Kind]:
         partial(noise, 5, 6),
         lambda o, t: cross_entropy(o.mean(0), t),
     )
-    yield Kind("losses", "sum", lambda: nn.Sequential(nn.Linear(6, 3)), flat, partial(cross_entropy, reduction="sum"))
+    yield Kind(
+        "losses", "sum", lambda: nn.Sequential(nn.Linear(6, 3)), flat, partial(cross_entropy, reduction="sum"), True
+    )
     yield Kind(
         "losses",
         "label smoothing",
@@ -599,7 +603,7 @@ def _others() -> Iterator[Kind]:
         partial(noise, 5, 6),
         _token_loss,
     )
-    yield Kind("losses", "a mask by value", lambda: nn.Sequential(nn.Linear(6, 3)), flat, _hard_samples)
+    yield Kind("losses", "a mask by value", lambda: nn.Sequential(nn.Linear(6, 3)), flat, _hard_samples, True)
 
 
 class SequenceOutput(nn.Module):

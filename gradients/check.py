@@ -23,7 +23,7 @@ from gradients.alone import alone, drawing_from, random_states
 from gradients.contributions import per_sample_norms_sq
 from gradients.estimator import Loss, first_line, is_out_of_memory
 from gradients.ghost_norms import GhostNorms
-from gradients.per_sample import BySample, SingleGradients, real
+from gradients.per_sample import BySample, SingleGradients, real, rowwise
 from gradients.samples import Batch, chunks, converted, count, some
 
 PROBE = 7
@@ -180,7 +180,7 @@ class Check:
             self.reference.along[name].append(self._product(name, gradient))
 
     def _product(self, name: str, gradients: Tensor) -> Tensor:
-        return real(gradients).reshape(len(gradients), -1).double() @ real(self.direction[name]).flatten().double()
+        return rowwise(gradients) @ real(self.direction[name]).flatten().double()
 
     @contextlib.contextmanager
     def _drawing(self) -> Iterator[SameDraws]:

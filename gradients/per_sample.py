@@ -1,6 +1,7 @@
 """Estimators with a pass of their own: `vmap`, a chunk of samples at a time, and `loop`, one after the other."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
@@ -132,7 +133,7 @@ class BySample(OwnPass):
         for inputs, targets, buffers in again:
             gradients = self.per_sample_gradients(inputs, targets, buffers)
             inner = sum(
-                real(g).flatten(1).double() @ real(mean[name]).flatten().double() for name, g in gradients.items()
+                rowwise(g) @ real(mean[name]).flatten().double() for name, g in gradients.items()
             )
             sums += torch.stack([inner.sum(), inner.square().sum()])
         return sums
@@ -224,6 +225,12 @@ def added(total: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, T
 def norms_sq(gradients: dict[str, Tensor]) -> Tensor:
     """‖g_i‖² over all parameters, float64 (n,)."""
     return sum(per_sample_norms_sq(gradient) for gradient in gradients.values())
+
+
+def rowwise(gradients: Tensor) -> Tensor:
+    """Each sample's gradient of a parameter as a vector: (n, …) → float64 (n, numbers)."""
+    gradients = real(gradients)
+    return gradients.reshape(len(gradients), math.prod(gradients.shape[1:])).double()
 
 
 def real(tensor: Tensor) -> Tensor:
