@@ -178,12 +178,12 @@ def _candidate(
         estimator: OwnPass = GhostNorms(*arguments, in_training_pass=in_training_pass, notify=notify)
     else:
         estimator = BY_SAMPLE[name](*arguments, notify=notify)
-    problem = ""
+    problem = ""  # of `loop` there is none: it is what the others are compared with
     try:
         if isinstance(estimator, GhostNorms):
             problem = check.of_ghost(estimator)
-        elif name != "loop":  # what the others are compared with
-            problem = check.of_samples(type(estimator))
+        elif isinstance(estimator, PerSampleGradients):
+            problem = check.of_vmap(estimator)
     except Exception as error:  # a model raises what it likes
         problem = first_line(error)
     estimator.moving = check.moving

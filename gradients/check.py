@@ -10,7 +10,7 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +23,7 @@ from gradients.alone import alone, drawing_from, random_states
 from gradients.contributions import per_sample_norms_sq
 from gradients.estimator import Loss, first_line, is_out_of_memory
 from gradients.ghost_norms import GhostNorms
-from gradients.per_sample import BySample, SingleGradients, real, rowwise
+from gradients.per_sample import BySample, PerSampleGradients, SingleGradients, real, rowwise
 from gradients.samples import Batch, chunks, converted, count, some
 
 PROBE = 7
@@ -294,10 +294,20 @@ class Check:
             return ""
         return f"its gradients of {worst} are {_percent(differences[worst])} off those of single samples"
 
-    def of_samples(self, create: Callable[..., BySample]) -> str:
-        """What is wrong with an estimator that has per-sample gradients; "" where nothing is."""
-        estimator = create(self.model, self.loss, True, self.n)
-        estimator.moving = self.moving
+    def of_vmap(self, estimator: PerSampleGradients) -> str:
+        """What is wrong with `vmap`; "" where nothing is. The estimator is told how buffers move."""
+        twins = PerSampleGradients(self.model, self.loss, True, self.n)
+        for twins.buffers_by_sample in (False, True) if self.moving else (False,):
+            try:
+                problem = self._of_samples(twins)
+            except Exception as error:  # a model raises what it likes
+                problem = first_line(error)
+            if not problem:
+                break
+        estimator.buffers_by_sample = twins.buffers_by_sample
+        return problem
+
+    def _of_samples(self, estimator: BySample) -> str:
         numbers = sum(parameter.numel() for parameter in self.parameters.values())
         size = max(1, min(self.n, MOST_NUMBERS // max(numbers, 1)))
         parts: list[dict[str, tuple[Tensor, Tensor]]] = []

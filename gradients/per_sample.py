@@ -144,7 +144,13 @@ class PerSampleGradients(BySample):
 
     Works for any module that vmap can run. Memory is one copy of all gradients per sample of a chunk.
     BatchNorm normalises each sample by its own statistics; dropout draws anew for every sample.
+
+    Attributes:
+        buffers_by_sample: buffers that move do so by the samples (a running mean), not by the weights alone (spectral
+            normalisation): each sample has its own. The check at the start finds out.
     """
+
+    buffers_by_sample = False
 
     def per_sample_gradients(
         self, inputs: Batch, targets: Batch, buffers: dict[str, Tensor], only: set[str] | None = None
@@ -152,7 +158,9 @@ class PerSampleGradients(BySample):
         parameters = {name: parameter.detach() for name, parameter in self.parameters().items()}
         others = {name: parameters.pop(name) for name in list(parameters) if only is not None and name not in only}
         rows, of_one = taken_apart(inputs, targets)
-        own = {name: buffer.expand(count(inputs), *buffer.shape).clone() for name, buffer in buffers.items()}
+        own = {name: buffer.clone() for name, buffer in buffers.items()}
+        if self.buffers_by_sample:
+            own = {name: buffer.expand(count(inputs), *buffer.shape).clone() for name, buffer in buffers.items()}
 
         def sample_loss(parameters: dict[str, Tensor], own: dict[str, Tensor], *rows: Tensor) -> Tensor:
             x, y = of_one(*rows)
@@ -160,7 +168,7 @@ class PerSampleGradients(BySample):
                 outputs = functional_call(self.model, {**parameters, **others, **own}, (x,))
             return self.loss(outputs, y).reshape(())
 
-        in_dims = (None, 0, *(0 for _ in rows))
+        in_dims = (None, 0 if self.buffers_by_sample else None, *(0 for _ in rows))
         with alone(self.model, buffers, under_vmap=True):
             return vmap(grad(sample_loss), in_dims, randomness="different")(parameters, own, *rows)
 
