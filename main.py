@@ -101,7 +101,7 @@ class Trainer:
             notices.append("--num_workers=0: the training process itself reads the samples, and waits for them")
         if fabric.device.type == "cpu" and requested_precision.startswith("16"):
             notices.append(f"precision is {config.precision}: {requested_precision} needs a GPU")
-        self.estimator, told = self.set_up_estimator()
+        self.estimator, told = together(fabric, self.set_up_estimator)
         marks = self.restore(self.resumed) if self.resumed else None
         self.log = together(fabric, lambda: self.open_log(marks))
         self.checkpoints = checkpoint.Checkpoints(fabric, config, self.log and self.log.folder)
@@ -130,18 +130,21 @@ class Trainer:
         if not (c.test or c.monitor_interval):
             return None, []
         self.model.train()
-        estimator, told = gradients.build(
-            c.test_gradients,
-            self.module,
-            mean_loss,
-            bool(test and test.needs_inner_products),
-            c.max_test_micro_batch_size,
-            probe=self.stream.read(range(min(3, self.samples_per_epoch))),
-            autocast=self.fabric.autocast,
-            in_training_pass=not c.compile,
-            num_groups=c.test_groups,
-            notify=self.notify,
-        )
+        try:
+            estimator, told = gradients.build(
+                c.test_gradients,
+                self.module,
+                mean_loss,
+                bool(test and test.needs_inner_products),
+                c.max_test_micro_batch_size,
+                probe=self.stream.read(range(min(gradients.PROBE, self.samples_per_epoch))),
+                autocast=self.fabric.autocast,
+                in_training_pass=not c.compile,
+                num_groups=c.test_groups,
+                notify=self.notify,
+            )
+        except ValueError as error:  # on all ranks alike
+            raise UsageError(f"--test_gradients: {c.model}: {error}") from None
         return estimator, told
 
     def fit(self) -> str:
@@ -235,7 +238,7 @@ class Trainer:
             with (
                 out_of_memory_means("a micro-batch", f"--max_micro_batch_size (this one has {len(inputs)} samples)"),
                 fabric.no_backward_sync(self.model, enabled=i < len(micro_batches)),
-                self.observing(testing, inputs, targets, loss_scale),
+                self.observing(testing, inputs, targets, loss_scale, whole=len(micro_batches) == 1),
             ):
                 logits = self.model(inputs)
                 losses = cross_entropy(logits, targets, reduction="none")
@@ -253,14 +256,14 @@ class Trainer:
         return moments
 
     @contextlib.contextmanager
-    def observing(self, testing: bool, inputs: Tensor, targets: Tensor, loss_scale: float):
+    def observing(self, testing: bool, inputs: Tensor, targets: Tensor, loss_scale: float, whole: bool):
         """The training pass on a micro-batch, watched by the estimator where the step is tested."""
         if not testing:
             yield
             return
         with contextlib.ExitStack() as observation:
             with self.totals.test(), out_of_memory_means(*IN_THE_TEST):
-                observation.enter_context(self.estimator.observe(inputs, targets, loss_scale))
+                observation.enter_context(self.estimator.observe(inputs, targets, loss_scale, whole))
             yield
 
     def test_moments(self) -> tests.Moments:

@@ -117,9 +117,10 @@ class TestOptions:
     monitor_interval: int = 0
     """measure the statistics every so many steps also where nothing is decided by them: in runs without a test and at
     the largest batch size; 0: do not"""
-    test_gradients: Literal["auto", "ghost", "vmap", "micro_batch"] = "auto"
+    test_gradients: Literal["auto", "ghost", "vmap", "loop", "micro_batch"] = "auto"
     """where the statistics come from. ghost: exact, norms without per-sample gradients; vmap: exact, per-sample
-    gradients by torch.func; micro_batch: variance between micro-batches; auto: ghost where it can, else vmap"""
+    gradients by torch.func; loop: exact, one backward pass a sample; micro_batch: variance between micro-batches; auto:
+    the first of ghost, vmap and loop that agrees with single samples"""
     test_groups: int = 8
     """least number of micro-batches, over all devices, into which micro_batch cuts a tested batch"""
     max_test_micro_batch_size: int = 256
