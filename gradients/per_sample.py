@@ -132,9 +132,7 @@ class BySample(OwnPass):
         sums = torch.zeros(2, dtype=torch.float64, device=self.sums.device)
         for inputs, targets, buffers in again:
             gradients = self.per_sample_gradients(inputs, targets, buffers)
-            inner = sum(
-                rowwise(g) @ real(mean[name]).flatten().double() for name, g in gradients.items()
-            )
+            inner = sum(rowwise(g) @ real(mean[name]).flatten().double() for name, g in gradients.items())
             sums += torch.stack([inner.sum(), inner.square().sum()])
         return sums
 

@@ -41,7 +41,7 @@ def start_fabric(config: Config) -> Fabric:
         if config.num_nodes > 1 and not {"MASTER_ADDR", "NODE_RANK"} <= os.environ.keys():
             raise UsageError(
                 f"--num_nodes={config.num_nodes}: start one `fabric run` or torchrun on every node, or use srun "
-                "(docs/running.md)"
+                "(docs/running.md, Launching)"
             )
     try:
         if by_fabric_run:
@@ -103,8 +103,11 @@ def resolve(config: Config, fabric: Fabric, training_samples: int) -> Config:
     if config.stagewise_ramp_up:
         sizes = config.global_batch_sizes
         effective["batch_size"] = sizes[0]
-        if not config.samples_stages:
-            effective["samples_stages"] = [effective.get("max_samples", config.max_samples) // len(sizes)] * len(sizes)
+        length = effective.get("max_samples", config.max_samples)
+        stages = config.samples_stages or [length // len(sizes)] * len(sizes)
+        effective["samples_stages"] = [
+            round(float(stage[:-1]) / 100 * length) if isinstance(stage, str) else stage for stage in stages
+        ]
     unit = {"sample": "samples", "iter": "iters"}[config.lr_decay_type]
     if config.decay_lr and config.scheduler != "multistep" and getattr(config, f"lr_decay_{unit}") is None:
         effective[f"lr_decay_{unit}"] = effective.get(f"max_{unit}", getattr(config, f"max_{unit}"))
@@ -189,6 +192,27 @@ def largest_over_ranks(fabric: Fabric, number: int) -> int:
     largest = torch.tensor(number)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=_host_group())
     return int(largest)
+
+
+class Agreement:
+    """The largest of the ranks' numbers one call later: no rank waits for the others."""
+
+    def __init__(self, fabric: Fabric):
+        self.fabric, self.largest, self.work = fabric, torch.tensor(0), None
+
+    def exchange(self, number: int) -> int:
+        """Hand in a number; gives the largest of the last call's (of a single process: this one), 0 at first."""
+        if self.fabric.world_size == 1:
+            return number
+        agreed, self.largest = self.last(), torch.tensor(number)
+        self.work = dist.all_reduce(self.largest, dist.ReduceOp.MAX, group=_host_group(), async_op=True)
+        return agreed
+
+    def last(self) -> int:
+        """The largest of what was handed in last."""
+        if self.work:
+            self.work.wait()
+        return int(self.largest)
 
 
 @lru_cache(maxsize=1)
