@@ -137,14 +137,18 @@ for _d, _shape in MAPS.items():
         f"LazyInstanceNorm{_d}d": ((), {"affine": True}, _shape),
     }
 LAYERS["SyncBatchNorm"] = ((4,), {}, MAPS[2])
+if hasattr(nn, "LinearCrossEntropyLoss"):  # of torch 2.14
+    LAYERS["LinearCrossEntropyLoss"] = ((6, 4), {}, None)
 # These are pieces of others (or hold others), or are no layer.
-NOT_BY_THEMSELVES = {"TransformerEncoder", "TransformerDecoder", "RNNBase", "RNNCellBase", "Module", "Container"}
+NOT_BY_THEMSELVES = {"TransformerEncoder", "TransformerDecoder", "RNNBase", "RNNCellBase", "DataParallel"}
 _CALLS = {
     "Bilinear": lambda m, x: m.part(x[:, 0], x[:, 1, :5]),
     "MultiheadAttention": lambda m, x: m.part(x, x, x, need_weights=False)[0],
     "TransformerDecoderLayer": lambda m, x: m.part(x, x.flip(1)),
     "Transformer": lambda m, x: m.part(x, x.flip(1)),
     "AdaptiveLogSoftmaxWithLoss": lambda m, x: m.part.log_prob(x[:, 0]),
+    # The sum over positions for each sample: a loss inside a model
+    "LinearCrossEntropyLoss": lambda m, x: torch.stack([m.part(one, torch.arange(len(one)) % 4) for one in x])[:, None],
 }
 
 
