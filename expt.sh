@@ -66,6 +66,19 @@ refuse() {
   exit 2
 }
 
+# plain: passes text on; letters that this terminal does not have come by name, as in the programs in Python.
+plain() { python -m launch.terminals 2>/dev/null || cat; }
+
+# expanded PATH: ~ and $NAME as in every option that takes a path.
+expanded() {
+  if [[ $1 == *[~\$]* ]]; then
+    python -c 'import sys; from launch import options; print(options.expanded("out_dir", sys.argv[1]))' "$1" 2>/dev/null ||
+      refuse "--out_dir=$1: there is no such user or variable: write the path itself"
+  else
+    echo "$1"
+  fi
+}
+
 # run_training OPTION…: one run; by `fabric run`, under Slurm by `srun`, one process a task of the allocation. Where its
 # time is up (USR1 comes 120 s before the limit) the run has saved itself, and the job goes back to the queue. After TERM
 # it does not: `scancel` means it, and a job that is preempted Slurm requeues itself.
@@ -134,7 +147,7 @@ sweep() {
   for word in "${@:2}"; do
     case $word in
       --dry-run) dry_run=yes ;;
-      --out_dir=*) out_dir=${word#*=} ;;
+      --out_dir=*) out_dir=$(expanded "${word#*=}") ;;
       --run_name=*) refuse "--run_name: a sweep names its runs itself; choose --out_dir=FOLDER instead" ;;
       --*=*) given+=("$word") ;;
       *) refuse "'$word': the options of a sweep are written --NAME=VALUE or --NAME=VALUE,VALUE" ;;
@@ -165,9 +178,11 @@ sweep() {
 
 case ${1:-} in
   '')
-    sed -n '3,5s/^# *//p' "${BASH_SOURCE[0]}"
-    echo
-    for name in "${names[@]}"; do printf '  %-28s %s\n' "$name" "${about[$name]}"; done
+    {
+      sed -n '3,5s/^# *//p' "${BASH_SOURCE[0]}"
+      echo
+      for name in "${names[@]}"; do printf '  %-28s %s\n' "$name" "${about[$name]}"; done
+    } | plain
     ;;
   sweep) sweep "${@:2}" ;;
   *)

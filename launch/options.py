@@ -19,7 +19,9 @@ from pathlib import Path
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+
+from launch.terminals import show_what_can_be_shown
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -42,6 +44,22 @@ def in_one_line(error: Exception) -> str:
     """An error's kind and words, for a message."""
     words = " ".join(str(error).split())
     return f"{type(error).__name__}: {words}" if words else type(error).__name__
+
+
+def expanded(option: str, path: str | Path) -> Path:
+    """A path as a shell would have it: `~`, `~name`, `$NAME` and `${NAME}` mean what they mean there.
+
+    Every option that takes a path comes through here: a shell leaves them alone behind `=` and in a file.
+
+    Raises:
+        UsageError: there is no such variable or user.
+    """
+    words = os.path.expandvars(path)
+    if unset := re.search(r"\$(\w+|\{\w+\})", words):
+        raise UsageError(f"--{option}={path}: {unset[0]} is not set: set it, or write the path itself")
+    if words.startswith("~") and os.path.expanduser(words) == words:
+        raise UsageError(f"--{option}={path}: there is no user {words[1:].split('/')[0]}: write the path itself")
+    return Path(os.path.expanduser(words))
 
 
 @dataclass
@@ -262,12 +280,18 @@ class Config(
             UsageError: a value is out of range or options contradict each other.
         """
         self.lr_decay_type = self.lr_decay_type or self.training_type
+        self._expand_paths()
         self._check_ranges()
         self._check_without_effect()
         self._check_batch_sizes()
         self._check_schedules()
-        if self.run_name is not None and (self.run_name in ("", ".", "..") or set(self.run_name) & set("/\\\0")):
-            raise UsageError(f"--run_name='{self.run_name}' must be the name of a folder: one word without '/'")
+        if self.run_name is not None and (self.run_name in ("", ".", "..") or set(self.run_name) & set("/\\$\0")):
+            raise UsageError(f"--run_name='{self.run_name}' must be the name of a folder: one word without '/' or '$'")
+
+    def _expand_paths(self):
+        self.data_dir, self.out_dir = expanded("data_dir", self.data_dir), expanded("out_dir", self.out_dir)
+        if self.resume not in (None, "auto"):
+            self.resume = str(expanded("resume", self.resume))
 
     def _check_ranges(self):
         positive = (
@@ -405,6 +429,13 @@ class HelpFormatter(DefaultHelpFormatter):
         return {"<class 'Path'>": "PATH", "dict[str, Any]": "DICT"}.get(words, words.upper())
 
 
+class ConfigFile(ActionConfigFile):
+    """The option `--config`; its path is expanded as every other."""
+
+    def __call__(self, parser, cfg, values, option_string=None):
+        super().__call__(parser, cfg, str(expanded("config", values)), option_string)
+
+
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="main.py",
@@ -414,7 +445,7 @@ def build_parser() -> ArgumentParser:
         exit_on_error=False,
     )
     help_text = "YAML file with options, such as a run's config.yaml; later options override it"
-    parser.add_argument("--config", action="config", metavar="FILE", help=help_text)
+    parser.add_argument("--config", action=ConfigFile, metavar="FILE", help=help_text)
     for topic in Config.__bases__:
         parser.add_class_arguments(topic)
     return parser
@@ -426,6 +457,10 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     Raises:
         UsageError: an unknown option or value, or one that cannot be.
     """
+    for word in sys.argv[1:] if arguments is None else arguments:
+        if any("\udc80" <= letter <= "\udcff" for letter in word):  # how Python keeps bytes that are no letters
+            encoding = sys.getfilesystemencoding()
+            raise UsageError(f"{word} has letters that the encoding {encoding} has not: set PYTHONUTF8=1")
     try:
         options = build_parser().parse_args(arguments)
     except (argparse.ArgumentError, UnicodeDecodeError) as error:
@@ -439,6 +474,7 @@ def parse_or_exit() -> Config:
 
     Needs neither torch nor Fabric: whoever mistypes a word need not wait for them.
     """
+    show_what_can_be_shown()
     try:
         return parse()
     except UsageError as error:
@@ -550,4 +586,5 @@ def _values(kind: Any) -> str:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8")  # a file of the project, whatever the terminal is
     print(page(), end="")

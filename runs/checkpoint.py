@@ -47,7 +47,7 @@ def replacing(path: Path, mode: str = "wb") -> Iterator[IO]:
     """Write a file whole or not at all: under a temporary name, onto the disk, then renamed."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, mode) as file:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -104,7 +104,7 @@ class RunLog:
         (self.folder / "checkpoints").mkdir(exist_ok=True)
         remove_left_overs(self.folder / "checkpoints", resumed)
         self._write_config(world_size)
-        self._csv = open(self.folder / "metrics.csv", "a", newline="")  # noqa: SIM115 (closed by `finish`)
+        self._csv = open(self.folder / "metrics.csv", "a", newline="", encoding="utf-8")  # noqa: SIM115 (closed by `finish`)
         self._writer = csv.DictWriter(self._csv, COLUMNS, restval="")
         if not self._csv.tell():
             self._writer.writeheader()
