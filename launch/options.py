@@ -21,6 +21,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
+from launch import environments
 from launch.terminals import show_what_can_be_shown
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -476,22 +477,26 @@ def parse_or_exit() -> Config:
     """
     show_what_can_be_shown()
     try:
-        return parse()
+        config = parse()
+        if problem := environments.missing_launcher(config.devices):
+            raise UsageError(problem)
+        environments.forget_left_overs(config.num_nodes)
+        return config
     except UsageError as error:
-        if rank_by_launcher() == 0:
+        if environments.rank() == 0:
             say_error(str(error))
         else:
             time.sleep(GRACE)  # launchers end all processes when the first one ends: let rank 0 speak before
         sys.exit(REFUSED)
 
 
-def rank_by_launcher() -> int:
-    """The rank that torchrun or srun has given this process; 0 where nothing has."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+def say(line: str) -> None:
+    """A line on standard error, where no run has a log yet."""
+    print(f"main.py: {line}", file=sys.stderr, flush=True)
 
 
 def say_error(line: str) -> None:
-    print(f"main.py: error: {line}", file=sys.stderr, flush=True)
+    say(f"error: {line}")
 
 
 def _explain(message: str) -> str:

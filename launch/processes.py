@@ -1,5 +1,6 @@
 """Processes: Fabric under every launcher, what the options come to there, agreeing between ranks, ending together."""
 
+import contextlib
 import os
 import shlex
 import signal
@@ -9,7 +10,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -17,11 +18,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.strategies import DDPStrategy
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from launch.options import GRACE, Config, RunError, UsageError, say_error
+from launch.environments import FIRST_PROCESS, launcher, started_by_the_first_process
+from launch.options import GRACE, Config, RunError, UsageError, say, say_error
+
+PATIENCE = 10.0
+"""Seconds after which a start that waits for other processes says so."""
 
 
 def start_fabric(config: Config) -> Fabric:
@@ -36,16 +41,20 @@ def start_fabric(config: Config) -> Fabric:
         raise UsageError(f"--strategy={strategy} is not supported: whole gradients are needed; choose auto or ddp")
     share_cores()
     launched = launched_size()
-    if not (by_fabric_run or launched):
+    if not launched:
         refuse_too_many_processes(config)
         if config.num_nodes > 1 and not {"MASTER_ADDR", "NODE_RANK"} <= os.environ.keys():
             raise UsageError(
                 f"--num_nodes={config.num_nodes}: start one `fabric run` or torchrun on every node, or use srun "
-                "(docs/running.md)"
+                "(README.md, Launching)"
             )
+        if not started_by_the_first_process():
+            os.environ[FIRST_PROCESS] = str(os.getpid())
+    environments = {"torchrun": TorchElasticEnvironment, "srun": SLURMEnvironment, None: LightningEnvironment}
     try:
         if by_fabric_run:
-            fabric = Fabric()
+            with saying_for_whom_it_waits():
+                fabric = Fabric()
             _watch(fabric)
             return fabric
         devices, num_nodes = launched or (config.devices, config.num_nodes)
@@ -55,9 +64,11 @@ def start_fabric(config: Config) -> Fabric:
             devices=devices,
             num_nodes=num_nodes,
             precision=config.precision,
+            plugins=environments[launcher()](),  # as found here: Fabric would take left-over variables for a launcher
         )
         _watch(fabric)
-        fabric.launch()
+        with saying_for_whom_it_waits():
+            fabric.launch()
         return fabric
     except (RuntimeError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
@@ -65,6 +76,32 @@ def start_fabric(config: Config) -> Fabric:
             f"--accelerator={config.accelerator} --devices={config.devices}: {reason.rstrip('!.')}: "
             "choose what this machine has, or --accelerator=cpu"
         ) from None
+
+
+@contextlib.contextmanager
+def saying_for_whom_it_waits() -> Iterator[None]:
+    """Where the processes have not found each other after `PATIENCE`, one on every machine says so."""
+    timer = threading.Timer(PATIENCE, _say_for_whom_it_waits)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _say_for_whom_it_waits() -> None:
+    env, rank = os.environ, rank_zero_only.rank
+    names = ("SLURM_NTASKS", "SLURM_LOCALID") if launcher() == "srun" else ("WORLD_SIZE", "LOCAL_RANK")
+    size, local_rank = int(env.get(names[0], 1)), int(env.get(names[1], 0))
+    if size == 1 or local_rank:
+        return
+    whom = "rank 0" if rank else "rank 1" if size == 2 else f"ranks 1 to {size - 1}"
+    address = f"{env.get('MASTER_ADDR', '?')}:{env.get('MASTER_PORT', '?')}"
+    say(
+        f"rank {rank} of {size} on {socket.gethostname()} waits for {whom} at {address}: "
+        "have all processes been started, and can they reach this address?"
+    )
 
 
 def share_cores() -> None:
@@ -155,11 +192,11 @@ def refuse_single_samples(config: Config, world_size: int, least: int) -> None:
 def launched_size() -> tuple[int, int] | None:
     """Processes a node and nodes, where torchrun or srun has started this process; None where nothing has."""
     env = os.environ
-    if "LOCAL_WORLD_SIZE" in env:
+    if launcher() == "torchrun":
         return int(env["LOCAL_WORLD_SIZE"]), int(env["WORLD_SIZE"]) // int(env["LOCAL_WORLD_SIZE"])
-    if SLURMEnvironment.detect():
-        tasks = int(env.get("SLURM_STEP_NUM_TASKS", env["SLURM_NTASKS"]))
-        nodes = int(env.get("SLURM_STEP_NUM_NODES", env["SLURM_NNODES"]))
+    if launcher() == "srun":
+        tasks = int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS", 1))
+        nodes = int(env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_NNODES", 1))
         env["SLURM_NTASKS"], env["SLURM_NTASKS_PER_NODE"] = str(tasks), str(tasks // nodes)  # Fabric insists on both
         return tasks // nodes, nodes
     return None
@@ -205,8 +242,7 @@ _leaving = threading.Event()
 
 def _is_child() -> bool:
     """Started by the first process of this machine, which Fabric made a copy of (and whose exit status counts)."""
-    external = "LOCAL_WORLD_SIZE" in os.environ or SLURMEnvironment.detect()
-    return not external and int(os.environ.get("LOCAL_RANK", 0)) > 0
+    return not launcher() and started_by_the_first_process()
 
 
 def _by_torchrun() -> bool:
@@ -325,7 +361,7 @@ def _started_by() -> Sequence[str]:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_text().rstrip("\0").split("\0")
         if sys.orig_argv[-1] in words:  # else it has died, and this is the process that inherits orphans
             return words
-    return ["srun", *sys.orig_argv] if SLURMEnvironment.detect() else sys.orig_argv
+    return ["srun", *sys.orig_argv] if launcher() == "srun" else sys.orig_argv
 
 
 def device_name(device: torch.device) -> str:
