@@ -4,6 +4,7 @@ Containers and shells carry variables of launchers that are gone or were never a
 waits for others that nobody starts.
 """
 
+import functools
 import os
 from collections.abc import Mapping
 
@@ -36,9 +37,10 @@ def _has_a_terminal() -> bool:
     return True
 
 
-def started_by_the_first_process(env: Mapping[str, str] = os.environ) -> bool:
+@functools.cache  # as it was at the start: a parent may be gone when somebody asks again
+def started_by_the_first_process() -> bool:
     """This process is one of several that `python main.py` has made of itself."""
-    return env.get(FIRST_PROCESS) == str(os.getppid())
+    return os.environ.get(FIRST_PROCESS) == str(os.getppid())
 
 
 def rank(env: Mapping[str, str] = os.environ) -> int:
@@ -53,7 +55,7 @@ def missing_launcher(devices: int | str, env: Mapping[str, str] = os.environ) ->
     Args:
         devices: the option. Who names a number means the processes that the program itself starts here.
     """
-    if launcher(env) or started_by_the_first_process(env) or devices != "auto":
+    if launcher(env) or started_by_the_first_process() or devices != "auto":
         return ""
     tasks, nodes = _number(env, "SLURM_NTASKS"), _number(env, "SLURM_NNODES")
     # By these names Lightning, too, tells that somebody is at work in the job and starts what is to be started.
