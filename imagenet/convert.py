@@ -2,10 +2,11 @@
 
     python -m imagenet.convert /data/imagenet /data/imagenet-ffcv
 
-reads IMAGE_FOLDER/train/CLASS/*.JPEG and IMAGE_FOLDER/val/CLASS/*.JPEG as the program itself does, and writes train_500_0.50_90.ffcv and
-val_500_0.50_90.ffcv (resolution, share of JPEG, quality) into OUT_DIR. A file gets its name when it is whole, and one
-that is whole already is left alone: after an interruption, the same command begins anew the file that it was at, no
-other. Images that cannot be read are left out and named (`python -m imagenet.check` finds them before). Exit status: 0 done, 2 refused, 130 or 143 interrupted.
+reads IMAGE_FOLDER/train/CLASS/*.JPEG and IMAGE_FOLDER/val/CLASS/*.JPEG as the training does, and writes
+train_500_0.50_90.ffcv and val_500_0.50_90.ffcv (resolution, share of JPEG, quality) into OUT_DIR. A file gets its name
+when it is whole, and one that is whole already is left alone: after an interruption, the same command begins anew the
+file that it was at, no other. Images that cannot be read are left out and named (`python -m imagenet.check` finds them
+before). Exit status: 0 done, 2 refused, 130 or 143 interrupted.
 """
 
 import _thread
