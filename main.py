@@ -23,9 +23,8 @@ import logging
 import os
 import signal
 import sys
-import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -73,10 +72,10 @@ class Trainer:
         self.min_micro_batch_size = models.smallest_micro_batch(self.module, data_set.image_shape)
         least = self.min_micro_batch_size
         together(fabric, lambda: processes.refuse_single_samples(config, fabric.world_size, least))
+        self.model = fabric.setup_module(torch.compile(self.module) if config.compile else self.module)
+        # After the module has come to its device: Adagrad, for one, makes its state at once, where its parameters are.
         optimizer = together(fabric, lambda: optim.build(self.module.parameters(), config))
-        self.model, self.optimizer = fabric.setup(
-            torch.compile(self.module) if config.compile else self.module, optimizer
-        )
+        self.optimizer = fabric.setup_optimizers(optimizer)
         if fabric.world_size > 1:
             # Ranks may evaluate different numbers of micro-batches; running statistics are averaged in `evaluate`.
             self.model._forward_module.broadcast_buffers = False
@@ -93,6 +92,9 @@ class Trainer:
         self.totals = Totals(fabric.device)
         self.validation = Validation(data_set.num_classes, fabric.device)
         self.log: RunLog | None = None
+        self.unwritten: tuple[Callable, dict[str, Any]] | None = None  # a row, but for what the device still computes
+        self.diverged = False
+        self.agreement = processes.Agreement(fabric)
         self.stop_signal = 0
         notices = []
         if not (data_set.in_memory or config.num_workers):
@@ -151,15 +153,15 @@ class Trainer:
             row, progress.cut_off = progress.cut_off or self.step(), {}
             due = self.evaluation_is_due(row["batch_size"])
             evaluation = self.evaluate() if due else {}
-            if due and not evaluation:
+            if cut_off := due and not evaluation:
                 progress.cut_off = row
                 self.save()
-                return self.interrupted()
-            log_is_due = evaluation or progress.steps % self.config.log_interval == 0
-            if log_is_due and not self.log_step(row, evaluation):
+            elif evaluation or progress.steps % self.config.log_interval == 0:
+                self.log_step(row, evaluation)
+            self.stop_signal = self.stop_signal if cut_off else self.save_when_due(evaluation)
+            if self.diverged:
                 return "diverged"
-            self.stop_signal = self.save_when_due(evaluation)
-            if self.stop_signal and not self.finished():
+            if self.stop_signal and (cut_off or not self.finished()):
                 return self.interrupted()
         if self.checkpoints.saved_step != progress.steps:
             self.save()
@@ -217,7 +219,6 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(progress.samples, progress.steps)
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
         micro_batches = plan.micro_batches(fabric.global_rank)
         # DDP averages over ranks: together this is the mean over the global batch, however it was cut.
         loss_scale = fabric.world_size / plan.batch_size
@@ -233,8 +234,11 @@ class Trainer:
             self.totals.add(losses.detach(), logits.detach(), targets, progress.steps)
         moments = self.test_moments() if testing else None
         if self.config.grad_clip:
-            fabric.clip_gradients(self.model, self.optimizer, max_norm=self.config.grad_clip)
+            # A gradient that is not finite is the scaler's business (it skips the step) or shows in the next loss.
+            clip = {"max_norm": self.config.grad_clip, "error_if_nonfinite": False}
+            fabric.clip_gradients(self.model, self.optimizer, **clip)
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         progress.steps += 1
         progress.samples += plan.batch_size
         return moments
@@ -245,20 +249,15 @@ class Trainer:
         if not testing:
             yield
             return
-        started = time.perf_counter()
         with contextlib.ExitStack() as observation:
-            with out_of_memory_means(*IN_THE_TEST):
+            with self.totals.test(), out_of_memory_means(*IN_THE_TEST):
                 observation.enter_context(self.estimator.observe(inputs, targets, loss_scale))
-            self.totals.test_time += time.perf_counter() - started
             yield
 
     def test_moments(self) -> tests.Moments:
-        started = time.perf_counter()
         scaler = getattr(self.fabric.strategy.precision, "scaler", None)
-        with out_of_memory_means(*IN_THE_TEST):
-            moments = self.estimator.moments(scaler.get_scale() if scaler else 1.0)
-        self.totals.test_time += time.perf_counter() - started
-        return moments
+        with self.totals.test(), out_of_memory_means(*IN_THE_TEST):
+            return self.estimator.moments(scaler.get_scale() if scaler else 1.0)
 
     def explain(self, decision: tests.Decision | None) -> None:
         """Say why nothing could be decided; once, until the reason changes."""
@@ -284,59 +283,73 @@ class Trainer:
 
         Empty where a signal cuts it off, on any rank: launchers do not wait for the end of a long evaluation.
         """
-        started = time.perf_counter()
         rank, world_size = self.fabric.global_rank, self.fabric.world_size
-        own_buffers = [buffer.clone() for buffer in self.module.buffers()]
-        average_over_ranks(self.module.buffers(), world_size)
-        self.model.eval()
-        micro_batch_size = min(self.config.max_micro_batch_size, 1024)
-        rounds = -(-self.validation_samples // (micro_batch_size * world_size))  # the last one is not every rank's
-        micro_batches = self.stream.validation(rank, world_size, micro_batch_size)
-        with out_of_memory_means("a validation micro-batch", "--max_micro_batch_size"):
-            for _, batch in itertools.zip_longest(range(rounds), micro_batches):
-                self.stop_signal = processes.largest_over_ranks(self.fabric, self.interrupts.received)
-                if self.stop_signal:  # all is to be as it was before
-                    for buffer, own in zip(self.module.buffers(), own_buffers):
-                        buffer.copy_(own)
-                    return {}
-                if batch:
-                    self.validation.update(self.model(batch[0]), batch[1])
-        evaluation = self.validation.compute()
-        self.totals.pause(time.perf_counter() - started)
-        return evaluation
+        with self.totals.pause():
+            own_buffers = [buffer.clone() for buffer in self.module.buffers()]
+            average_over_ranks(self.module.buffers(), world_size)
+            self.model.eval()
+            micro_batch_size = min(self.config.max_micro_batch_size, 1024)
+            rounds = -(-self.validation_samples // (micro_batch_size * world_size))  # the last one is not every rank's
+            micro_batches = self.stream.validation(rank, world_size, micro_batch_size)
+            with out_of_memory_means("a validation micro-batch", "--max_micro_batch_size"):
+                for _, batch in itertools.zip_longest(range(rounds), micro_batches):
+                    self.stop_signal = processes.largest_over_ranks(self.fabric, self.interrupts.received)
+                    if self.stop_signal:  # all is to be as it was before
+                        for buffer, own in zip(self.module.buffers(), own_buffers):
+                            buffer.copy_(own)
+                        return {}
+                    if batch:
+                        self.validation.update(self.model(batch[0]), batch[1])
+            return self.validation.compute()
 
-    def log_step(self, row: dict[str, Any], evaluation: dict[str, float]) -> bool:
-        """Write what `step` gave and the rest of its row; False where the loss has ceased to be finite."""
+    def log_step(self, row: dict[str, Any], evaluation: dict[str, float]) -> None:
+        """Complete the row of a step but for what the device still computes, and write the row before it."""
         progress = self.progress
-        statistics, diverged_at = self.totals.read()
-        row = row | {
-            "step": progress.steps,
-            "samples": progress.samples,
-            "epoch": progress.samples / self.samples_per_epoch,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "next_batch_size": progress.batch_size,
-            **statistics,
-            **evaluation,
-        }
+        self.write_row()
+        self.unwritten = (
+            self.totals.read(),
+            row
+            | {
+                "step": progress.steps,
+                "samples": progress.samples,
+                "epoch": progress.samples / self.samples_per_epoch,
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "next_batch_size": progress.batch_size,
+                **evaluation,
+            },
+        )
+        if evaluation:  # it has waited for the device anyway
+            self.write_row()
+
+    def write_row(self) -> None:
+        """Write the row that is not yet written, if any; waits for the device to come to the end of its step."""
+        if not self.unwritten:
+            return
+        (statistics, row), self.unwritten = self.unwritten, None
+        of_training, diverged_at = statistics()
+        row |= of_training
         if self.log:
             self.log.write(row)
-            self.log.advance(progress.samples if self.config.training_type == "sample" else progress.steps)
-        if evaluation:
+            self.log.advance(row["samples"] if self.config.training_type == "sample" else row["step"])
+        if "val_loss" in row:
             self.say(texts.evaluation_text(row))
         if diverged_at is not None:
+            self.diverged = True
             self.say(
                 f"diverged: the loss was not finite at step {diverged_at + 1}: lower --learning_rate or set --grad_clip"
             )
-        return diverged_at is None
 
     def save_when_due(self, evaluation: dict[str, float]) -> int:
-        """Save a checkpoint where any rank finds one due or has received a signal; gives the signal's number, or 0."""
+        """Save a checkpoint where it is due or, on any rank, a signal was received; gives the signal's number, or 0.
+
+        What the ranks' clocks and signals ask for is agreed upon one step late: no rank waits for the others.
+        """
         progress = self.progress
-        wanted = self.interrupts.received or (SAVE if self.checkpoints.due(progress.steps) else GO_ON)
-        agreed = processes.largest_over_ranks(self.fabric, wanted)
+        wanted = self.interrupts.received or (SAVE if self.checkpoints.due_by_clock() else GO_ON)
+        agreed = self.agreement.exchange(wanted)
         if best := bool(evaluation) and self.validation.is_best():
             progress.best_step = progress.steps
-        if best or agreed:
+        if best or agreed or self.checkpoints.due(progress.steps):
             self.save()
         return agreed if agreed > SAVE else 0
 
@@ -346,13 +359,16 @@ class Trainer:
         return {"model": self.model, "optimizer": self.optimizer, "precision": precision}
 
     def save(self) -> None:
-        started = time.perf_counter()
-        marks = together(self.fabric, lambda: self.log and self.log.mark())
-        common = {"progress": asdict(self.progress), "history": self.validation.history, "marks": marks}
-        state = {**self.state(), **common}
-        own = checkpoint.state_of_rank(self.module, self.totals, self.fabric.device)
-        self.checkpoints.save(self.progress.steps, self.progress.best_step, state, own)
-        self.totals.pause(time.perf_counter() - started)
+        """A checkpoint of what is there now; none where the loss has ceased to be finite."""
+        self.write_row()
+        if self.diverged:
+            return
+        with self.totals.pause():
+            marks = together(self.fabric, lambda: self.log and self.log.mark())
+            common = {"progress": asdict(self.progress), "history": self.validation.history, "marks": marks}
+            state = {**self.state(), **common}
+            own = checkpoint.state_of_rank(self.module, self.totals, self.fabric.device)
+            self.checkpoints.save(self.progress.steps, self.progress.best_step, state, own)
 
     def restore(self, path: Path) -> dict[str, Any]:
         """Go back to what a checkpoint holds, on as many ranks as there are now; gives the log's marks."""

@@ -19,7 +19,7 @@ class SampleOrder:
             if not shuffle:
                 return torch.arange(num_samples, dtype=torch.int32, device=device)
             generator = torch.Generator().manual_seed(int(position_hash(torch.tensor(epoch), seed + 1)))
-            return torch.randperm(num_samples, generator=generator, dtype=torch.int32).to(device)
+            return torch.randperm(num_samples, generator=generator, dtype=torch.int32).to(device, non_blocking=True)
 
         # Two: a batch that crosses from one epoch to the next asks for both.
         self._permutation = lru_cache(maxsize=2)(permutation)

@@ -1,5 +1,7 @@
 """Validation metrics against plain arithmetic."""
 
+import math
+
 import pytest
 import torch
 
@@ -22,3 +24,14 @@ def test_top5_accuracy_from_100_classes_on(num_classes):
     else:
         assert evaluation["val_top5_accuracy"] == pytest.approx(sum(hits) / 37) and 0 < sum(hits) < 37
     assert validation.results().get("val_top5_accuracy") == evaluation.get("val_top5_accuracy")
+
+
+def test_a_loss_that_is_not_a_number_shows():
+    """The mean over all samples; a NaN makes it NaN, and is no best loss."""
+    validation, logits = Validation(3, torch.device("cpu")), torch.randn(5, 3)
+    validation.update(logits, torch.zeros(5, dtype=torch.int64))
+    finite = validation.compute()["val_loss"]
+    validation.update(logits, torch.zeros(5, dtype=torch.int64))
+    validation.update(torch.full((1, 3), torch.nan), torch.zeros(1, dtype=torch.int64))
+    assert math.isnan(validation.compute()["val_loss"])
+    assert validation.results()["best_val_loss"] == finite

@@ -10,12 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.fabric import Fabric
+from lightning.fabric.plugins.precision import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
 from checks.conftest import ROOT, column, launch, train
 from checks.test_data import write_cifar10
 from checks.test_options import PUBLISHED
+from launch.interrupts import Interrupts
+from launch.options import Config
 
 BIN = Path(sys.executable).parent
 TINY = ["--accelerator=cpu", "--max_samples=300", "--batch_size=32", "--run_name=run"]
@@ -141,6 +145,26 @@ def test_divergence(tmp_path):
     done = launch(sys.executable, "main.py", f"--out_dir={tmp_path}", "--run_name=run", *options)
     assert done.returncode == 3 and "not finite at step" in done.stdout
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "diverged"
+
+
+def test_divergence_with_clipping(tmp_path, capsys):
+    """A gradient that is not finite shows in the next loss; clipping it is no error of its own."""
+    options = ["--optimizer=sgd", "--learning_rate=1e38", "--decay_lr=False", "--grad_clip=1e30", "--test=False"]
+    assert main.main([*TINY, "--devices=1", f"--out_dir={tmp_path}", *options]) == 3
+    assert "not finite at step" in capsys.readouterr().out
+
+
+def test_half_precision_with_clipping(tmp_path):
+    """The scaler begins with a factor that is too large, as it does by design: the step is skipped, the next is not."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60, backoff_factor=2.0**-50)
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=MixedPrecision("16-mixed", "cpu", scaler))
+    config = Config(model="logistic", optimizer="sgd", grad_clip=1.0, test=False, out_dir=tmp_path, run_name="run")
+    trainer = main.Trainer(fabric, config, Interrupts())
+    weights = [next(trainer.module.parameters()).clone()]
+    for _ in range(2):
+        trainer.step()
+        weights.append(next(trainer.module.parameters()).clone())
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
 
 
 def test_ramp_ups_accumulation_and_clipping(tmp_path):

@@ -46,7 +46,7 @@ def start_fabric(config: Config) -> Fabric:
         if config.num_nodes > 1 and not {"MASTER_ADDR", "NODE_RANK"} <= os.environ.keys():
             raise UsageError(
                 f"--num_nodes={config.num_nodes}: start one `fabric run` or torchrun on every node, or use srun "
-                "(README.md, Launching)"
+                "(docs/running.md, Launching)"
             )
         if not started_by_the_first_process():
             os.environ[FIRST_PROCESS] = str(os.getpid())
@@ -226,6 +226,27 @@ def largest_over_ranks(fabric: Fabric, number: int) -> int:
     largest = torch.tensor(number)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=_host_group())
     return int(largest)
+
+
+class Agreement:
+    """The largest of the ranks' numbers one call later: no rank waits for the others."""
+
+    def __init__(self, fabric: Fabric):
+        self.fabric, self.largest, self.work = fabric, torch.tensor(0), None
+
+    def exchange(self, number: int) -> int:
+        """Hand in a number; gives the largest of the last call's (of a single process: this one), 0 at first."""
+        if self.fabric.world_size == 1:
+            return number
+        agreed, self.largest = self.last(), torch.tensor(number)
+        self.work = dist.all_reduce(self.largest, dist.ReduceOp.MAX, group=_host_group(), async_op=True)
+        return agreed
+
+    def last(self) -> int:
+        """The largest of what was handed in last."""
+        if self.work:
+            self.work.wait()
+        return int(self.largest)
 
 
 @lru_cache(maxsize=1)

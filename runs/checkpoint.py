@@ -3,7 +3,7 @@
 A checkpoint is one file, `RUN_FOLDER/checkpoints/step-00000120.pt`, written by Fabric's `save` and read, weights only,
 by its `load`. It holds the model, the optimizer, the gradient scaler, the progress and, for every rank, the random
 states, the buffers (BatchNorm's running statistics differ between ranks until they are averaged) and the totals since
-the last row of metrics.csv. Which sample comes next follows from the progress alone (data.py).
+the last row of metrics.csv. Which sample comes next follows from the progress alone (batches/order.py).
 """
 
 import contextlib
@@ -96,11 +96,13 @@ class Checkpoints:
         self.saved_step: int | None = None
 
     def due(self, step: int) -> bool:
-        """By the number of steps, or by this rank's clock: ranks have to agree."""
-        c = self.config
-        by_steps = bool(c.checkpoint_interval) and step % c.checkpoint_interval == 0
+        """By the number of steps."""
+        return bool(self.config.checkpoint_interval) and step % self.config.checkpoint_interval == 0
+
+    def due_by_clock(self) -> bool:
+        """By this rank's clock: ranks have to agree."""
         minutes = (time.monotonic() - self.saved_at) / 60
-        return by_steps or (c.checkpoint_minutes > 0 and minutes >= c.checkpoint_minutes)
+        return 0 < self.config.checkpoint_minutes <= minutes
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08}.pt"

@@ -1,8 +1,9 @@
 """What a run measures of itself: how far it is, training totals since the last log line, the validation metrics."""
 
+import contextlib
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,43 +37,114 @@ class Progress:
         }
 
 
+class Mark:
+    """A moment of the device: when all that is queued on it so far is done. On a CPU that is now."""
+
+    def __init__(self, device: torch.device):
+        self.at, self.event = time.perf_counter(), None
+        if device.type != "cpu":
+            self.event = torch.get_device_module(device).Event(enable_timing=True)
+            self.event.record()
+
+    def wait(self) -> None:
+        """The host waits until it is past."""
+        if self.event is not None:
+            self.event.synchronize()
+
+    def seconds_since(self, earlier: "Mark") -> float:
+        """Both are past."""
+        return self.at - earlier.at if self.event is None else earlier.event.elapsed_time(self.event) / 1000
+
+
+class Reading:
+    """Numbers on their way from the devices of all ranks to the host, which goes on until it needs them.
+
+    Args:
+        numbers: float64 (n,), on this rank's device.
+    """
+
+    def __init__(self, numbers: Tensor):
+        self.rows = numbers[None]
+        if dist.is_initialized():
+            self.rows = numbers.new_empty(dist.get_world_size(), len(numbers))
+            dist.all_gather_into_tensor(self.rows, numbers)
+        device, self.rows = numbers.device, self.rows.to("cpu", non_blocking=True)  # from a GPU into pinned memory
+        self.arrival = Mark(device)
+
+    def by_rank(self) -> list[list[float]]:
+        """The numbers of every rank. The host waits for them."""
+        self.arrival.wait()
+        return self.rows.tolist()
+
+
+@dataclass
+class Span:
+    """A stretch of training between two marks: what it holds besides training, and how many steps."""
+
+    start: Mark
+    seconds_before: float = 0.0  # in an earlier process, without its pauses
+    test_seconds_before: float = 0.0
+    pauses: list[tuple[Mark, Mark]] = field(default_factory=list)
+    tests: list[tuple[Mark, Mark]] = field(default_factory=list)
+    steps: set[int] = field(default_factory=set)
+
+    def seconds(self, end: Mark) -> float:
+        """Of training; `end` is past."""
+        return self.seconds_before + end.seconds_since(self.start) - _sum(self.pauses)
+
+    def test_seconds(self) -> float:
+        return self.test_seconds_before + _sum(self.tests)
+
+
+def _sum(pairs: list[tuple[Mark, Mark]]) -> float:
+    return sum(end.seconds_since(start) for start, end in pairs)
+
+
 class Totals:
-    """Loss, accuracy and time since the last log line; kept on the device, so that no step waits for the host."""
+    """Loss, accuracy and time since the last row; kept on the device, so that no step waits for the host."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.seconds_before = 0.0  # of a run that goes on, since its last log line
-        self.clear()
+        self.span = Span(Mark(device))
+        self._clear()
 
-    def clear(self) -> None:
+    def _clear(self) -> None:
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, samples
         self.not_finite_at = torch.full((), math.inf, dtype=torch.float64, device=self.device)
-        self.steps: set[int] = set()
-        self.test_time = 0.0
-        self.started = time.perf_counter()
 
     def start_clock(self) -> None:
         """The training begins; what went before, setting up, does not count."""
-        self.started = time.perf_counter() - self.seconds_before
+        self.span.start = Mark(self.device)
 
     def state_dict(self) -> dict[str, Any]:
+        now = Mark(self.device)
+        now.wait()
         return {
             "sums": self.sums.cpu(),
             "not_finite_at": self.not_finite_at.cpu(),
-            "steps": sorted(self.steps),
-            "test_time": self.test_time,
-            "seconds": time.perf_counter() - self.started,
+            "steps": sorted(self.span.steps),
+            "test_time": self.span.test_seconds(),
+            "seconds": self.span.seconds(now),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.sums.copy_(state["sums"])
         self.not_finite_at.copy_(state["not_finite_at"])
-        self.steps, self.test_time = set(state["steps"]), state["test_time"]
-        self.seconds_before = state["seconds"]
+        self.span = Span(Mark(self.device), state["seconds"], state["test_time"], steps=set(state["steps"]))
 
-    def pause(self, seconds: float) -> None:
-        """Do not count these seconds."""
-        self.started += seconds
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """What is inside is no training; its time does not count."""
+        start = Mark(self.device)
+        yield
+        self.span.pauses.append((start, Mark(self.device)))
+
+    @contextlib.contextmanager
+    def test(self) -> Iterator[None]:
+        """What is inside is the test's own work."""
+        start = Mark(self.device)
+        yield
+        self.span.tests.append((start, Mark(self.device)))
 
     def add(self, losses: Tensor, logits: Tensor, targets: Tensor, step: int) -> None:
         loss = losses.double().sum()
@@ -80,37 +152,42 @@ class Totals:
         self.sums += torch.stack([loss, correct, torch.full_like(loss, len(targets))])
         at = torch.where(torch.isfinite(loss), math.inf, float(step))
         self.not_finite_at = torch.minimum(self.not_finite_at, at)
-        self.steps.add(step)
+        self.span.steps.add(step)
 
-    def read(self) -> tuple[dict[str, float], int | None]:
-        """Means over all ranks, and the first step whose loss was not finite; then start anew. Waits for the device."""
-        if dist.is_initialized():
-            dist.all_reduce(self.sums)
-            dist.all_reduce(self.not_finite_at, dist.ReduceOp.MIN)
-        loss, correct, samples = self.sums.tolist()
-        at = float(self.not_finite_at)
-        seconds = time.perf_counter() - self.started
-        statistics = {
-            "train_loss": loss / samples,
-            "train_accuracy": correct / samples,
-            "step_time": seconds / len(self.steps),
-            "test_time": self.test_time / len(self.steps),
-            "samples_per_second": samples / seconds,
-        }
-        self.clear()
-        return statistics, None if math.isinf(at) else int(at)
+    def read(self) -> Callable[[], tuple[dict[str, float], int | None]]:
+        """Start anew. What is given back waits for the device and says what the time since the last call was like:
+        means over all ranks, and the first step whose loss was not finite."""
+        reading, span, end = Reading(torch.cat([self.sums, self.not_finite_at[None]])), self.span, Mark(self.device)
+        self.span = Span(end)
+        self._clear()
+
+        def statistics() -> tuple[dict[str, float], int | None]:
+            losses, corrects, counts, not_finite = zip(*reading.by_rank())
+            end.wait()
+            seconds, samples, at = span.seconds(end), sum(counts), min(not_finite)
+            return {
+                "train_loss": sum(losses) / samples,
+                "train_accuracy": sum(corrects) / samples,
+                "step_time": seconds / len(span.steps),
+                "test_time": span.test_seconds() / len(span.steps),
+                "samples_per_second": samples / seconds,
+            }, None if math.isinf(at) else int(at)
+
+        return statistics
 
 
 class Validation:
     """Loss and accuracy over the validation samples, and the best of them so far; sums run over all ranks."""
 
     def __init__(self, num_classes: int, device: torch.device):
+        # By default the metrics look at what they are given: losses that are NaN they leave out, and the host waits.
+        unchecked = {"average": "micro", "validate_args": False}
         self.metrics = {
-            "val_loss": MeanMetric().set_dtype(torch.float64).to(device),
-            "val_accuracy": MulticlassAccuracy(num_classes, average="micro").to(device),
+            "val_loss": MeanMetric(nan_strategy="disable").set_dtype(torch.float64).to(device),
+            "val_accuracy": MulticlassAccuracy(num_classes, **unchecked).to(device),
         }
         if num_classes >= 100:
-            self.metrics["val_top5_accuracy"] = MulticlassAccuracy(num_classes, top_k=5, average="micro").to(device)
+            self.metrics["val_top5_accuracy"] = MulticlassAccuracy(num_classes, top_k=5, **unchecked).to(device)
         self.history: list[dict[str, float]] = []
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
@@ -137,7 +214,7 @@ class Validation:
         return {
             **{name: last.get(name) for name in self.metrics},
             "best_val_accuracy": max((e["val_accuracy"] for e in self.history), default=None),
-            "best_val_loss": min((e["val_loss"] for e in self.history), default=None),
+            "best_val_loss": min((e["val_loss"] for e in self.history if math.isfinite(e["val_loss"])), default=None),
         }
 
 

@@ -1,0 +1,114 @@
+"""Whole training steps on a fake accelerator: tensors are where they belong, and the host seldom waits."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+import main
+from checks.fake_gpu import DEVICE, fake_gpu
+from data import DataSet
+from launch.interrupts import Interrupts
+from launch.options import Config
+
+
+def _split(count: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    return TensorDataset(images, torch.randint(10, (count,), generator=generator))
+
+
+DIGITS = DataSet(_split(300), _split(100), num_classes=10)  # real numbers: made before anything is fake
+
+
+def digits(data_dir: Path) -> DataSet:
+    return DIGITS
+
+
+def trainer(fabric, out_dir: Path, **options) -> main.Trainer:
+    defaults = {
+        "dataset": "checks.test_fake_gpu:digits",
+        "model": "cnn",
+        "max_batch_size": 200,
+        "out_dir": out_dir,
+        "run_name": "run",
+    }
+    return main.Trainer(fabric, Config(**{**defaults, **options}), Interrupts())
+
+
+OPTIMIZERS = ("adagrad", "adagradnorm", "adam", "adamw", "sgd", "sgdm")
+WAITS = {  # of a tested step
+    ("vmap", "norm"): 2,
+    ("vmap", "ip+orth"): 3,
+    ("ghost", "norm"): 2,
+    ("ghost", "ip+orth"): 3,
+    ("micro_batch", "norm"): 4,
+    ("micro_batch", "ip+orth"): 6,
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_steps_on_the_device(tmp_path, optimizer):
+    """Its state is where the parameters are, also where it is made before the first step, and after a resume."""
+    with fake_gpu() as (fabric, _):
+        run = trainer(fabric, tmp_path, optimizer=optimizer, test=False, grad_clip=1.0)
+        for _ in range(2):
+            run.step()
+        run.save()
+        run.restore(run.checkpoints.path(2))
+        run.step()
+
+
+@pytest.mark.parametrize("test_gradients, test_type", WAITS)
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_waits_of_a_step(tmp_path, test_gradients, test_type, micro_batches):
+    """The host's waits for the device, by line. May only fall."""
+    options = {"test_gradients": test_gradients, "test_type": test_type}
+    with fake_gpu() as (fabric, watch):
+        run = trainer(fabric, tmp_path, gradient_accumulation_steps=micro_batches, batch_size=24, **options)
+        run.step()
+        watch.forget()
+        run.step()
+        waits = watch.waits + watch.trailing
+        assert waits.total() <= WAITS[test_gradients, test_type], waits
+        watch.forget()
+        run.train_step(run.plan(testing=False), testing=False)
+        assert not watch.waits
+
+
+def test_waits_of_evaluation_and_row(tmp_path):
+    """A row is written when the device is busy with the next step; an evaluation reads its results at its end."""
+    with fake_gpu() as (fabric, watch):
+        run = trainer(fabric, tmp_path, test=False, max_micro_batch_size=16)
+        run.log_step(run.step(), {})
+        watch.forget()
+        row = run.step()
+        assert not watch.waits and not watch.trailing
+        run.log_step(row, {})
+        assert not watch.waits and watch.trailing
+        watch.forget()
+        run.evaluate()
+        assert watch.waits.total() <= 2, watch.waits
+
+
+def test_a_tensor_left_on_the_host_is_found():
+    with fake_gpu() as (_, watch), pytest.raises(RuntimeError, match="device"):
+        torch.ones(3, device=DEVICE) + torch.ones(3)
+
+
+def test_waits_are_seen():
+    """What waits on CUDA, and what does not."""
+    with fake_gpu() as (_, watch):
+        x = torch.ones(3, device=DEVICE)
+        waits = [x.sum().item, x.tolist, x.cpu, lambda: bool(x.any()), lambda: torch.tensor(1.0, device=DEVICE)]
+        for i, wait in enumerate(waits, start=1):
+            wait()
+            assert watch.waits.total() == i
+        torch.ones(3).to(DEVICE, non_blocking=True)
+        x.to("cpu", non_blocking=True)
+        x[x.long()] * 2
+        assert watch.waits.total() == len(waits)
+        for unknown_size in (x.nonzero, lambda: x[x > 0], lambda: x.repeat_interleave(x.long())):
+            with pytest.raises(RuntimeError):
+                unknown_size()
