@@ -193,6 +193,9 @@ class ScheduleOptions:
     """length of the warm-up [steps]"""
     lr_decay_iters: int | None = None
     """the decay ends here [steps]; default: max_iters"""
+    warmup_from: Literal["first", "zero"] = "first"
+    """learning rate of a warm-up's first step. first: learning_rate · batch_size / warmup_samples (or 1 /
+    warmup_iters), as that of the second step; zero: 0, as published, which wastes a batch"""
     milestones: list[int] = field(default_factory=list)
     """where scheduler=multistep multiplies the learning rate by gamma [samples or steps]"""
     gamma: float = 0.1
@@ -322,7 +325,11 @@ class Config(
             ("global_batch_sizes samples_stages", "stagewise_ramp_up", True),
             ("linear_ramp_up_increment", "linear_ramp_up", True),
             ("ramp_up_factor", "ramp_up_type", "factor"),
-            ("warmup_samples warmup_iters min_lr scheduler lr_decay_samples lr_decay_iters", "decay_lr", True),
+            (
+                "warmup_samples warmup_iters warmup_from min_lr scheduler lr_decay_samples lr_decay_iters",
+                "decay_lr",
+                True,
+            ),
             ("warmup_iters lr_decay_iters", "lr_decay_type", "iter"),
             ("warmup_samples lr_decay_samples", "lr_decay_type", "sample"),
             ("milestones gamma", "scheduler", "multistep"),
