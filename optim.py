@@ -114,7 +114,10 @@ def build(parameters: Iterable[Tensor], config: Config) -> torch.optim.Optimizer
         return optimizer_class(parameters, **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).split("\n")[0]
-        raise UsageError(f"--optimizer={config.optimizer} with {arguments} cannot be used here: {reason}") from None
+        raise UsageError(
+            f"--optimizer={config.optimizer} cannot be used with {arguments}: choose other values or another one "
+            f"({reason})"
+        ) from None
 
 
 def _try_out(optimizer_class: type[torch.optim.Optimizer], arguments: dict[str, Any]) -> None:

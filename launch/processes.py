@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,9 +24,12 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from launch.environments import FIRST_PROCESS, launcher, started_by_the_first_process
 from launch.options import GRACE, Config, RunError, UsageError, say, say_error
+from launch.terminals import after
 
 PATIENCE = 10.0
 """Seconds after which a start that waits for other processes says so."""
+LONG = 5.0
+"""Seconds after which whatever goes on says what it is."""
 
 
 def start_fabric(config: Config) -> Fabric:
@@ -53,7 +56,7 @@ def start_fabric(config: Config) -> Fabric:
     environments = {"torchrun": TorchElasticEnvironment, "srun": SLURMEnvironment, None: LightningEnvironment}
     try:
         if by_fabric_run:
-            with saying_for_whom_it_waits():
+            with after(PATIENCE, _say_for_whom_it_waits):
                 fabric = Fabric()
             _watch(fabric)
             return fabric
@@ -67,30 +70,25 @@ def start_fabric(config: Config) -> Fabric:
             plugins=environments[launcher()](),  # as found here: Fabric would take left-over variables for a launcher
         )
         _watch(fabric)
-        with saying_for_whom_it_waits():
+        with after(PATIENCE, _say_for_whom_it_waits):
             fabric.launch()
         return fabric
     except (RuntimeError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(
-            f"--accelerator={config.accelerator} --devices={config.devices}: {reason.rstrip('!.')}: "
-            "choose what this machine has, or --accelerator=cpu"
+            f"--accelerator={config.accelerator} --devices={config.devices}: choose what this machine has, or "
+            f"--accelerator=cpu ({reason.rstrip('!.')})"
         ) from None
 
 
-@contextlib.contextmanager
-def saying_for_whom_it_waits() -> Iterator[None]:
-    """Where the processes have not found each other after `PATIENCE`, one on every machine says so."""
-    timer = threading.Timer(PATIENCE, _say_for_whom_it_waits)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+def naming_long_work(fabric: Fabric, what: str) -> contextlib.AbstractContextManager:
+    """Where what is inside takes long, the first rank says what it is."""
+    first = fabric.is_global_zero
+    return after(LONG, lambda: say(f"{what} …")) if first else contextlib.nullcontext()
 
 
 def _say_for_whom_it_waits() -> None:
+    """One process on every machine."""
     env, rank = os.environ, rank_zero_only.rank
     names = ("SLURM_NTASKS", "SLURM_LOCALID") if launcher() == "srun" else ("WORLD_SIZE", "LOCAL_RANK")
     size, local_rank = int(env.get(names[0], 1)), int(env.get(names[1], 0))
@@ -304,12 +302,12 @@ def _ended(status: int) -> str:
 
 
 def report(error: Exception) -> None:
-    """Say in one line why the run ends; with a traceback where nobody has foreseen it."""
+    """Say in one line why the run ends; where nobody has foreseen it, the traceback is kept."""
     rank = rank_zero_only.rank
     if _is_lost_worker(error):
         error = RunError(
-            f"--num_workers: {_first_line(error)} (where memory or shared memory (/dev/shm) ran out, take fewer "
-            "--num_workers or a smaller --batch_ahead)"
+            "--num_workers: where memory or shared memory (/dev/shm) ran out, take fewer --num_workers or a smaller "
+            f"--batch_ahead ({_first_line(error)})"
         )
     several = dist.is_initialized() and dist.get_world_size() > 1
     where = f"rank {rank} on {socket.gethostname()}: " if several else ""
@@ -327,8 +325,29 @@ def report(error: Exception) -> None:
     elif isinstance(error, RunError):
         say_error(f"{where}{error}")
     else:
-        traceback.print_exception(error)
-        say_error(f"{where}{type(error).__name__}: {_first_line(error)}")
+        say_error(f"{where}{_traceback_kept(error)}{type(error).__name__}: {_first_line(error)}")
+
+
+_run_folder: Path | None = None
+
+
+def errors_go_to(folder: Path) -> None:
+    """From now on `report` has a folder for tracebacks."""
+    global _run_folder
+    _run_folder = folder
+
+
+def _traceback_kept(error: Exception) -> str:
+    """Write the traceback to the run's error.log, and say so; on standard error, where there is no folder yet."""
+    lines = "".join(traceback.format_exception(error))
+    heading = f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank_zero_only.rank} on {socket.gethostname()}"
+    try:
+        with open(_run_folder / "error.log", "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{heading}: {shlex.join(sys.argv)}\n{lines}\n")
+    except (OSError, TypeError):  # TypeError: there is none
+        print(lines, end="", file=sys.stderr)
+        return ""
+    return f"see the traceback in {_run_folder / 'error.log'}: "
 
 
 def _is_lost_contact(error: Exception) -> bool:

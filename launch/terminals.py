@@ -1,8 +1,11 @@
 """Terminals: what a stream's encoding cannot show is written by letters that it can, and ends no program."""
 
 import codecs
+import contextlib
 import sys
+import threading
 import unicodedata
+from collections.abc import Callable, Iterator
 
 NAMES = {"η": "eta", "θ": "theta", "ν": "nu", "×": "x", "±": "+-", "…": "...", "−": "-", "–": "-", "—": "-", "·": "*",
          "‖": "||", "√": "sqrt", "≤": "<=", "≥": ">=", "→": "->", "“": '"', "”": '"', "’": "'"}  # fmt: skip
@@ -27,6 +30,18 @@ def show_what_can_be_shown() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook has streams of its own
             stream.reconfigure(errors="stand_ins")
+
+
+@contextlib.contextmanager
+def after(seconds: float, say: Callable[[], None]) -> Iterator[None]:
+    """Call `say`, in a thread of its own, where what is inside takes longer."""
+    timer = threading.Timer(seconds, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 if __name__ == "__main__":  # for expt.sh

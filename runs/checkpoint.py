@@ -26,7 +26,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from launch.options import Config, RunError, UsageError
-from launch.processes import together
+from launch.processes import errors_go_to, together
 from runs.metrics import Totals
 
 # What may differ between a run and its continuation: where things are, how often something is written, and how a batch
@@ -91,6 +91,7 @@ class Checkpoints:
     def __init__(self, fabric: Fabric, config: Config, folder: Path | None):
         self.fabric, self.config = fabric, config
         self.folder = Path(fabric.broadcast(str(folder and folder.absolute()))) / "checkpoints"
+        errors_go_to(self.folder.parent)
         self.io = fabric.strategy.checkpoint_io = DurableIO()
         self.saved_at = time.monotonic()
         self.saved_step: int | None = None

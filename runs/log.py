@@ -27,7 +27,7 @@ from torch.utils.tensorboard.summary import scalar
 from tqdm import tqdm
 
 from launch.options import Config, UsageError
-from launch.processes import resume_command
+from launch.processes import errors_go_to, resume_command
 from runs import figures, reading
 from runs.checkpoint import plain_options, remove_left_overs, replacing, unwritable
 
@@ -97,6 +97,7 @@ class RunLog:
         before = resumed and resumed.absolute().parent.parent
         self.folder = self._make_folder(before)
         self._lock = _locked(self.folder)
+        errors_go_to(self.folder)
         marks = marks or {"files": {}, "seconds": 0.0}
         _rewind(before or self.folder, self.folder, marks["files"])
         self._last_line = time.perf_counter()

@@ -131,7 +131,7 @@ def read_run(folder: Path) -> Run:
 @cache
 def _defaults() -> dict[str, Any]:
     """What an option that came later was in earlier runs."""
-    return asdict(Config())
+    return {**asdict(Config()), "warmup_from": "zero"}
 
 
 def _words(error: Exception) -> str:
@@ -203,6 +203,8 @@ def without_effect(options: dict[str, Any]) -> set[str]:
         unused |= {"global_batch_sizes", "samples_stages"}
         if not (options["test"] or options["linear_ramp_up"]):
             unused.add("max_batch_size")
+    if not (options["decay_lr"] and (options["warmup_samples"] or options["warmup_iters"])):
+        unused.add("warmup_from")
     if not options["linear_ramp_up"]:
         unused.add("linear_ramp_up_increment")
     return unused
