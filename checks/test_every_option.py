@@ -68,7 +68,7 @@ NUMBERS = {
 OWN = {  # what a type does not tell
     "dataset": [f"{HERE}:tiny", f"{HERE}:streamed", "digits", "mnst", f"{HERE}:none", "no.such:thing", ":", ""],
     "model": ["logistic", f"{HERE}:with_batch_norm", "resnt18", f"{HERE}:tiny", "no.such:thing", ""],
-    "optimizer": ["sgd", "sgdm", "adam", "adagrad", "adagradnorm", "RMSprop", "LBFGS", "Rprop", "torch.optim:SGD", "", "x:y"],
+    "optimizer": ["sgd", "sgdm", "adam", "adagrad", "adagradnorm", "RMSprop", "LBFGS", "Rprop", "torch.optim:SGD", ""],
     "optimizer_args": ["{}", "{eps: 1.0e-3}", "{nonsense: 1}", "{eps: many}", "3", "{lr: -1}"],
     "data_dir": ["data", "/dev/null/x", "$NOWHERE_AT_ALL/x", "~nobody_at_all/x", ""],
     "out_dir": ["/dev/null/x", "$NOWHERE_AT_ALL/x", "/proc/x"],
@@ -161,7 +161,7 @@ def test_no_third_way(context, words):
 def test_what_it_is_made_of():
     """The words reach every option, some are taken and some refused, and a failure would be seen."""
     assert set(OPTIONS) == {entry.name for entry in fields(Config)}
-    assert outcome([])[0] == 0 and outcome(["--learning_rate=1e300", "--optimizer=sgd"])[0] in (0, 3)
+    assert outcome([])[0] == 0 and outcome(["--learning_rate=1e30", "--optimizer=sgd"])[0] in (0, 3)
     assert outcome(["--eta=0"])[0] == 2
     with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError, match="status 1"):
         patch.setattr(main.Trainer, "step", lambda trainer: 1 / 0)
