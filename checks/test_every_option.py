@@ -9,6 +9,7 @@ import io
 import os
 import tempfile
 import threading
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
@@ -142,20 +143,28 @@ def outcome(words: list[str]) -> tuple[int, str, bool]:
         return status, said.getvalue(), any(Path(folder).iterdir())
 
 
-def assert_no_third_way(words: list[str]) -> None:
+def assert_no_third_way(words: list[str]) -> str:
+    """ "ran" or "refused"."""
     status, said, left = outcome(words)
     assert status in OUTCOMES, f"{' '.join(words)}: status {status}: {said}"
     if status == 2:
         lines = said.splitlines()
         assert len(lines) == 1 and lines[0].startswith("main.py: error: "), f"{' '.join(words)}: {said}"
         assert not left, f"{' '.join(words)}: refused, and something was left behind"
+    return OUTCOMES[status]
 
 
-@settings(max_examples=EXAMPLES, deadline=None, derandomize="ADADAGRAD_EXAMPLES" not in os.environ, database=None,
-          suppress_health_check=list(HealthCheck))  # fmt: skip
-@given(st.sampled_from(CONTEXTS), st.lists(WORDS, min_size=1, max_size=3))
-def test_no_third_way(context, words):
-    assert_no_third_way([*context.split(), *words])
+def test_no_third_way():
+    seen = Counter()
+
+    @settings(max_examples=EXAMPLES, deadline=None, derandomize="ADADAGRAD_EXAMPLES" not in os.environ, database=None,
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(st.sampled_from(CONTEXTS), st.lists(WORDS, min_size=1, max_size=3))
+    def check(context, words):
+        seen[assert_no_third_way([*context.split(), *words])] += 1
+
+    check()
+    assert min(seen["ran"], seen["refused"]) > EXAMPLES / 6, seen
 
 
 def test_what_it_is_made_of():

@@ -70,7 +70,7 @@ class DataOptions:
     dataset: str = "digits"
     """digits, mnist, fashion_mnist, cifar10, cifar100, imagenet, or an import path package.module:function"""
     data_dir: Path = Path("data")
-    """folder of the data sets; what is missing is downloaded into it"""
+    """folder of the data sets; official archives there are unpacked, what is missing is downloaded into it"""
     shuffle: bool = True
     """a new random order of the training set every epoch"""
     num_workers: int = 0
