@@ -43,7 +43,7 @@ import tests
 from launch import processes
 from launch.interrupts import Interrupts
 from launch.options import REFUSED, Config, RunError, UsageError
-from launch.processes import together
+from launch.processes import naming_long_work, together
 from runs import checkpoint
 from runs import log as texts
 from runs.log import RunLog
@@ -61,8 +61,9 @@ class Trainer:
     def __init__(self, fabric: Fabric, config: Config, interrupts: Interrupts):
         self.fabric, self.interrupts = fabric, interrupts
         config, self.resumed = checkpoint.resumption(fabric, config)
-        together(fabric, lambda: fabric.is_global_zero and data.prepare(config.dataset, config.data_dir))
-        data_set = together(fabric, lambda: data.load(config.dataset, config.data_dir))
+        with naming_long_work(fabric, f"reading {config.dataset} in {config.data_dir}"):
+            together(fabric, lambda: fabric.is_global_zero and data.prepare(config.dataset, config.data_dir))
+            data_set = together(fabric, lambda: data.load(config.dataset, config.data_dir))
         self.samples_per_epoch, self.validation_samples = len(data_set.train), len(data_set.val)
         requested_precision = os.environ.get("LT_PRECISION", config.precision)
         self.config = config = together(fabric, lambda: processes.resolve(config, fabric, self.samples_per_epoch))
@@ -85,7 +86,8 @@ class Trainer:
             data_set, config.seed, config.shuffle, fabric.device, dtype, config.num_workers, config.batch_ahead
         )
         if config.strategy == "ddp":
-            together(fabric, self.refuse_unused_parameters)
+            with naming_long_work(fabric, "looking for parameters that the loss does not use"):
+                together(fabric, self.refuse_unused_parameters)
         self.learning_rate = optim.LearningRate(config, config.max_samples)
         self.controller = batches.controller(config, self.learning_rate.decay, optim.is_adaptive(optimizer))
         self.progress = Progress(config.batch_size)
@@ -101,7 +103,10 @@ class Trainer:
             notices.append("--num_workers=0: the training process itself reads the samples, and waits for them")
         if fabric.device.type == "cpu" and requested_precision.startswith("16"):
             notices.append(f"precision is {config.precision}: {requested_precision} needs a GPU")
-        self.estimator, told = together(fabric, self.set_up_estimator)
+        if config.compile:
+            notices.append("--compile: the first steps wait for the compiler, minutes for a large network")
+        with naming_long_work(fabric, "checking the test's statistics on a few samples"):
+            self.estimator, told = together(fabric, self.set_up_estimator)
         marks = self.restore(self.resumed) if self.resumed else None
         self.log = together(fabric, lambda: self.open_log(marks))
         self.checkpoints = checkpoint.Checkpoints(fabric, config, self.log and self.log.folder)

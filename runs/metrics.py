@@ -67,7 +67,7 @@ class Reading:
         self.rows = numbers[None]
         if dist.is_initialized():
             self.rows = numbers.new_empty(dist.get_world_size(), len(numbers))
-            dist.all_gather_into_tensor(self.rows, numbers)
+            dist.all_gather_into_tensor(self.rows, numbers[None])  # gloo insists on the shape
         device, self.rows = numbers.device, self.rows.to("cpu", non_blocking=True)  # from a GPU into pinned memory
         self.arrival = Mark(device)
 
