@@ -1,6 +1,7 @@
 """What the estimators share: sums over ranks, the mean gradient, norms of tensors as large as the model."""
 
 import contextlib
+import re
 from collections.abc import Callable, Iterable
 
 import torch
@@ -49,6 +50,10 @@ class Estimator:
         self.sums = torch.zeros(3, dtype=torch.float64, device=next(self.model.parameters()).device)
         self.gradient_sum: dict[str, Tensor] = {}
 
+    def forget(self) -> None:
+        """Drop what was observed since the last call of `moments`."""
+        self._start()
+
     def observe(self, inputs: Tensor, targets: Tensor, loss_scale: float = 1.0) -> contextlib.AbstractContextManager:
         """Add a micro-batch; the training pass on it, whose loss is loss_scale · Σ ℓ_i, runs inside."""
         raise NotImplementedError
@@ -92,8 +97,18 @@ class Estimator:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """On the device, which is the host where there is no other."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    """On the device, which is the host where there is no other.
+
+    Libraries say it in words of their own: cuDNN finds no engine whose workspace fits, cuBLAS and NCCL allocate, too.
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+
+
+_OUT_OF_MEMORY = re.compile(
+    "out of memory|can't allocate memory|ALLOC_FAILED|ALLOCATION_FAILED|unable to find an engine|CUDA calloc", re.I
+)
 
 
 def training_gradient(parameters: dict[str, nn.Parameter], grad_scale: float) -> dict[str, Tensor]:
