@@ -1,5 +1,5 @@
 # make quickstart: set up and train once.   make test: set up and run the whole test suite.
-# make install-imagenet: what ffcv files need beside the system's libraries (README.md, 'ImageNet').
+# make install-imagenet: what ffcv files need beside the system's libraries (docs/imagenet.md).
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin

@@ -88,7 +88,7 @@ class Trainer:
             together(fabric, self.refuse_unused_parameters)
             together(fabric, lambda: processes.refuse_unequal_numbers(config, self.module))
         self.learning_rate = optim.LearningRate(config, config.max_samples)
-        self.schedule = batches.schedule(config)
+        self.controller = batches.controller(config, self.learning_rate.decay, optim.is_adaptive(optimizer))
         self.progress = Progress(config.batch_size)
         self.totals = Totals(fabric.device)
         self.validation = Validation(data_set.num_classes, fabric.device)
@@ -102,7 +102,7 @@ class Trainer:
             notices.append("--num_workers=0: the training process itself reads the samples, and waits for them")
         if fabric.device.type == "cpu" and requested_precision.startswith("16"):
             notices.append(f"precision is {config.precision}: {requested_precision} needs a GPU")
-        self.test, self.estimator, told = self.set_up_test()
+        self.estimator, told = self.set_up_estimator()
         size, told_of_size = rehearsal.rehearse(self)
         self.config = config = replace(config, max_micro_batch_size=size)
         marks = self.restore(self.resumed) if self.resumed else None
@@ -127,18 +127,17 @@ class Trainer:
         with self.fabric.autocast():
             models.refuse_unused_parameters(self.module, mean_loss, *self.stream.read(range(2)), self.config)
 
-    def set_up_test(self) -> tuple[tests.Test | None, gradients.Estimator | None, list[str]]:
-        """The test, where its statistics come from, and what the user should be told of them."""
-        c = self.config
-        if not c.test:
-            return None, None, []
-        test = tests.build(c.test_type, c.eta, c.theta, c.nu)
+    def set_up_estimator(self) -> tuple[gradients.Estimator | None, list[str]]:
+        """Where the statistics come from, and what the user should be told of them."""
+        c, test = self.config, self.controller.test
+        if not (c.test or c.monitor_interval):
+            return None, []
         self.model.train()
         estimator, told = gradients.build(
             c.test_gradients,
             self.module,
             mean_loss,
-            test.needs_inner_products,
+            bool(test and test.needs_inner_products),
             c.max_test_micro_batch_size,
             probe=self.stream.read(range(min(3, self.samples_per_epoch))),
             autocast=self.fabric.autocast,
@@ -146,7 +145,7 @@ class Trainer:
             num_groups=c.test_groups,
             notify=self.notify,
         )
-        return test, estimator, told
+        return estimator, told
 
     def fit(self) -> str:
         """Train to the end; returns the run's status."""
@@ -178,18 +177,26 @@ class Trainer:
         """One step and the next batch's size; gives what the step's row says of its batch and its test."""
         testing = self.test_is_due()
         plan = self.plan(testing)
+        lr_factor = self.controller.lr_factor
         moments = self.train_step(plan, testing)
-        decision = self.test(moments) if moments else None
-        self.progress.batch_size = self.schedule(plan.batch_size, self.progress.samples, decision)
-        self.explain(decision)
+        if moments:
+            self.explain(self.controller.observe(moments))
+        self.progress.batch_size = self.controller.step().batch_size
         row = {
             "batch_size": plan.batch_size,
             "micro_batch_size": plan.micro_batch_size,
             "gradient_accumulation_steps": plan.steps,
+            "lr_factor": lr_factor,
         }
         if moments:
-            names = ("variance", "variance_inner_product", "variance_orthogonality", "grad_norm_sq", "noise_scale")
-            row |= {name: getattr(moments, name) for name in names}
+            names = (
+                "variance",
+                "variance_inner_product",
+                "variance_orthogonality",
+                "grad_norm_sq",
+                "batch_noise_scale",
+            )
+            row |= {name: getattr(moments, name) for name in names} | {"noise_scale": self.controller.noise_scale}
         return row
 
     def finished(self) -> bool:
@@ -213,15 +220,17 @@ class Trainer:
         )
 
     def test_is_due(self) -> bool:
-        """Every `test_interval` steps until the batch has its largest size."""
-        c = self.config
-        return c.test and self.progress.steps % c.test_interval == 0 and self.progress.batch_size < c.max_batch_size
+        """Every `test_interval` steps until the batch has its largest size, and whenever something else asks for it."""
+        c, steps = self.config, self.progress.steps
+        read_at_the_end = c.may_shrink or c.lr_scaling == "adascale"
+        tested = c.test and (self.progress.batch_size < c.max_batch_size or read_at_the_end)
+        return (tested and steps % c.test_interval == 0) or (c.monitor_interval and steps % c.monitor_interval == 0)
 
     def train_step(self, plan: batches.Plan, testing: bool) -> tests.Moments | None:
         """One optimizer step on one global batch; the moments of its gradients where they are tested."""
         fabric, progress = self.fabric, self.progress
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(progress.samples, progress.steps)
+            group["lr"] = self.learning_rate(progress.samples, progress.steps, self.controller.lr_factor)
         self.model.train()
         micro_batches = plan.micro_batches(fabric.global_rank)
         # DDP averages over ranks: together this is the mean over the global batch, however it was cut.
@@ -332,7 +341,9 @@ class Trainer:
         if not self.unwritten:
             return
         (statistics, row), self.unwritten = self.unwritten, None
-        of_training, diverged_at = statistics()
+        of_training, diverged_at, timed = statistics()
+        if timed:
+            self.controller.step_time.observe(*timed)
         row |= of_training
         if self.log:
             self.log.write(row)
@@ -372,6 +383,7 @@ class Trainer:
         with self.totals.pause():
             marks = together(self.fabric, lambda: self.log and self.log.mark())
             common = {"progress": asdict(self.progress), "history": self.validation.history, "marks": marks}
+            common["controller"] = self.controller.state_dict()
             state = {**self.state(), **common}
             own = checkpoint.state_of_rank(self.module, self.totals, self.fabric.device)
             self.checkpoints.save(self.progress.steps, self.progress.best_step, state, own)
@@ -380,6 +392,7 @@ class Trainer:
         """Go back to what a checkpoint holds, on as many ranks as there are now; gives the log's marks."""
         rest = self.fabric.load(path, self.state(), weights_only=True)
         self.progress, self.validation.history = Progress(**rest["progress"]), rest["history"]
+        self.controller.load_state_dict(rest["controller"])
         rank, world_size = self.fabric.global_rank, self.fabric.world_size
         new_seed = self.config.seed + 1 + rank + (self.progress.samples << 32)  # nothing is drawn twice
         checkpoint.restore_rank(rest["ranks"], rank, world_size, self.module, self.totals, self.fabric.device, new_seed)

@@ -7,9 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import batches
-from batches import sizes
 from batches.order import SampleOrder
-from tests import Decision
 
 
 @given(
@@ -90,34 +88,6 @@ def test_order_changes_with_epoch_and_seed():
         SampleOrder(50, seed, True).samples(range(e * 50, e * 50 + 50)).tolist() for seed in (0, 1) for e in (0, 1)
     ]
     assert len({tuple(order) for order in orders}) == 4
-
-
-FAIL, PASS, NONE = Decision(False, 700), Decision(True, 64), Decision(None, 64, "why")
-
-
-@pytest.mark.parametrize(
-    "schedule, batch_size, samples, decision, expected",
-    [
-        (sizes.Constant(), 64, 0, FAIL, 64),
-        (sizes.Adaptive(1000), 64, 0, FAIL, 700),
-        (sizes.Adaptive(500), 64, 0, FAIL, 500),
-        (sizes.Adaptive(1000), 64, 0, PASS, 64),
-        (sizes.Adaptive(1000), 64, 0, NONE, 64),
-        (sizes.Adaptive(1000), 64, 0, None, 64),
-        (sizes.Adaptive(1000, factor=2.0), 64, 0, FAIL, 128),
-        (sizes.Adaptive(1000, factor=1.001), 64, 0, FAIL, 65),
-        (sizes.Adaptive(100, factor=2.0), 64, 0, FAIL, 100),
-        (sizes.Stagewise([8, 16, 32], [100, 100, 100]), 8, 99, None, 8),
-        (sizes.Stagewise([8, 16, 32], [100, 100, 100]), 8, 100, None, 16),
-        (sizes.Stagewise([8, 16, 32], [100, 50, 100]), 16, 150, None, 32),
-        (sizes.Stagewise([8, 16, 32], [100, 50, 100]), 32, 10**6, None, 32),
-        (sizes.Linear(100, 30), 64, 0, None, 94),
-        (sizes.Linear(100, 30), 94, 0, None, 100),
-        (sizes.Linear(100, 30), 100, 0, None, 100),
-    ],
-)
-def test_schedules(schedule, batch_size, samples, decision, expected):
-    assert schedule(batch_size, samples, decision) == expected
 
 
 def test_quickest_size():

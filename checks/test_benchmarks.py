@@ -1,4 +1,4 @@
-"""The benchmarks run and say the truth; the calibration of the README in small."""
+"""The benchmarks run and say the truth; the calibration of docs/statistics.md in small."""
 
 import json
 

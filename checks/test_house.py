@@ -14,17 +14,18 @@ ARROWS = {
     "main": {"rehearsal", "batches", "data", "models", "optim", "gradients", "runs", "tests", "launch"},
     "rehearsal": {"batches", "gradients", "runs", "launch"},
     "report": {"runs", "launch"},
-    "batches": {"data", "tests", "launch"},
+    "batches": {"data", "control", "tests", "launch"},
     "data": {"imagenet", "launch"},
     "models": {"gradients", "launch"},
     "optim": {"launch"},
+    "control": {"tests"},
     "gradients": {"tests"},
     "runs": {"launch"},
     "imagenet": {"launch"},
     "launch": set(),
     "tests": set(),
 }
-WITHOUT_FABRIC = ("tests", "batches", "optim", "gradients", "models", "data", "imagenet")
+WITHOUT_FABRIC = ("tests", "control", "batches", "optim", "gradients", "models", "data", "imagenet")
 
 
 def modules(room: str) -> list:
@@ -34,7 +35,12 @@ def modules(room: str) -> list:
 def imported(path) -> set[str]:
     """All that a file imports, wherever in it: dotted names."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for_types = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
+    skipped = {id(inner) for node in for_types for inner in ast.walk(node)}  # never executed
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -46,7 +46,7 @@ def start_fabric(config: Config) -> Fabric:
         if config.num_nodes > 1 and not {"MASTER_ADDR", "NODE_RANK"} <= os.environ.keys():
             raise UsageError(
                 f"--num_nodes={config.num_nodes}: start one `fabric run` or torchrun on every node, or use srun "
-                "(docs/running.md)"
+                "(docs/running.md, Launching)"
             )
     try:
         if by_fabric_run:
@@ -138,8 +138,11 @@ def resolve(config: Config, fabric: Fabric, training_samples: int) -> Config:
     if config.stagewise_ramp_up:
         sizes = config.global_batch_sizes
         effective["batch_size"] = sizes[0]
-        if not config.samples_stages:
-            effective["samples_stages"] = [effective.get("max_samples", config.max_samples) // len(sizes)] * len(sizes)
+        length = effective.get("max_samples", config.max_samples)
+        stages = config.samples_stages or [length // len(sizes)] * len(sizes)
+        effective["samples_stages"] = [
+            round(float(stage[:-1]) / 100 * length) if isinstance(stage, str) else stage for stage in stages
+        ]
     unit = {"sample": "samples", "iter": "iters"}[config.lr_decay_type]
     if config.decay_lr and config.scheduler != "multistep" and getattr(config, f"lr_decay_{unit}") is None:
         effective[f"lr_decay_{unit}"] = effective.get(f"max_{unit}", getattr(config, f"max_{unit}"))

@@ -3,7 +3,7 @@
 A checkpoint is one file, `RUN_FOLDER/checkpoints/step-00000120.pt`, written by Fabric's `save` and read, weights only,
 by its `load`. It holds the model, the optimizer, the gradient scaler, the progress and, for every rank, the random
 states, the buffers (BatchNorm's running statistics differ between ranks until they are averaged) and the totals since
-the last row of metrics.csv. Which sample comes next follows from the progress alone (data.py).
+the last row of metrics.csv. Which sample comes next follows from the progress alone (batches/order.py).
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from runs.metrics import Totals
 # is cut over devices and passes. All else changes the mathematics.
 FREE = """
     data_dir num_workers batch_ahead compile max_micro_batch_size max_test_micro_batch_size gradient_accumulation_steps
-    accelerator strategy devices num_nodes timeout_minutes deterministic
+    accelerator strategy devices num_nodes timeout_minutes deterministic recipe
     out_dir run_name log_interval eval_interval checkpoint_interval checkpoint_minutes keep_checkpoints resume
 """.split()  # noqa: SIM905
 GROWING = ("max_samples", "max_iters")
