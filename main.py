@@ -25,7 +25,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ import data
 import gradients
 import models
 import optim
+import rehearsal
 import tests
 from launch import processes
 from launch.interrupts import Interrupts
@@ -71,23 +72,23 @@ class Trainer:
         fabric.seed_everything(config.seed, verbose=False)  # the same weights on every rank
         self.module = together(fabric, lambda: models.build(config.model, data_set.image_shape, data_set.num_classes))
         self.min_micro_batch_size = models.smallest_micro_batch(self.module, data_set.image_shape)
+        self.couples_samples = gradients.couples_samples(self.module)
         least = self.min_micro_batch_size
         together(fabric, lambda: processes.refuse_single_samples(config, fabric.world_size, least))
-        self.model = fabric.setup_module(torch.compile(self.module) if config.compile else self.module)
+        with out_of_memory_means("the model", "take a smaller --model"):
+            self.model = fabric.setup_module(torch.compile(self.module) if config.compile else self.module)
         # After the module has come to its device: Adagrad, for one, makes its state at once, where its parameters are.
         optimizer = together(fabric, lambda: optim.build(self.module.parameters(), config))
         self.optimizer = fabric.setup_optimizers(optimizer)
-        if fabric.world_size > 1:
-            # Ranks may evaluate different numbers of micro-batches; running statistics are averaged in `evaluate`.
-            self.model._forward_module.broadcast_buffers = False
         torch.manual_seed(config.seed + 1 + fabric.global_rank)  # dropout differs between ranks
         dtype = next(self.module.parameters()).dtype
-        self.stream = batches.build(
-            data_set, config.seed, config.shuffle, fabric.device, dtype, config.num_workers, config.batch_ahead
-        )
+        arguments = (config.seed, config.shuffle, fabric.device, dtype, config.num_workers, config.batch_ahead)
+        with out_of_memory_means("the data set", "take one that is read while training goes on (docs/extending.md)"):
+            self.stream = batches.build(data_set, *arguments)
         if config.strategy == "ddp":
             with naming_long_work(fabric, "looking for parameters that the loss does not use"):
                 together(fabric, self.refuse_unused_parameters)
+            together(fabric, lambda: processes.refuse_unequal_numbers(config, self.module))
         self.learning_rate = optim.LearningRate(config, config.max_samples)
         self.controller = batches.controller(config, self.learning_rate.decay, optim.is_adaptive(optimizer))
         self.progress = Progress(config.batch_size)
@@ -107,12 +108,14 @@ class Trainer:
             notices.append("--compile: the first steps wait for the compiler, minutes for a large network")
         with naming_long_work(fabric, "checking the test's statistics on a few samples"):
             self.estimator, told = together(fabric, self.set_up_estimator)
+        size, told_of_size = rehearsal.rehearse(self)
+        self.config = config = replace(config, max_micro_batch_size=size)
         marks = self.restore(self.resumed) if self.resumed else None
         self.log = together(fabric, lambda: self.open_log(marks))
         self.checkpoints = checkpoint.Checkpoints(fabric, config, self.log and self.log.folder)
         parameters = sum(parameter.numel() for parameter in self.module.parameters())
         self.say(texts.introduction(config, parameters, self.samples_per_epoch, fabric.world_size, fabric.device.type))
-        for line in (*notices, *told):
+        for line in (*notices, *told, *told_of_size):
             self.notify(line)
 
     def open_log(self, marks: dict[str, Any] | None) -> RunLog | None:
@@ -221,6 +224,7 @@ class Trainer:
             c.max_micro_batch_size,
             steps,
             self.min_micro_batch_size,
+            even=self.couples_samples,
         )
 
     def test_is_due(self) -> bool:
@@ -241,7 +245,9 @@ class Trainer:
         loss_scale = fabric.world_size / plan.batch_size
         for i, (inputs, targets) in enumerate(self.stream.take(micro_batches), start=1):
             with (
-                out_of_memory_means("a micro-batch", f"--max_micro_batch_size (this one has {len(inputs)} samples)"),
+                out_of_memory_means(
+                    "a micro-batch", f"lower --max_micro_batch_size (this one has {len(inputs)} samples)"
+                ),
                 fabric.no_backward_sync(self.model, enabled=i < len(micro_batches)),
                 self.observing(testing, inputs, targets, loss_scale, whole=len(micro_batches) == 1),
             ):
@@ -308,7 +314,7 @@ class Trainer:
             micro_batch_size = min(self.config.max_micro_batch_size, 1024)
             rounds = -(-self.validation_samples // (micro_batch_size * world_size))  # the last one is not every rank's
             micro_batches = self.stream.validation(rank, world_size, micro_batch_size)
-            with out_of_memory_means("a validation micro-batch", "--max_micro_batch_size"):
+            with out_of_memory_means("a validation micro-batch", "lower --max_micro_batch_size"):
                 for _, batch in itertools.zip_longest(range(rounds), micro_batches):
                     self.stop_signal = processes.largest_over_ranks(self.fabric, self.interrupts.received)
                     if self.stop_signal:  # all is to be as it was before
@@ -425,18 +431,21 @@ class Trainer:
         }
 
 
-IN_THE_TEST = "the test", "--max_test_micro_batch_size or --max_micro_batch_size (or take --test_gradients=micro_batch)"
+IN_THE_TEST = (
+    "the test",
+    "lower --max_test_micro_batch_size or --max_micro_batch_size (or take --test_gradients=micro_batch)",
+)
 
 
 @contextlib.contextmanager
-def out_of_memory_means(where: str, options: str):
+def out_of_memory_means(where: str, remedy: str):
     """Raises: RunError where the device's memory does not suffice for what is inside."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not gradients.is_out_of_memory(error):
             raise
-        raise RunError(f"out of memory on the device in {where}: lower {options}") from None
+        raise RunError(f"out of memory on the device in {where}: {remedy}") from None
 
 
 def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -451,6 +460,7 @@ def run(config: Config) -> int:
         UsageError: the options cannot be met.
         RunError: the run cannot go on.
     """
+    processes.set_arithmetic(config)
     fabric = processes.start_fabric(config)
     if fabric._precision.precision == "64-true":
         torch.set_default_dtype(torch.float64)  # else Fabric hands the model's outputs back in float32

@@ -11,7 +11,8 @@ from checks.conftest import ROOT
 
 # docs/design.md says the same in words: what each room may import, beside libraries. All arrows run down this list.
 ARROWS = {
-    "main": {"batches", "data", "models", "optim", "gradients", "runs", "tests", "launch"},
+    "main": {"rehearsal", "batches", "data", "models", "optim", "gradients", "runs", "tests", "launch"},
+    "rehearsal": {"batches", "gradients", "runs", "launch"},
     "report": {"runs", "launch"},
     "batches": {"data", "control", "tests", "launch"},
     "data": {"imagenet", "launch"},

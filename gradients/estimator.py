@@ -1,6 +1,7 @@
 """What the estimators share: sums over ranks, the mean gradient, norms of tensors as large as the model."""
 
 import contextlib
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -50,6 +51,10 @@ class Estimator:
         # [samples, groups, Σ m_k‖ḡ_k‖²]
         self.sums = torch.zeros(3, dtype=torch.float64, device=next(self.model.parameters()).device)
         self.gradient_sum: dict[str, Tensor] = {}
+
+    def forget(self) -> None:
+        """Drop what was observed since the last call of `moments`."""
+        self._start()
 
     def observe(
         self, inputs: Batch, targets: Batch, loss_scale: float = 1.0, whole: bool = True
@@ -101,8 +106,18 @@ class Estimator:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """On the device, which is the host where there is no other."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    """On the device, which is the host where there is no other.
+
+    Libraries say it in words of their own: cuDNN finds no engine whose workspace fits, cuBLAS and NCCL allocate, too.
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+
+
+_OUT_OF_MEMORY = re.compile(
+    "out of memory|can't allocate memory|ALLOC_FAILED|ALLOCATION_FAILED|unable to find an engine|CUDA calloc", re.I
+)
 
 
 def training_gradient(parameters: dict[str, nn.Parameter], grad_scale: float) -> dict[str, Tensor]:

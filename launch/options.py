@@ -98,8 +98,9 @@ class BatchOptions:
     """initial global batch size [samples, over all devices]; in stages it is the first of them"""
     max_batch_size: int | None = None
     """largest global batch size [samples]; default: the size of the training set, or the largest stage"""
-    max_micro_batch_size: int = 4096
-    """most samples a device processes at once; larger batches are accumulated [samples per device]"""
+    max_micro_batch_size: int | Literal["auto"] = "auto"
+    """most samples a device processes at once; larger batches are accumulated [samples per device]; auto: the smallest
+    size that is about as quick as any and fits into the device's memory, measured before the training"""
     gradient_accumulation_steps: int = 1
     """least number of accumulation steps in a batch"""
     batch_size_multiple: int = 1
@@ -258,6 +259,12 @@ class DeviceOptions:
     """devices (processes) a node; auto: all GPUs, or one process on CPU"""
     num_nodes: int = 1
     """number of nodes (machines)"""
+    matmul_precision: Literal["highest", "high"] = "highest"
+    """of float32 products and convolutions on GPUs; high: by TF32, faster, about three decimal digits"""
+    deterministic: bool = False
+    """the same numbers, bit for bit, in every run on the same GPUs; slower (on CPUs runs are so anyway)"""
+    timeout_minutes: float = 10.0
+    """end where a process waits so long for another one [min]"""
     precision: Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true", "32", "bf16", "64"] = "32-true"
     """floating-point precision"""
 
@@ -332,7 +339,7 @@ class Config(
             "batch_size max_batch_size max_micro_batch_size max_test_micro_batch_size gradient_accumulation_steps "
             "eta theta nu test_interval test_groups learning_rate max_lr gamma max_samples max_iters devices num_nodes "
             "log_interval linear_ramp_up_increment lr_decay_samples lr_decay_iters batch_ahead keep_checkpoints "
-            "batch_size_multiple growth_interval patience"
+            "timeout_minutes batch_size_multiple growth_interval patience"
         )
         not_negative = (
             "num_workers weight_decay grad_clip min_lr warmup_samples warmup_iters eval_interval momentum seed "

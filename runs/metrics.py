@@ -64,12 +64,12 @@ class Reading:
     """
 
     def __init__(self, numbers: Tensor):
-        self.rows = numbers[None]
+        rows = [numbers]
         if dist.is_initialized():
-            self.rows = numbers.new_empty(dist.get_world_size(), len(numbers))
-            dist.all_gather_into_tensor(self.rows, numbers[None])  # gloo insists on the shape
-        device, self.rows = numbers.device, self.rows.to("cpu", non_blocking=True)  # from a GPU into pinned memory
-        self.arrival = Mark(device)
+            rows = [torch.empty_like(numbers) for _ in range(dist.get_world_size())]
+            dist.all_gather(rows, numbers)
+        self.rows = torch.stack(rows).to("cpu", non_blocking=True)  # from a GPU into pinned memory
+        self.arrival = Mark(numbers.device)
 
     def by_rank(self) -> list[list[float]]:
         """The numbers of every rank. The host waits for them."""
