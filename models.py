@@ -7,10 +7,10 @@ from typing import Any
 import torch
 import torchvision
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
-from gradients import Loss, couples_samples, listed
+from gradients import Loss, couples_samples, drawing_from, listed, random_states, untouched
 from launch.options import Config, UsageError, import_object, in_one_line, nearest
 from text.gpt import GPT
 
@@ -162,21 +162,32 @@ def refuse_unused_parameters(model: nn.Module, loss: Loss, inputs: Any, targets:
 
 
 def _dry_output(model: nn.Module, example: Any, n: int, training: bool = False) -> Any:
-    """Run the model on n such samples on the meta device: shapes only, no memory, no arithmetic."""
-    tensors = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    was_training = model.training
+    """One forward pass on noise for so many inputs like the example; whole numbers are repeated as they are.
 
-    def zeros(part: Any) -> Tensor:
+    The model is left as it was, but that lazy layers now have their parameters.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(part: Any) -> Tensor:
         part = torch.as_tensor(part)
-        is_image = part.dtype == torch.uint8 and part.dim() == 3
-        dtype = torch.get_default_dtype() if is_image or part.is_floating_point() else part.dtype
-        return torch.zeros((n, *part.shape), device="meta", dtype=dtype)
+        if part.is_floating_point() or (part.dtype == torch.uint8 and part.dim() == 3):
+            return torch.rand((n, *part.shape), generator=generator)
+        return part.expand(n, *part.shape)
 
+    inputs = tree_map(noise, example)
+    modes = [(module, module.training) for module in model.modules()]
     try:
         with torch.no_grad():
-            return functional_call(model.train(training), tensors, (tree_map(zeros, example),))
+            model.train(training)
+            if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+                model.eval()(inputs)
+                model.train(training)
+            cpu = torch.device("cpu")
+            with untouched(model), drawing_from(random_states(cpu), cpu):
+                return model(inputs)
     finally:
-        model.train(was_training)
+        for module, mode in modes:
+            module.training = mode
 
 
 def _torchvision_factory(name: str):

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from launch.options import UsageError
+from launch.options import UsageError, expanded
+from launch.terminals import show_what_can_be_shown
 from runs import figures, reading
 from runs.reading import DamagedRun, Group, Run
 
@@ -191,6 +192,8 @@ def report(options: argparse.Namespace) -> None:
     Raises:
         UsageError: there is nothing to report, or an option is not usable.
     """
+    options.folders = [expanded("folders", folder) for folder in options.folders]
+    options.figures = options.figures and expanded("figures", options.figures)
     found, problems = reading.find(options.folders)
     chosen = reading.choose(found, options.where)
     objective = None
@@ -220,6 +223,7 @@ def report(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Report as the arguments (default: `sys.argv`) say; returns the exit status."""
+    show_what_can_be_shown()
     try:
         report(parse(arguments))
     except UsageError as error:

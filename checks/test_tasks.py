@@ -85,6 +85,7 @@ def halves(data_dir) -> DataSet:
 
 REGRESSION = [
     "--dataset=checks.test_tasks:digits_as_numbers",
+    "--test_type=norm",
     "--model=cnn",
     "--learning_rate=0.003",
     "--accelerator=cpu",

@@ -27,14 +27,15 @@ from torch.utils.tensorboard.summary import scalar
 from tqdm import tqdm
 
 from launch.options import Config, UsageError
-from launch.processes import resume_command
+from launch.processes import errors_go_to, resume_command
 from runs import figures, reading
 from runs.checkpoint import plain_options, remove_left_overs, replacing, unwritable
 
 COLUMNS = """
     step samples epoch train_loss METRICS lr
     batch_size micro_batch_size gradient_accumulation_steps
-    variance variance_inner_product variance_orthogonality grad_norm_sq noise_scale next_batch_size
+    variance variance_inner_product variance_orthogonality grad_norm_sq batch_noise_scale noise_scale
+    lr_factor next_batch_size
     world_size step_time test_time samples_per_second
 """.split()  # noqa: SIM905
 """Of metrics.csv; in the place of METRICS stand those of the data set, train_… and val_…."""
@@ -50,20 +51,26 @@ TAGS = {
     "variance_inner_product": "var_inner_prod",
     "variance_orthogonality": "var_orth",
     "grad_norm_sq": "grad_norm_sq",
-    "noise_scale": "noise_scale",
+    "batch_noise_scale": "noise_scale",
+    "noise_scale": "noise_scale_unbiased",
+    "lr_factor": "lr_factor",
     "step_time": "time",
 }
 
 
 def default_name(config: Config) -> str:
     """Model, data set, schedule or test with its parameters, seed, time."""
-    if config.test:
+    if config.test and config.ramp_up_type == "goodput":
+        schedule = "goodput"
+    elif config.test:
         used = (f"{name}{getattr(config, name):g}" for name in reading.TEST_PARAMETERS[config.test_type])
         schedule = "_".join([config.test_type, *used])
     elif config.stagewise_ramp_up:
         schedule = "stagewise" + "-".join(map(str, config.global_batch_sizes))
     elif config.linear_ramp_up:
         schedule = f"linear{config.linear_ramp_up_increment}"
+    elif config.seesaw_ramp_up:
+        schedule = f"seesaw{config.batch_size}"
     else:
         schedule = f"constant{config.batch_size}"
     names = (name.replace(":", ".") for name in (config.model, config.dataset))
@@ -102,6 +109,7 @@ class RunLog:
         before = resumed and resumed.absolute().parent.parent
         self.folder = self._make_folder(before)
         self._lock = _locked(self.folder)
+        errors_go_to(self.folder)
         marks = marks or {"files": {}, "seconds": 0.0}
         _rewind(before or self.folder, self.folder, marks["files"])
         self._last_line = time.perf_counter()
@@ -109,7 +117,7 @@ class RunLog:
         (self.folder / "checkpoints").mkdir(exist_ok=True)
         remove_left_overs(self.folder / "checkpoints", resumed)
         self._write_config(world_size)
-        self._csv = open(self.folder / "metrics.csv", "a+", newline="")  # noqa: SIM115 (closed by `finish`)
+        self._csv = open(self.folder / "metrics.csv", "a+", newline="", encoding="utf-8")  # noqa: SIM115 (closed by `finish`)
         self._csv.seek(0)
         header = next(csv.reader(self._csv), None)  # a run that goes on keeps its columns
         self._csv.seek(0, os.SEEK_END)
@@ -373,11 +381,14 @@ def introduction(c: Config, parameters: int, training_samples: int, world_size: 
             "ip": f"inner product test, θ = {c.theta:g}",
             "ip+orth": f"augmented inner product test, θ = {c.theta:g}, ν = {c.nu:g}",
         }[c.test_type]
+        test = "the quickest on these devices" if c.ramp_up_type == "goodput" else test
         growth = f"batch size {c.batch_size:,} to at most {c.max_batch_size:,} ({test})"
     elif c.stagewise_ramp_up:
         growth = f"batch size {', '.join(f'{size:,}' for size in c.global_batch_sizes)} in stages"
     elif c.linear_ramp_up:
         growth = f"batch size {c.batch_size:,} and {c.linear_ramp_up_increment:,} more every step"
+    elif c.seesaw_ramp_up:
+        growth = f"batch size {c.batch_size:,}, growing as the learning rate falls"
     else:
         growth = f"batch size {c.batch_size:,}"
     return (
