@@ -195,8 +195,8 @@ class OptimizerOptions:
 
     optimizer: str = "adam"
     """adagrad, adagradnorm, adam, adamw, sgd, sgdm, any torch.optim class, or an import path package.module:Class"""
-    learning_rate: float = 0.01
-    """learning rate; with decay_lr=True its peak"""
+    learning_rate: float | None = None
+    """learning rate; with decay_lr=True its peak; default: 0.01; of tokens and stdlib 0.002"""
     weight_decay: float | None = None
     """weight decay; default: the optimizer's own, 5e-4 for sgdm"""
     momentum: float | None = None
@@ -333,6 +333,8 @@ class Config(
             UsageError: a value is out of range or options contradict each other.
         """
         self.lr_decay_type = self.lr_decay_type or self.training_type
+        if self.learning_rate is None:
+            self.learning_rate = 0.002 if self.dataset in ("tokens", "stdlib") else 0.01
         self._expand_paths()
         self._check_ranges()
         self._check_without_effect()
