@@ -132,7 +132,7 @@ def test_a_callback_of_lightnings_trainer_decides_as_main_does(tmp_path):
         accelerator="cpu", devices=1, max_epochs=1, precision="64-true", callbacks=[callback], logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(Module(), train_dataloaders=micro_batches)
+    trainer.fit(Module(), torch.utils.data.DataLoader(micro_batches, batch_size=None))
     taken = [size for size, _ in callback.history]
     options = [*OPTIONS, f"--batch_size_multiple={piece}", f"--max_iters={len(taken)}"]
     ours = train(tmp_path, *options)

@@ -86,9 +86,15 @@ COMMANDS = {
     "python report.py out/comparison/mnist_logistic/final": RUN,
 }
 """Every command of the pages: how it is run here, or why not."""
-EXAMPLES = ("flowers:load", "photos:load", "tests.NormTest(eta=0.1)", "tests.AugmentedInnerProductTest(")
-EXAMPLES += ("control.Goodput(),  # or test=", "class AdaptiveBatches(")
-"""What tells the Python examples from each other; each is run by a test below, the last one by checks/test_foreign_loop.py."""
+EXAMPLES = (
+    "flowers:load",
+    "photos:load",
+    "tests.NormTest(eta=0.1)",
+    "tests.AugmentedInnerProductTest(",
+    "control.Goodput(),  # or test=",
+    "class AdaptiveBatches(",
+)
+"""What tells the Python examples from each other; each is run below, the last one by test_foreign_loop.py."""
 
 
 def commands() -> set[str]:
