@@ -25,7 +25,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ import data
 import gradients
 import models
 import optim
+import rehearsal
 import tests
 from launch import processes
 from launch.interrupts import Interrupts
@@ -71,25 +72,25 @@ class Trainer:
         fabric.seed_everything(config.seed, verbose=False)  # the same weights on every rank
         self.module = together(fabric, lambda: models.build(config.model, data_set.image_shape, data_set.num_classes))
         self.min_micro_batch_size = models.smallest_micro_batch(self.module, data_set.image_shape)
+        self.couples_samples = gradients.couples_samples(self.module)
         least = self.min_micro_batch_size
         together(fabric, lambda: processes.refuse_single_samples(config, fabric.world_size, least))
-        self.model = fabric.setup_module(torch.compile(self.module) if config.compile else self.module)
+        with out_of_memory_means("the model", "take a smaller --model"):
+            self.model = fabric.setup_module(torch.compile(self.module) if config.compile else self.module)
         # After the module has come to its device: Adagrad, for one, makes its state at once, where its parameters are.
         optimizer = together(fabric, lambda: optim.build(self.module.parameters(), config))
         self.optimizer = fabric.setup_optimizers(optimizer)
-        if fabric.world_size > 1:
-            # Ranks may evaluate different numbers of micro-batches; running statistics are averaged in `evaluate`.
-            self.model._forward_module.broadcast_buffers = False
         torch.manual_seed(config.seed + 1 + fabric.global_rank)  # dropout differs between ranks
         dtype = next(self.module.parameters()).dtype
-        self.stream = batches.build(
-            data_set, config.seed, config.shuffle, fabric.device, dtype, config.num_workers, config.batch_ahead
-        )
+        arguments = (config.seed, config.shuffle, fabric.device, dtype, config.num_workers, config.batch_ahead)
+        with out_of_memory_means("the data set", "take one that is read while training goes on (docs/extending.md)"):
+            self.stream = batches.build(data_set, *arguments)
         if config.strategy == "ddp":
             with naming_long_work(fabric, "looking for parameters that the loss does not use"):
                 together(fabric, self.refuse_unused_parameters)
+            together(fabric, lambda: processes.refuse_unequal_numbers(config, self.module))
         self.learning_rate = optim.LearningRate(config, config.max_samples)
-        self.schedule = batches.schedule(config)
+        self.controller = batches.controller(config, self.learning_rate.decay, optim.is_adaptive(optimizer))
         self.progress = Progress(config.batch_size)
         self.totals = Totals(fabric.device)
         self.validation = Validation(data_set.num_classes, fabric.device)
@@ -106,13 +107,15 @@ class Trainer:
         if config.compile:
             notices.append("--compile: the first steps wait for the compiler, minutes for a large network")
         with naming_long_work(fabric, "checking the test's statistics on a few samples"):
-            self.test, self.estimator, told = self.set_up_test()
+            self.estimator, told = together(fabric, self.set_up_estimator)
+        size, told_of_size = rehearsal.rehearse(self)
+        self.config = config = replace(config, max_micro_batch_size=size)
         marks = self.restore(self.resumed) if self.resumed else None
         self.log = together(fabric, lambda: self.open_log(marks))
         self.checkpoints = checkpoint.Checkpoints(fabric, config, self.log and self.log.folder)
         parameters = sum(parameter.numel() for parameter in self.module.parameters())
         self.say(texts.introduction(config, parameters, self.samples_per_epoch, fabric.world_size, fabric.device.type))
-        for line in (*notices, *told):
+        for line in (*notices, *told, *told_of_size):
             self.notify(line)
 
     def open_log(self, marks: dict[str, Any] | None) -> RunLog | None:
@@ -129,26 +132,28 @@ class Trainer:
         with self.fabric.autocast():
             models.refuse_unused_parameters(self.module, mean_loss, *self.stream.read(range(2)), self.config)
 
-    def set_up_test(self) -> tuple[tests.Test | None, gradients.Estimator | None, list[str]]:
-        """The test, where its statistics come from, and what the user should be told of them."""
-        c = self.config
-        if not c.test:
-            return None, None, []
-        test = tests.build(c.test_type, c.eta, c.theta, c.nu)
+    def set_up_estimator(self) -> tuple[gradients.Estimator | None, list[str]]:
+        """Where the statistics come from, and what the user should be told of them."""
+        c, test = self.config, self.controller.test
+        if not (c.test or c.monitor_interval):
+            return None, []
         self.model.train()
-        estimator, told = gradients.build(
-            c.test_gradients,
-            self.module,
-            mean_loss,
-            test.needs_inner_products,
-            c.max_test_micro_batch_size,
-            probe=self.stream.read(range(min(3, self.samples_per_epoch))),
-            autocast=self.fabric.autocast,
-            in_training_pass=not c.compile,
-            num_groups=c.test_groups,
-            notify=self.notify,
-        )
-        return test, estimator, told
+        try:
+            estimator, told = gradients.build(
+                c.test_gradients,
+                self.module,
+                mean_loss,
+                bool(test and test.needs_inner_products),
+                c.max_test_micro_batch_size,
+                probe=self.stream.read(range(min(gradients.PROBE, self.samples_per_epoch))),
+                autocast=self.fabric.autocast,
+                in_training_pass=not c.compile,
+                num_groups=c.test_groups,
+                notify=self.notify,
+            )
+        except ValueError as error:  # on all ranks alike
+            raise UsageError(f"--test_gradients: {c.model}: {error}") from None
+        return estimator, told
 
     def fit(self) -> str:
         """Train to the end; returns the run's status."""
@@ -180,18 +185,26 @@ class Trainer:
         """One step and the next batch's size; gives what the step's row says of its batch and its test."""
         testing = self.test_is_due()
         plan = self.plan(testing)
+        lr_factor = self.controller.lr_factor
         moments = self.train_step(plan, testing)
-        decision = self.test(moments) if moments else None
-        self.progress.batch_size = self.schedule(plan.batch_size, self.progress.samples, decision)
-        self.explain(decision)
+        if moments:
+            self.explain(self.controller.observe(moments))
+        self.progress.batch_size = self.controller.step().batch_size
         row = {
             "batch_size": plan.batch_size,
             "micro_batch_size": plan.micro_batch_size,
             "gradient_accumulation_steps": plan.steps,
+            "lr_factor": lr_factor,
         }
         if moments:
-            names = ("variance", "variance_inner_product", "variance_orthogonality", "grad_norm_sq", "noise_scale")
-            row |= {name: getattr(moments, name) for name in names}
+            names = (
+                "variance",
+                "variance_inner_product",
+                "variance_orthogonality",
+                "grad_norm_sq",
+                "batch_noise_scale",
+            )
+            row |= {name: getattr(moments, name) for name in names} | {"noise_scale": self.controller.noise_scale}
         return row
 
     def finished(self) -> bool:
@@ -211,27 +224,32 @@ class Trainer:
             c.max_micro_batch_size,
             steps,
             self.min_micro_batch_size,
+            even=self.couples_samples,
         )
 
     def test_is_due(self) -> bool:
-        """Every `test_interval` steps until the batch has its largest size."""
-        c = self.config
-        return c.test and self.progress.steps % c.test_interval == 0 and self.progress.batch_size < c.max_batch_size
+        """Every `test_interval` steps until the batch has its largest size, and whenever something else asks for it."""
+        c, steps = self.config, self.progress.steps
+        read_at_the_end = c.may_shrink or c.lr_scaling == "adascale"
+        tested = c.test and (self.progress.batch_size < c.max_batch_size or read_at_the_end)
+        return (tested and steps % c.test_interval == 0) or (c.monitor_interval and steps % c.monitor_interval == 0)
 
     def train_step(self, plan: batches.Plan, testing: bool) -> tests.Moments | None:
         """One optimizer step on one global batch; the moments of its gradients where they are tested."""
         fabric, progress = self.fabric, self.progress
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(progress.samples, progress.steps)
+            group["lr"] = self.learning_rate(progress.samples, progress.steps, self.controller.lr_factor)
         self.model.train()
         micro_batches = plan.micro_batches(fabric.global_rank)
         # DDP averages over ranks: together this is the mean over the global batch, however it was cut.
         loss_scale = fabric.world_size / plan.batch_size
         for i, (inputs, targets) in enumerate(self.stream.take(micro_batches), start=1):
             with (
-                out_of_memory_means("a micro-batch", f"--max_micro_batch_size (this one has {len(inputs)} samples)"),
+                out_of_memory_means(
+                    "a micro-batch", f"lower --max_micro_batch_size (this one has {len(inputs)} samples)"
+                ),
                 fabric.no_backward_sync(self.model, enabled=i < len(micro_batches)),
-                self.observing(testing, inputs, targets, loss_scale),
+                self.observing(testing, inputs, targets, loss_scale, whole=len(micro_batches) == 1),
             ):
                 logits = self.model(inputs)
                 losses = cross_entropy(logits, targets, reduction="none")
@@ -249,14 +267,14 @@ class Trainer:
         return moments
 
     @contextlib.contextmanager
-    def observing(self, testing: bool, inputs: Tensor, targets: Tensor, loss_scale: float):
+    def observing(self, testing: bool, inputs: Tensor, targets: Tensor, loss_scale: float, whole: bool):
         """The training pass on a micro-batch, watched by the estimator where the step is tested."""
         if not testing:
             yield
             return
         with contextlib.ExitStack() as observation:
             with self.totals.test(), out_of_memory_means(*IN_THE_TEST):
-                observation.enter_context(self.estimator.observe(inputs, targets, loss_scale))
+                observation.enter_context(self.estimator.observe(inputs, targets, loss_scale, whole))
             yield
 
     def test_moments(self) -> tests.Moments:
@@ -296,7 +314,7 @@ class Trainer:
             micro_batch_size = min(self.config.max_micro_batch_size, 1024)
             rounds = -(-self.validation_samples // (micro_batch_size * world_size))  # the last one is not every rank's
             micro_batches = self.stream.validation(rank, world_size, micro_batch_size)
-            with out_of_memory_means("a validation micro-batch", "--max_micro_batch_size"):
+            with out_of_memory_means("a validation micro-batch", "lower --max_micro_batch_size"):
                 for _, batch in itertools.zip_longest(range(rounds), micro_batches):
                     self.stop_signal = processes.largest_over_ranks(self.fabric, self.interrupts.received)
                     if self.stop_signal:  # all is to be as it was before
@@ -331,7 +349,9 @@ class Trainer:
         if not self.unwritten:
             return
         (statistics, row), self.unwritten = self.unwritten, None
-        of_training, diverged_at = statistics()
+        of_training, diverged_at, timed = statistics()
+        if timed:
+            self.controller.step_time.observe(*timed)
         row |= of_training
         if self.log:
             self.log.write(row)
@@ -371,6 +391,7 @@ class Trainer:
         with self.totals.pause():
             marks = together(self.fabric, lambda: self.log and self.log.mark())
             common = {"progress": asdict(self.progress), "history": self.validation.history, "marks": marks}
+            common["controller"] = self.controller.state_dict()
             state = {**self.state(), **common}
             own = checkpoint.state_of_rank(self.module, self.totals, self.fabric.device)
             self.checkpoints.save(self.progress.steps, self.progress.best_step, state, own)
@@ -379,6 +400,7 @@ class Trainer:
         """Go back to what a checkpoint holds, on as many ranks as there are now; gives the log's marks."""
         rest = self.fabric.load(path, self.state(), weights_only=True)
         self.progress, self.validation.history = Progress(**rest["progress"]), rest["history"]
+        self.controller.load_state_dict(rest["controller"])
         rank, world_size = self.fabric.global_rank, self.fabric.world_size
         new_seed = self.config.seed + 1 + rank + (self.progress.samples << 32)  # nothing is drawn twice
         checkpoint.restore_rank(rest["ranks"], rank, world_size, self.module, self.totals, self.fabric.device, new_seed)
@@ -409,18 +431,21 @@ class Trainer:
         }
 
 
-IN_THE_TEST = "the test", "--max_test_micro_batch_size or --max_micro_batch_size (or take --test_gradients=micro_batch)"
+IN_THE_TEST = (
+    "the test",
+    "lower --max_test_micro_batch_size or --max_micro_batch_size (or take --test_gradients=micro_batch)",
+)
 
 
 @contextlib.contextmanager
-def out_of_memory_means(where: str, options: str):
+def out_of_memory_means(where: str, remedy: str):
     """Raises: RunError where the device's memory does not suffice for what is inside."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not gradients.is_out_of_memory(error):
             raise
-        raise RunError(f"out of memory on the device in {where}: lower {options}") from None
+        raise RunError(f"out of memory on the device in {where}: {remedy}") from None
 
 
 def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -435,6 +460,7 @@ def run(config: Config) -> int:
         UsageError: the options cannot be met.
         RunError: the run cannot go on.
     """
+    processes.set_arithmetic(config)
     fabric = processes.start_fabric(config)
     if fabric._precision.precision == "64-true":
         torch.set_default_dtype(torch.float64)  # else Fabric hands the model's outputs back in float32

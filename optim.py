@@ -120,6 +120,11 @@ def build(parameters: Iterable[Tensor], config: Config) -> torch.optim.Optimizer
         ) from None
 
 
+def is_adaptive(optimizer: torch.optim.Optimizer) -> bool:
+    """It divides by the gradient's size, as Adam and AdaGrad do: all but SGD and its average."""
+    return not isinstance(optimizer, (torch.optim.SGD, torch.optim.ASGD))
+
+
 def _try_out(optimizer_class: type[torch.optim.Optimizer], arguments: dict[str, Any]) -> None:
     """One step on a toy: some optimizers take no dense gradients, or want a closure that recomputes the loss."""
     parameter = torch.nn.Parameter(torch.ones(2, 2))
@@ -203,10 +208,20 @@ class LearningRate:
             "for a longer one start a new run"
         )
 
-    def __call__(self, samples: int, steps: int) -> float:
+    def decay(self, samples: int) -> float:
+        """The schedule's rate over its peak, 1 before the decay begins; where the schedule counts samples."""
+        return self.schedule(samples, 0) / self.config.learning_rate if samples > self.config.warmup_samples else 1.0
+
+    def __call__(self, samples: int, steps: int, factor: float = 1.0) -> float:
+        """The schedule times `factor`, which follows the batch size; never above `max_lr`."""
+        rate = self.schedule(samples, steps) * factor
+        return rate if self.config.max_lr is None else min(rate, self.config.max_lr)
+
+    def schedule(self, samples: int, steps: int) -> float:
+        """As if the batch size did not change."""
         c = self.config
         if not c.decay_lr:
-            return c.learning_rate if c.max_lr is None else min(c.learning_rate, c.max_lr)
+            return c.learning_rate
         if c.lr_decay_type == "sample":
             position, warmup, end, batch = (
                 samples,

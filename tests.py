@@ -27,6 +27,8 @@ class Moments:
         sum_norm_sq: Σ m_k ‖ḡ_k‖².
         sum_inner_sq: Σ m_k p_k²; None where it was not measured (the norm test does not need it).
         sum_inner: Σ m_k p_k; equals b‖ḡ‖² up to rounding, and stands for it where it was not measured.
+        sum_leave_one_out_sq: Σ m_k q_k², where q_k = ⟨ḡ_k, mean of all other samples⟩ = (b·p_k − m_k‖ḡ_k‖²)/(b − m_k);
+            None where it was not measured.
     """
 
     batch_size: int
@@ -35,6 +37,7 @@ class Moments:
     sum_norm_sq: float
     sum_inner_sq: float | None = None
     sum_inner: float | None = None
+    sum_leave_one_out_sq: float | None = None
 
     @property
     def variance(self) -> float:
@@ -61,13 +64,64 @@ class Moments:
         return self._per_degree_of_freedom(self.sum_norm_sq - self.sum_inner_sq / self.grad_norm_sq)
 
     @property
-    def noise_scale(self) -> float:
-        """V / ‖ḡ‖², the simple gradient noise scale (McCandlish et al., arXiv:1812.06162), in samples."""
+    def batch_noise_scale(self) -> float:
+        """V / ‖ḡ‖² [samples]: of this batch, and biased; where noise dominates it is about b. See `Statistics`."""
         return self.variance / self.grad_norm_sq if self.grad_norm_sq else math.nan
+
+    def statistics(self, unbiased: bool = False) -> "Statistics":
+        """What a test compares.
+
+        Args:
+            unbiased: E‖ḡ‖² = ‖G‖² + V/b, so ‖ḡ‖² − V/b takes the place of ‖ḡ‖² (for one batch it may be negative), and
+                the leave-one-out products q_i, whose mean it is, that of the p_i, which contain ‖g_i‖²/b of the sample
+                itself. Var q_i is still more than GᵀΣG, what a test of many samples would find: by tr(Σ²)/(b − 1).
+        """
+        if not unbiased:
+            variances = self.variance, self.variance_inner_product, self.variance_orthogonality
+            return Statistics(self.batch_size, self.num_groups, self.grad_norm_sq, *variances)
+        signal = self.grad_norm_sq - self.variance / self.batch_size
+        of_products = of_rest = None
+        if self.sum_leave_one_out_sq is not None:
+            of_products = self._per_degree_of_freedom(self.sum_leave_one_out_sq - self.batch_size * signal**2)
+            # From V = V_orth + V_ip/‖G‖²
+            of_rest = max(self.variance - of_products / signal, 0.0) if signal > 0 else math.nan
+        return Statistics(self.batch_size, self.num_groups, signal, self.variance, of_products, of_rest)
 
     def _per_degree_of_freedom(self, sum_of_squares: float) -> float:
         # Rounding can leave a sum of squares a little below zero where all gradients agree.
         return max(sum_of_squares, 0.0) / (self.num_groups - 1) if self.num_groups > 1 else math.nan
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a test compares: of one batch, or averaged over several.
+
+    Args:
+        batch_size: b, of the present batch.
+        num_groups: K, the observations in it.
+        grad_norm_sq: ‖ḡ‖², or the unbiased estimate of ‖G‖².
+        variance: V.
+        variance_inner_product: V_ip, None where it was not measured.
+        variance_orthogonality: V_orth, likewise.
+    """
+
+    batch_size: int
+    num_groups: int
+    grad_norm_sq: float
+    variance: float
+    variance_inner_product: float | None = None
+    variance_orthogonality: float | None = None
+
+    @property
+    def is_usable(self) -> bool:
+        """Finite, and more than one observation."""
+        return self.num_groups > 1 and math.isfinite(self.grad_norm_sq) and math.isfinite(self.variance)
+
+    @property
+    def noise_scale(self) -> float | None:
+        """V / ‖G‖² [samples], the simple gradient noise scale (McCandlish et al., arXiv:1812.06162); None where the
+        estimate of ‖G‖² is not positive. Says what its name says of unbiased, averaged statistics only."""
+        return self.variance / self.grad_norm_sq if self.grad_norm_sq > 0 else None
 
 
 @dataclass(frozen=True)
@@ -85,11 +139,11 @@ class Decision:
     reason: str = ""
 
 
-def _decide(moments: Moments, ratios: dict[str, float]) -> Decision:
+def _decide(moments: Statistics | Moments, ratios: dict[str, float]) -> Decision:
     """Compare batch sizes: each test fails where the size it asks for, variance / bound, exceeds b.
 
     Args:
-        moments: of the present batch.
+        moments: of the present batch, or its statistics.
         ratios: test name to the (real-valued) batch size at which the test would just pass.
     """
     b = moments.batch_size
@@ -97,6 +151,8 @@ def _decide(moments: Moments, ratios: dict[str, float]) -> Decision:
         return Decision(None, b, "a variance needs at least two observations")
     if moments.grad_norm_sq == 0:
         return Decision(None, b, "the batch gradient is zero")
+    if moments.grad_norm_sq < 0:
+        return Decision(None, b, "noise hides the gradient: the estimate of its squared norm is negative")
     unusable = [name for name, ratio in ratios.items() if not math.isfinite(ratio)]
     if unusable:
         return Decision(None, b, f"the {unusable[0]} statistics are not finite")
@@ -132,7 +188,7 @@ class NormTest:
     def __post_init__(self):
         _positive("eta", self.eta)
 
-    def __call__(self, moments: Moments) -> Decision:
+    def __call__(self, moments: Statistics | Moments) -> Decision:
         return _decide(moments, {"norm test": _ratio(moments.variance, self.eta**2 * moments.grad_norm_sq)})
 
 
@@ -150,10 +206,10 @@ class InnerProductTest:
     def __post_init__(self):
         _positive("theta", self.theta)
 
-    def ratio(self, moments: Moments) -> float:
+    def ratio(self, moments: Statistics | Moments) -> float:
         return _ratio(moments.variance_inner_product, self.theta**2 * moments.grad_norm_sq**2)
 
-    def __call__(self, moments: Moments) -> Decision:
+    def __call__(self, moments: Statistics | Moments) -> Decision:
         return _decide(moments, {"inner product test": self.ratio(moments)})
 
 
@@ -175,7 +231,7 @@ class AugmentedInnerProductTest:
         _positive("theta", self.theta)
         _positive("nu", self.nu)
 
-    def __call__(self, moments: Moments) -> Decision:
+    def __call__(self, moments: Statistics | Moments) -> Decision:
         orthogonality = _ratio(moments.variance_orthogonality, self.nu**2 * moments.grad_norm_sq)
         inner_product = InnerProductTest(self.theta).ratio(moments)
         return _decide(moments, {"inner product test": inner_product, "orthogonality test": orthogonality})

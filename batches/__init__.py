@@ -6,12 +6,12 @@
 import torch
 
 from batches.loading import LoadedStream
-from batches.plan import Plan, cut, positions_of_rank
-from batches.sizes import schedule
+from batches.plan import Plan, cut, positions_of_rank, quickest
+from batches.sizes import controller
 from batches.stream import InMemoryStream
 from data import DataSet
 
-__all__ = ["InMemoryStream", "LoadedStream", "Plan", "build", "cut", "positions_of_rank", "schedule"]
+__all__ = ["InMemoryStream", "LoadedStream", "Plan", "build", "controller", "cut", "positions_of_rank", "quickest"]
 
 
 def build(

@@ -1,69 +1,49 @@
-"""Batch-size schedules: the size of the next batch from the present size, the samples so far, and the test's decision.
+"""How the batch grows, from the options: the rule, its bounds, and the controller that holds both."""
 
-Arithmetic on integers; nothing is random and nothing knows of devices.
-"""
+from collections.abc import Callable
 
-from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
-
+import control
+import tests
 from launch.options import Config
-from tests import Decision
 
 
-@dataclass(frozen=True)
-class Constant:
-    """The batch stays as it is."""
+def controller(config: Config, decay: Callable[[int], float], adaptive_optimizer: bool) -> control.Controller:
+    """The controller that the options describe.
 
-    def __call__(self, batch_size: int, samples: int, decision: Decision | None = None) -> int:
-        return batch_size
-
-
-@dataclass(frozen=True)
-class Adaptive:
-    """Grows where the test fails: to the size the test asks for, or by `factor` where one is given. Never shrinks."""
-
-    max_batch_size: int
-    factor: float | None = None
-
-    def __call__(self, batch_size: int, samples: int, decision: Decision | None = None) -> int:
-        if decision is None or decision.passed is not False:
-            return batch_size
-        asked = decision.next_batch_size if self.factor is None else int(batch_size * self.factor)
-        return max(batch_size, min(max(asked, batch_size + 1), self.max_batch_size))
-
-
-@dataclass(frozen=True)
-class Stagewise:
-    """`batch_sizes[i]` during stage i; stage i lasts `samples_stages[i]` samples, the last one to the end."""
-
-    batch_sizes: Sequence[int]
-    samples_stages: Sequence[int]
-
-    def __call__(self, batch_size: int, samples: int, decision: Decision | None = None) -> int:
-        ends = list(accumulate(self.samples_stages))
-        return self.batch_sizes[min(bisect_right(ends, samples), len(self.batch_sizes) - 1)]
+    Args:
+        config: the options in effect.
+        decay: samples → learning rate of the schedule over its peak; what `seesaw_ramp_up` follows.
+        adaptive_optimizer: the optimizer divides by the gradient's size.
+    """
+    tests_growth = config.test and config.ramp_up_type != "goodput"
+    return control.Controller(
+        config.batch_size,
+        tests.build(config.test_type, config.eta, config.theta, config.nu) if tests_growth else None,
+        rule(config, decay),
+        control.Growth(
+            None if config.stagewise_ramp_up else config.max_batch_size,
+            config.max_growth or float("inf"),
+            config.growth_interval,
+            config.patience,
+            config.batch_size_multiple,
+            may_shrink=config.may_shrink or config.stagewise_ramp_up,
+        ),
+        unbiased=config.statistics == "unbiased",
+        smoothing=config.smoothing,
+        scaling=control.LearningRateScaling(config.lr_scaling, config.batch_size, adaptive_optimizer),
+    )
 
 
-@dataclass(frozen=True)
-class Linear:
-    """Every step adds `increment` samples, up to `max_batch_size`."""
-
-    max_batch_size: int
-    increment: int
-
-    def __call__(self, batch_size: int, samples: int, decision: Decision | None = None) -> int:
-        return max(batch_size, min(batch_size + self.increment, self.max_batch_size))
-
-
-def schedule(config: Config) -> Constant | Adaptive | Stagewise | Linear:
-    """How the next batch's size follows from the present one."""
+def rule(config: Config, decay: Callable[[int], float]) -> control.Rule:
+    """What asks for the next size."""
+    if config.test and config.ramp_up_type == "goodput":
+        return control.Goodput(may_shrink=config.may_shrink)
     if config.test:
-        factor = config.ramp_up_factor if config.ramp_up_type == "factor" else None
-        return Adaptive(config.max_batch_size, factor)
+        return control.Adaptive(config.ramp_up_factor if config.ramp_up_type == "factor" else None)
     if config.stagewise_ramp_up:
-        return Stagewise(config.global_batch_sizes, config.samples_stages)
+        return control.Stagewise(config.global_batch_sizes, config.samples_stages)
     if config.linear_ramp_up:
-        return Linear(config.max_batch_size, config.linear_ramp_up_increment)
-    return Constant()
+        return control.Linear(config.linear_ramp_up_increment)
+    if config.seesaw_ramp_up:
+        return control.Seesaw(config.batch_size, decay)
+    return control.Constant()

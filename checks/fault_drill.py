@@ -32,7 +32,7 @@ TIMES = {"step_time", "test_time", "samples_per_second"}
 OPTIONS = """
     --accelerator=cpu --devices=1 --dataset=checks.fault_drill:augmented_digits --model=checks.fault_drill:Net
     --batch_size=24 --max_batch_size=120 --max_samples=1800 --eval_interval=13 --log_interval=2
-    --checkpoint_interval=4 --keep_checkpoints=2 --resume=auto
+    --checkpoint_interval=4 --keep_checkpoints=2 --resume=auto --max_micro_batch_size=4096
 """.split()  # noqa: SIM905
 TESTS = {
     "norm": ["--test_type=norm", "--eta=0.7"],

@@ -7,23 +7,29 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import batches
-from batches import sizes
 from batches.order import SampleOrder
-from tests import Decision
 
 
-@given(st.integers(0, 10**6), st.integers(1, 500), st.integers(1, 7), st.integers(1, 40), st.integers(1, 5))
-def test_plan_is_exact_and_even(start, batch_size, world_size, max_micro_batch_size, min_steps):
+@given(
+    st.integers(0, 10**6), st.integers(1, 500), st.integers(1, 7), st.integers(1, 40), st.integers(1, 5), st.booleans()
+)
+def test_plan_is_exact(start, batch_size, world_size, max_micro_batch_size, min_steps, even):
     if batch_size < world_size:
         with pytest.raises(ValueError):
-            batches.cut(start, batch_size, world_size, max_micro_batch_size, min_steps)
+            batches.cut(start, batch_size, world_size, max_micro_batch_size, min_steps, even=even)
         return
-    plan = batches.cut(start, batch_size, world_size, max_micro_batch_size, min_steps)
+    plan = batches.cut(start, batch_size, world_size, max_micro_batch_size, min_steps, even=even)
     ranks = [plan.micro_batches(rank) for rank in range(world_size)]
     assert max(len(micro_batches) for micro_batches in ranks) == plan.steps
     sizes = [len(micro_batch) for micro_batches in ranks for micro_batch in micro_batches]
     assert min(sizes) >= 1 and max(sizes) <= max_micro_batch_size and max(sizes) == plan.micro_batch_size
-    assert max(sizes) - min(sizes) <= 2  # one between ranks, one between micro-batches
+    fixed = [size for micro_batches in ranks for size in map(len, micro_batches[:-1])]  # all but the remainders
+    if even or plan.size is None:
+        assert max(sizes) - min(sizes) <= 2  # one between ranks, one between micro-batches
+    else:
+        assert set(fixed) == {max_micro_batch_size}
+    if even and max_micro_batch_size > 1:  # as layers need it that exchange statistics in every micro-batch
+        assert len({len(micro_batches) for micro_batches in ranks}) == 1
     totals = [sum(map(len, micro_batches)) for micro_batches in ranks]
     assert max(totals) - min(totals) <= 1
     positions = sorted(p for micro_batches in ranks for micro_batch in micro_batches for p in micro_batch)
@@ -84,29 +90,16 @@ def test_order_changes_with_epoch_and_seed():
     assert len({tuple(order) for order in orders}) == 4
 
 
-FAIL, PASS, NONE = Decision(False, 700), Decision(True, 64), Decision(None, 64, "why")
+def test_quickest_size():
+    """The smallest within 5 % of the best; no size is tried beyond what does not fit, or brings nothing any more."""
 
+    def tried(rates: dict[int, float], largest: int = 100) -> tuple[int, list[int]]:
+        size, found = batches.quickest(lambda size: rates.get(size, 0.0), 8, largest)
+        return size, list(found)
 
-@pytest.mark.parametrize(
-    "schedule, batch_size, samples, decision, expected",
-    [
-        (sizes.Constant(), 64, 0, FAIL, 64),
-        (sizes.Adaptive(1000), 64, 0, FAIL, 700),
-        (sizes.Adaptive(500), 64, 0, FAIL, 500),
-        (sizes.Adaptive(1000), 64, 0, PASS, 64),
-        (sizes.Adaptive(1000), 64, 0, NONE, 64),
-        (sizes.Adaptive(1000), 64, 0, None, 64),
-        (sizes.Adaptive(1000, factor=2.0), 64, 0, FAIL, 128),
-        (sizes.Adaptive(1000, factor=1.001), 64, 0, FAIL, 65),
-        (sizes.Adaptive(100, factor=2.0), 64, 0, FAIL, 100),
-        (sizes.Stagewise([8, 16, 32], [100, 100, 100]), 8, 99, None, 8),
-        (sizes.Stagewise([8, 16, 32], [100, 100, 100]), 8, 100, None, 16),
-        (sizes.Stagewise([8, 16, 32], [100, 50, 100]), 16, 150, None, 32),
-        (sizes.Stagewise([8, 16, 32], [100, 50, 100]), 32, 10**6, None, 32),
-        (sizes.Linear(100, 30), 64, 0, None, 94),
-        (sizes.Linear(100, 30), 94, 0, None, 100),
-        (sizes.Linear(100, 30), 100, 0, None, 100),
-    ],
-)
-def test_schedules(schedule, batch_size, samples, decision, expected):
-    assert schedule(batch_size, samples, decision) == expected
+    assert tried({8: 10, 16: 20, 32: 19.1, 64: 20.5, 100: 20.4}) == (16, [8, 16, 32, 64])
+    assert tried({8: 10, 16: 20, 32: 40, 64: 80, 100: 120}) == (100, [8, 16, 32, 64, 100])
+    assert tried({8: 10, 16: 20, 32: 40}) == (32, [8, 16, 32, 64])
+    assert tried({8: 10, 16: 5, 32: 5}) == (8, [8, 16, 32])
+    assert tried({8: 10}, largest=8) == (8, [8])
+    assert tried({}) == (0, [8])

@@ -17,14 +17,14 @@ import torch
 import yaml
 
 import main
-from checks.conftest import ROOT
+from checks.conftest import FIXED_CUT, ROOT
 from launch import options as config
 from launch import processes
 from launch.options import UsageError
 from runs import checkpoint
 
 TINY = ["--model=logistic", "--accelerator=cpu", "--devices=1"]
-TINY += ["--max_samples=320", "--batch_size=32", "--max_batch_size=32"]
+TINY += ["--max_samples=320", "--batch_size=32", "--max_batch_size=32", FIXED_CUT]
 
 
 def run(out_dir: Path, *options: str) -> int:

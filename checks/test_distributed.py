@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 import torch.multiprocessing as mp
+import yaml
 from torch.nn.functional import cross_entropy
 
 import batches
@@ -119,3 +120,16 @@ def test_training_pass_moments_of_any_split(world_size, steps, free_port):
     for process in ranks:
         process.join(60)
         assert process.exitcode == 0
+
+
+def test_the_measured_size_leaves_no_trace(tmp_path):
+    """auto against a number, float64: the same batch sizes, losses equal to rounding; a continuation keeps the size."""
+    options = ["--precision=64-true", "--eta=0.8", "--learning_rate=0.003", "--lr_decay_samples=3000", "--seed=1"]
+    options += ["--model=checks.fault_drill:Net", "--test_gradients=vmap"]  # dropout, running statistics
+    fixed = train(tmp_path, *options, "--max_samples=1500", name="fixed")
+    train(tmp_path, *options, "--max_samples=700", "--max_micro_batch_size=auto", name="auto")
+    auto = train(tmp_path, *options, "--max_samples=1500", "--max_micro_batch_size=auto", "--resume=auto", name="auto")
+    assert "max_micro_batch_size=auto takes" not in auto.stdout
+    assert type(yaml.safe_load((auto.folder / "config.yaml").read_text())["max_micro_batch_size"]) is int
+    assert column(auto, "batch_size") == column(fixed, "batch_size") and column(fixed, "batch_size")[-1] > 16
+    assert column(auto, "train_loss") == pytest.approx(column(fixed, "train_loss"), rel=1e-9)

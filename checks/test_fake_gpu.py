@@ -31,6 +31,7 @@ def trainer(fabric, out_dir: Path, **options) -> main.Trainer:
         "dataset": "checks.test_fake_gpu:digits",
         "model": "cnn",
         "max_batch_size": 200,
+        "max_micro_batch_size": 200,
         "out_dir": out_dir,
         "run_name": "run",
     }

@@ -11,19 +11,21 @@ from checks.conftest import ROOT
 
 # docs/design.md says the same in words: what each room may import, beside libraries. All arrows run down this list.
 ARROWS = {
-    "main": {"batches", "data", "models", "optim", "gradients", "runs", "tests", "launch"},
+    "main": {"rehearsal", "batches", "data", "models", "optim", "gradients", "runs", "tests", "launch"},
+    "rehearsal": {"batches", "gradients", "runs", "launch"},
     "report": {"runs", "launch"},
-    "batches": {"data", "tests", "launch"},
+    "batches": {"data", "control", "tests", "launch"},
     "data": {"imagenet", "launch"},
     "models": {"gradients", "launch"},
     "optim": {"launch"},
+    "control": {"tests"},
     "gradients": {"tests"},
     "runs": {"launch"},
     "imagenet": {"launch"},
     "launch": set(),
     "tests": set(),
 }
-WITHOUT_FABRIC = ("tests", "batches", "optim", "gradients", "models", "data", "imagenet")
+WITHOUT_FABRIC = ("tests", "control", "batches", "optim", "gradients", "models", "data", "imagenet")
 
 
 def modules(room: str) -> list:

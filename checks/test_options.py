@@ -102,7 +102,18 @@ REFUSED = [
     ("--test=False --stagewise_ramp_up=True --linear_ramp_up=True --global_batch_sizes=[8]", "choose one"),
     ("--test=False --stagewise_ramp_up=True --global_batch_sizes=[8,9] --samples_stages=[5]", "give as many"),
     ("--test=False --stagewise_ramp_up=True --global_batch_sizes=[8,0]", "positive"),
-    ("--max_lr=1", "add --decay_lr=False"),
+    ("--max_growth=1", "--max_growth must be larger than 1"),
+    ("--max_growth=1.1 --batch_size=2 --eta=1", "the next size is 3, which is more"),
+    ("--max_growth=2 --batch_size_multiple=64", "the next size is 64, which is more"),
+    ("--smoothing=-1", "--smoothing must be zero or positive"),
+    ("--test=False --smoothing=100", "acts only with --test=True or --monitor_interval"),
+    ("--test=False --lr_scaling=adascale", "needs the statistics: add --test=True or --monitor_interval=N"),
+    ("--ramp_up_type=goodput --eta=0.5", "--ramp_up_type=goodput makes no test"),
+    ("--ramp_up_type=test --may_shrink=True", "--may_shrink acts only with --ramp_up_type=goodput"),
+    ("--seesaw_ramp_up=True", "add --test=False"),
+    ("--test=False --seesaw_ramp_up=True --decay_lr=False", "needs a learning rate that falls with the samples"),
+    ("--test=False --seesaw_ramp_up=True --lr_scaling=linear", "--seesaw_ramp_up scales by sqrt"),
+    ("--test=False --stagewise_ramp_up=True --global_batch_sizes=[8] --samples_stages=[x]", "a share such as 25%"),
     ("--min_lr=1 --learning_rate=0.1", "above the peak"),
     ("--scheduler=multistep", "needs --milestones"),
     ("--milestones=[5]", "--milestones acts only with --scheduler=multistep"),
@@ -133,6 +144,26 @@ REFUSED = [
     ("--batch_size", "--batch_size needs a value"),
     ("quickstart", "unexpected argument 'quickstart': options are written --NAME=VALUE"),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "words, recipe, expected",
+    [
+        ("", "steady", ("unbiased", 5000.0, "goodput", "adascale", 2.0)),
+        ("--model=cnn --dataset=mnist", "steady", ("unbiased", 5000.0, "goodput", "adascale", 2.0)),
+        ("--eta=1", "paper", ("batch", 0.0, "test", "none", None)),
+        ("--test_type=norm", "paper", ("batch", 0.0, "test", "none", None)),
+        ("--test=False", "paper", ("batch", 0.0, "test", "none", None)),
+        ("--recipe=paper", "paper", ("batch", 0.0, "test", "none", None)),
+        ("--recipe=steady --smoothing=100 --max_growth=4", "steady", ("unbiased", 100.0, "goodput", "adascale", 4.0)),
+        ("--recipe=steady --ramp_up_type=test --eta=2", "steady", ("unbiased", 5000.0, "test", "adascale", 2.0)),
+    ],
+)
+def test_recipes(words, recipe, expected):
+    """A word of the published rule is enough for the published rule; what is given stands above a recipe."""
+    c = config.parse(words.split())
+    assert c.recipe == recipe
+    assert (c.statistics, c.smoothing, c.ramp_up_type, c.lr_scaling, c.max_growth) == expected
 
 
 @pytest.mark.parametrize("options, words", REFUSED, ids=[options for options, _ in REFUSED])

@@ -15,14 +15,14 @@ from lightning.fabric.plugins.precision import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
-from checks.conftest import ROOT, column, launch, train
+from checks.conftest import FIXED_CUT, ROOT, column, launch, train
 from checks.test_data import write_cifar10
 from checks.test_options import PUBLISHED
 from launch.interrupts import Interrupts
 from launch.options import Config
 
 BIN = Path(sys.executable).parent
-TINY = ["--accelerator=cpu", "--max_samples=300", "--batch_size=32", "--run_name=run"]
+TINY = ["--accelerator=cpu", "--max_samples=300", "--batch_size=32", "--run_name=run", FIXED_CUT]
 
 
 def test_quickstart(tmp_path):
@@ -142,6 +142,7 @@ def test_refused_in_one_line(tmp_path, options, words):
 
 def test_divergence(tmp_path):
     options = ["--optimizer=sgd", "--learning_rate=1e30", "--decay_lr=False", "--test=False", "--log_interval=7"]
+    options += [FIXED_CUT]
     done = launch(sys.executable, "main.py", f"--out_dir={tmp_path}", "--run_name=run", *options)
     assert done.returncode == 3 and "not finite at step" in done.stdout
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "diverged"
@@ -172,7 +173,7 @@ def test_ramp_ups_accumulation_and_clipping(tmp_path):
     stages = ["--stagewise_ramp_up=True", "--global_batch_sizes=[20,40,80]"]
     staged = train(tmp_path, *common, *stages, "--max_micro_batch_size=30", name="staged")
     assert column(staged, "batch_size") == [20.0] * 7 + [40.0] * 4 + [80.0] * 2
-    assert set(column(staged, "micro_batch_size")) == {20.0, 27.0}  # at most 30: 20, 2 × 20, 27 + 27 + 26
+    assert set(column(staged, "micro_batch_size")) == {20.0, 30.0}  # 20, 30 + 10, 30 + 30 + 20
     linear = train(tmp_path, *common, "--linear_ramp_up=True", "--linear_ramp_up_increment=50", "--grad_clip=1e-9",
                    name="linear")  # fmt: skip
     assert column(linear, "batch_size") == [16.0, 66.0, 116.0, 166.0, 216.0]

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 
 from checks import fault_drill
-from checks.conftest import ROOT, launch, process_of_rank, train
+from checks.conftest import FIXED_CUT, ROOT, launch, process_of_rank, train
 from runs import checkpoint
 
 BIN = Path(sys.executable).parent
 NETWORK = ["--dataset=checks.fault_drill:augmented_digits", "--model=checks.fault_drill:Net"]
 ENDLESS = ["--accelerator=cpu", "--max_samples=9000000", "--batch_size=32", "--max_batch_size=32", "--run_name=run"]
+ENDLESS += [FIXED_CUT]
 WORKERS = ["--dataset=checks.fault_drill:streamed_digits", "--num_workers=2"]
 LAUNCHERS = {  # PORT: one of their own, as the tests run beside each other
     "python": [sys.executable, "main.py", "--devices=2"],
@@ -64,7 +65,7 @@ SOURCES = {
 def test_two_processes_stopped_on_one_and_resumed(tmp_path, source):
     """SIGUSR1 on rank 1; the printed command goes on; all is as in the run that was never stopped."""
     options = [*NETWORK, *fault_drill.TESTS["ip+orth"], "--batch_size=24", "--max_batch_size=96", "--log_interval=3"]
-    options += [*source, "--eval_interval=11"]
+    options += [*source, "--eval_interval=11", FIXED_CUT]
     whole = train(tmp_path, *options, processes=2, name="whole")
     process = begin("python", 0, "--accelerator=cpu", *options, f"--out_dir={tmp_path}", "--run_name=run")
     wait_for_rows(tmp_path / "run", 5)
@@ -110,6 +111,24 @@ def test_a_rank_that_dies_ends_the_run(tmp_path, launcher, free_port):
         "fabric": f"rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: {victim})",
     }
     assert named[launcher] in told and not processes_of(tmp_path)
+
+
+def test_a_rank_that_hangs_ends_the_run(tmp_path):
+    """Stopped, it neither answers nor dies: its connections stay, and the exchange would be waited for on and on."""
+    process = begin("python", 0, *ENDLESS, f"--out_dir={tmp_path}")
+    wait_for_rows(tmp_path / "run", 3)
+    os.kill(process_of_rank(1, tmp_path), signal.SIGSTOP)
+    stopped_at = time.monotonic()
+    told, _ = process.communicate(timeout=60)
+    assert time.monotonic() - stopped_at < 60 and process.returncode == 1
+    assert re.search(r"error: rank 1 on \S+ has given no sign of life for 30 s: the run ends", told), told
+
+
+def test_machines_that_do_not_reach_each_other(tmp_path):
+    command = [sys.executable, "main.py", "--accelerator=cpu", "--devices=2", f"--out_dir={tmp_path}"]
+    done = launch(*command, GLOO_SOCKET_IFNAME="nowhere0")
+    assert done.returncode == 1 and "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+    assert "Unable to find address for: nowhere0): set GLOO_SOCKET_IFNAME" in done.stderr
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -269,7 +288,7 @@ def test_out_of_memory(tmp_path, where):
     middle, megabytes, batch = (10_000, 200, 256) if where == "test" else (20_000, 150, 1400)
     (tmp_path / "hungry.py").write_text(HUNGRY.replace("MIDDLE", str(middle)).replace("MEGABYTES", str(megabytes)))
     options = ["--model=hungry:Net", f"--out_dir={tmp_path}", "--run_name=run", "--accelerator=cpu", "--devices=1"]
-    options += [f"--batch_size={batch}", f"--max_samples={3 * batch}"]
+    options += [f"--batch_size={batch}", f"--max_samples={3 * batch}", FIXED_CUT]
     options += ["--test_gradients=vmap"] if where == "test" else ["--test=False"]
     done = launch(sys.executable, str(ROOT / "main.py"), *options, cwd=tmp_path)
     if where == "test":

@@ -33,7 +33,7 @@ def test_written_out_example():
     assert m.grad_norm_sq == 4 and m.variance == pytest.approx(10 / 3)
     assert m.variance_inner_product == pytest.approx(8 / 3)
     assert m.variance_orthogonality == pytest.approx(8 / 3)
-    assert m.noise_scale == pytest.approx(10 / 12)
+    assert m.batch_noise_scale == pytest.approx(10 / 12)
     assert tests.NormTest(0.1)(m) == tests.Decision(False, 84)  # ⌈(10/3) / 0.04⌉
     assert tests.InnerProductTest(0.1)(m) == tests.Decision(False, 17)  # ⌈(8/3) / 0.16⌉
     assert tests.AugmentedInnerProductTest(0.1, 0.2)(m) == tests.Decision(False, 17)  # ⌈(8/3) / 0.16⌉ both ways

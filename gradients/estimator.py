@@ -1,16 +1,19 @@
 """What the estimators share: sums over ranks, the mean gradient, norms of tensors as large as the model."""
 
 import contextlib
+import re
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradients.contributions import at_least_single
+from gradients.samples import Batch
 from tests import Moments
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Any, Any], Tensor]
 """(outputs, targets) of a batch → scalar: the mean (or sum) of the samples' losses."""
 
 
@@ -49,8 +52,19 @@ class Estimator:
         self.sums = torch.zeros(3, dtype=torch.float64, device=next(self.model.parameters()).device)
         self.gradient_sum: dict[str, Tensor] = {}
 
-    def observe(self, inputs: Tensor, targets: Tensor, loss_scale: float = 1.0) -> contextlib.AbstractContextManager:
-        """Add a micro-batch; the training pass on it, whose loss is loss_scale · Σ ℓ_i, runs inside."""
+    def forget(self) -> None:
+        """Drop what was observed since the last call of `moments`."""
+        self._start()
+
+    def observe(
+        self, inputs: Batch, targets: Batch, loss_scale: float = 1.0, whole: bool = True
+    ) -> contextlib.AbstractContextManager:
+        """Add a micro-batch; the training pass on it, whose loss is loss_scale · Σ ℓ_i, runs inside.
+
+        Args:
+            whole: this is all that the process has of the step: no further micro-batch follows (a hint: where it is
+                wrong, memory is used in vain).
+        """
         raise NotImplementedError
 
     def moments(self, grad_scale: float = 1.0) -> Moments:
@@ -92,8 +106,18 @@ class Estimator:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """On the device, which is the host where there is no other."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    """On the device, which is the host where there is no other.
+
+    Libraries say it in words of their own: cuDNN finds no engine whose workspace fits, cuBLAS and NCCL allocate, too.
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+
+
+_OUT_OF_MEMORY = re.compile(
+    "out of memory|can't allocate memory|ALLOC_FAILED|ALLOCATION_FAILED|unable to find an engine|CUDA calloc", re.I
+)
 
 
 def training_gradient(parameters: dict[str, nn.Parameter], grad_scale: float) -> dict[str, Tensor]:
@@ -102,9 +126,15 @@ def training_gradient(parameters: dict[str, nn.Parameter], grad_scale: float) ->
     def unscaled(parameter: nn.Parameter) -> Tensor:
         if parameter.grad is None:
             return torch.zeros_like(parameter)
-        return parameter.grad if grad_scale == 1 else parameter.grad / grad_scale
+        gradient = dense(parameter.grad)
+        return gradient if grad_scale == 1 else gradient / grad_scale
 
     return {name: unscaled(parameter) for name, parameter in parameters.items()}
+
+
+def dense(gradient: Tensor) -> Tensor:
+    """Embeddings may give sparse ones."""
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def listed(names: list[str], most: int = 3) -> str:
@@ -112,8 +142,10 @@ def listed(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+def first_line(error: Exception, most: int = 160) -> str:
+    """Its words, for a message of one line."""
+    words = " ".join((str(error).strip() or type(error).__name__).split("\n")[0].split())
+    return words if len(words) <= most else f"{words[:most]}…"
 
 
 BLOCK = 2**16
@@ -121,8 +153,9 @@ BLOCK = 2**16
 
 
 def row_norms(tensor: Tensor) -> Tensor:
-    """‖row‖ of every row of the first dimension."""
-    return torch.linalg.vector_norm(at_least_single(tensor).reshape(len(tensor) if tensor.dim() else 1, -1), dim=1)
+    """‖row‖ of every row of the first dimension; of a vector, its norm."""
+    tensor = at_least_single(tensor)
+    return torch.linalg.vector_norm(tensor.flatten(1) if tensor.dim() > 1 else tensor.reshape(1, -1), dim=1)
 
 
 def norm_sq(tensors: Iterable[Tensor]) -> Tensor:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from gradients.contributions import at_least_single
-from gradients.estimator import BLOCK, Estimator, row_norms, training_gradient
+from gradients.estimator import BLOCK, Estimator, dense, row_norms, training_gradient
+from gradients.samples import Batch, count
 
 
 class MicroBatchGradients(Estimator):
@@ -29,15 +30,15 @@ class MicroBatchGradients(Estimator):
         self.loss_scale = 1.0
 
     @contextlib.contextmanager
-    def observe(self, inputs: Tensor, targets: Tensor, loss_scale: float = 1.0) -> Iterator[None]:
+    def observe(self, inputs: Batch, targets: Batch, loss_scale: float = 1.0, whole: bool = True) -> Iterator[None]:
         group: dict[str, Tensor] = {}
 
         def hook_for(name: str):
             def keep(gradient: Tensor) -> None:
-                group[name] = gradient  # autograd then leaves this tensor alone and adds it up elsewhere
+                group[name] = dense(gradient)  # autograd then leaves this tensor alone and adds it up elsewhere
 
             def keep_norms(gradient: Tensor) -> None:
-                group[name] = row_norms(gradient)
+                group[name] = row_norms(dense(gradient))
 
             return keep if self.inner_products else keep_norms
 
@@ -48,7 +49,7 @@ class MicroBatchGradients(Estimator):
             for handle in handles:
                 handle.remove()
         self.loss_scale = loss_scale
-        self.groups.append((len(inputs), group))
+        self.groups.append((count(inputs), group))
         if len(self.groups) > 2 * self.num_groups:
             if self.inner_products:
                 self.groups = [_merged(self.groups[i : i + 2]) for i in range(0, len(self.groups), 2)]

@@ -13,7 +13,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import NoneType, SimpleNamespace, UnionType
@@ -98,10 +98,19 @@ class BatchOptions:
     """initial global batch size [samples, over all devices]; in stages it is the first of them"""
     max_batch_size: int | None = None
     """largest global batch size [samples]; default: the size of the training set, or the largest stage"""
-    max_micro_batch_size: int = 4096
-    """most samples a device processes at once; larger batches are accumulated [samples per device]"""
+    max_micro_batch_size: int | Literal["auto"] = "auto"
+    """most samples a device processes at once; larger batches are accumulated [samples per device]; auto: the smallest
+    size that is about as quick as any and fits into the device's memory, measured before the training"""
     gradient_accumulation_steps: int = 1
     """least number of accumulation steps in a batch"""
+    batch_size_multiple: int = 1
+    """sizes are rounded up to a multiple of this [samples]; the initial and the largest size stand as they are"""
+    max_growth: float | None = None
+    """largest factor by which the batch grows at a time; default: no bound"""
+    growth_interval: int = 1
+    """at least so many steps between two changes of the batch size"""
+    patience: int = 1
+    """the batch size changes only after a larger one was asked for so many times in a row"""
 
 
 @dataclass
@@ -113,24 +122,40 @@ class TestOptions:
     test_type: Literal["norm", "ip", "ip+orth"] = "norm"
     """norm test, inner product test, or inner product test with orthogonality test (augmented)"""
     eta: float = 1.0
-    """η of the norm test: smaller means larger batches"""
+    """η of the norm test: smaller means larger batches. With statistics=unbiased the batch stays at (noise scale)/η²,
+    which costs 1 + 1/η² times the least possible samples and 1 + η² times the least possible steps"""
     theta: float = 1.0
     """θ of the inner product test: smaller means larger batches"""
     nu: float = 1.0
     """ν of the orthogonality test: smaller means larger batches"""
+    statistics: Literal["batch", "unbiased"] = "batch"
+    """batch: as published, where noise dominates ‖ḡ‖² is mostly noise itself; unbiased: without this part"""
+    smoothing: float = 0.0
+    """average the statistics over steps, with this half-life [samples]; 0: the last tested batch alone"""
     test_interval: int = 1
     """test every so many steps"""
-    test_gradients: Literal["auto", "ghost", "vmap", "micro_batch"] = "auto"
+    monitor_interval: int = 0
+    """measure the statistics every so many steps also where nothing is decided by them: in runs without a test and at
+    the largest batch size; 0: do not"""
+    test_gradients: Literal["auto", "ghost", "vmap", "loop", "micro_batch"] = "auto"
     """where the statistics come from. ghost: exact, norms without per-sample gradients; vmap: exact, per-sample
-    gradients by torch.func; micro_batch: variance between micro-batches; auto: ghost where it can, else vmap"""
+    gradients by torch.func; loop: exact, one backward pass a sample; micro_batch: variance between micro-batches; auto:
+    the first of ghost, vmap and loop that agrees with single samples"""
     test_groups: int = 8
     """least number of micro-batches, over all devices, into which micro_batch cuts a tested batch"""
     max_test_micro_batch_size: int = 256
     """most samples of a device in a pass of the test's own [samples per device]"""
-    ramp_up_type: Literal["test", "factor"] = "test"
-    """where the test fails: take the size that the test asks for, or multiply the batch size by ramp_up_factor"""
+    ramp_up_type: Literal["test", "factor", "goodput"] = "test"
+    """test: where the test fails, take the size that it asks for; factor: multiply the batch size by ramp_up_factor
+    there; goodput: no test, but the size with the most progress a second, √(noise scale · knee), by the steps' times"""
     ramp_up_factor: float = 2.0
     """factor of ramp_up_type=factor"""
+    may_shrink: bool = False
+    """ramp_up_type=goodput may also make the batch smaller"""
+    recipe: Literal["paper", "steady"] | None = None
+    """paper: the published rule. steady: unbiased, smoothed statistics, goodput, a learning rate that follows, growth
+    at most twofold at a time. Options that are given stand above it; default: paper where test_type, eta, theta, nu or
+    ramp_up_type is given or there is no test, else steady"""
 
 
 @dataclass
@@ -141,12 +166,15 @@ class RampOptions:
     """use the sizes in global_batch_sizes one after the other"""
     global_batch_sizes: list[int] = field(default_factory=list)
     """batch sizes of the stages [samples]"""
-    samples_stages: list[int] = field(default_factory=list)
-    """length of each stage [samples]; default: equal lengths"""
+    samples_stages: list[int | str] = field(default_factory=list)
+    """length of each stage [samples, or as 25% of the run]; default: equal lengths"""
     linear_ramp_up: bool = False
     """add linear_ramp_up_increment to the batch size at every step"""
     linear_ramp_up_increment: int = 256
     """increment of linear_ramp_up [samples per step]"""
+    seesaw_ramp_up: bool = False
+    """where the schedule lowers the learning rate by a factor, the batch grows by it and the learning rate falls by its
+    square root"""
 
 
 @dataclass
@@ -169,6 +197,9 @@ class OptimizerOptions:
     """further arguments of the optimizer, as --optimizer_args.NAME=VALUE"""
     grad_clip: float = 0.0
     """clip the norm of the batch gradient at this value; 0: do not clip"""
+    lr_scaling: Literal["none", "sqrt", "linear", "adascale"] = "none"
+    """how the learning rate follows the batch size b, on top of the schedule, from the initial one b₀: by √(b/b₀),
+    b/b₀, or AdaScale's gain from the statistics, between 1 and b/b₀ (its root for optimizers other than SGD)"""
 
 
 @dataclass
@@ -176,9 +207,9 @@ class ScheduleOptions:
     """Learning-rate schedule"""
 
     decay_lr: bool = True
-    """warm up and decay the learning rate; False: constant, capped by max_lr"""
+    """warm up and decay the learning rate; False: constant"""
     max_lr: float | None = None
-    """cap on the learning rate where decay_lr=False; default: none"""
+    """cap on the learning rate, also where lr_scaling raises it; default: none"""
     scheduler: Literal["cosine", "linear", "multistep"] = "cosine"
     """form of the decay after the linear warm-up"""
     lr_decay_type: Literal["sample", "iter"] | None = None
@@ -228,6 +259,12 @@ class DeviceOptions:
     """devices (processes) a node; auto: all GPUs, or one process on CPU"""
     num_nodes: int = 1
     """number of nodes (machines)"""
+    matmul_precision: Literal["highest", "high"] = "highest"
+    """of float32 products and convolutions on GPUs; high: by TF32, faster, about three decimal digits"""
+    deterministic: bool = False
+    """the same numbers, bit for bit, in every run on the same GPUs; slower (on CPUs runs are so anyway)"""
+    timeout_minutes: float = 10.0
+    """end where a process waits so long for another one [min]"""
     precision: Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true", "32", "bf16", "64"] = "32-true"
     """floating-point precision"""
 
@@ -301,11 +338,12 @@ class Config(
         positive = (
             "batch_size max_batch_size max_micro_batch_size max_test_micro_batch_size gradient_accumulation_steps "
             "eta theta nu test_interval test_groups learning_rate max_lr gamma max_samples max_iters devices num_nodes "
-            "log_interval linear_ramp_up_increment lr_decay_samples lr_decay_iters batch_ahead keep_checkpoints"
+            "log_interval linear_ramp_up_increment lr_decay_samples lr_decay_iters batch_ahead keep_checkpoints "
+            "timeout_minutes batch_size_multiple growth_interval patience"
         )
         not_negative = (
             "num_workers weight_decay grad_clip min_lr warmup_samples warmup_iters eval_interval momentum seed "
-            "checkpoint_interval checkpoint_minutes"
+            "checkpoint_interval checkpoint_minutes smoothing monitor_interval"
         )
         for name in positive.split():
             _require_range(name, getattr(self, name), "positive", lambda value: value > 0)
@@ -322,8 +360,12 @@ class Config(
         sizes += [(name, getattr(self, name)) for name in ("batch_size", "max_batch_size", "linear_ramp_up_increment")]
         for name, size in sizes:
             _require_range(name, size, "below 2^31", lambda value: value < 2**31)
+        for value in self.samples_stages:
+            if isinstance(value, str) and not re.fullmatch(r"\d+(\.\d+)?%", value):
+                raise UsageError(f"--samples_stages: '{value}' is neither a number of samples nor a share such as 25%")
         _require_range("seed", self.seed, "below 2^32", lambda value: value < 2**32)
-        _require_range("ramp_up_factor", self.ramp_up_factor, "larger than 1", lambda value: value > 1)
+        for name in ("ramp_up_factor", "max_growth"):
+            _require_range(name, getattr(self, name), "larger than 1", lambda value: value > 1)
 
     def _check_without_effect(self):
         """Refuse options that nothing would read: whoever sets them expects something else of the run."""
@@ -331,6 +373,7 @@ class Config(
             ("global_batch_sizes samples_stages", "stagewise_ramp_up", True),
             ("linear_ramp_up_increment", "linear_ramp_up", True),
             ("ramp_up_factor", "ramp_up_type", "factor"),
+            ("may_shrink", "ramp_up_type", "goodput"),
             (
                 "warmup_samples warmup_iters warmup_from min_lr scheduler lr_decay_samples lr_decay_iters",
                 "decay_lr",
@@ -344,6 +387,17 @@ class Config(
             for name in names.split():
                 if getattr(self, name) != getattr(_DEFAULTS, name) and getattr(self, other) != value:
                     raise UsageError(f"--{name} acts only with --{other}={value}: add that, or leave --{name} out")
+        for name in ("test_type", "eta", "theta", "nu"):
+            if self.ramp_up_type == "goodput" and getattr(self, name) != getattr(_DEFAULTS, name):
+                raise UsageError(
+                    f"--{name}: --ramp_up_type=goodput makes no test: leave --{name} out, or take another type"
+                )
+        measured = self.test or self.monitor_interval
+        for name in ("statistics", "smoothing"):
+            if getattr(self, name) != getattr(_DEFAULTS, name) and not measured:
+                raise UsageError(f"--{name} acts only with --test=True or --monitor_interval: add one, or leave it out")
+        if self.lr_scaling == "adascale" and not measured:
+            raise UsageError("--lr_scaling=adascale needs the statistics: add --test=True or --monitor_interval=N")
         if self.batch_ahead != _DEFAULTS.batch_ahead and not self.num_workers:
             raise UsageError(
                 "--batch_ahead acts only with --num_workers=1 or more: add that, or leave --batch_ahead out"
@@ -355,11 +409,18 @@ class Config(
                 f"--batch_size={self.batch_size} is above --max_batch_size={self.max_batch_size} "
                 "(default: the size of the training set): lower one or raise the other"
             )
-        if self.test and (self.stagewise_ramp_up or self.linear_ramp_up):
-            ramp = "stagewise_ramp_up" if self.stagewise_ramp_up else "linear_ramp_up"
-            raise UsageError(f"--{ramp} contradicts --test=True: add --test=False to ramp up without a test")
-        if self.stagewise_ramp_up and self.linear_ramp_up:
-            raise UsageError("--stagewise_ramp_up and --linear_ramp_up contradict each other: choose one")
+        ramps = [n for n in ("stagewise_ramp_up", "linear_ramp_up", "seesaw_ramp_up") if getattr(self, n)]
+        if self.test and ramps:
+            raise UsageError(f"--{ramps[0]} contradicts --test=True: add --test=False to ramp up without a test")
+        if len(ramps) > 1:
+            raise UsageError(f"--{ramps[0]} and --{ramps[1]} contradict each other: choose one")
+        if self.max_growth and (self.test or ramps):
+            first = -(-(self.batch_size + 1) // self.batch_size_multiple) * self.batch_size_multiple
+            if first > self.batch_size * self.max_growth:
+                raise UsageError(
+                    f"--max_growth={self.max_growth}: from --batch_size={self.batch_size} the next size is {first}, "
+                    "which is more: raise it, or lower --batch_size_multiple"
+                )
         if self.stagewise_ramp_up and not self.global_batch_sizes:
             raise UsageError("--stagewise_ramp_up needs --global_batch_sizes=[SIZE,SIZE,…]")
         if self.samples_stages and len(self.samples_stages) != len(self.global_batch_sizes):
@@ -376,10 +437,17 @@ class Config(
             raise UsageError("--batch_size=1 has no variance to test: start with 2 or more, or add --test=False")
 
     def _check_schedules(self):
+        if self.seesaw_ramp_up:
+            if not self.decay_lr or self.scheduler == "multistep" or self.lr_decay_type != "sample":
+                raise UsageError(
+                    "--seesaw_ramp_up needs a learning rate that falls with the samples: --decay_lr=True with "
+                    "--scheduler=cosine or linear and --lr_decay_type=sample"
+                )
+            if self.lr_scaling not in ("none", "sqrt"):
+                raise UsageError(f"--lr_scaling={self.lr_scaling}: --seesaw_ramp_up scales by sqrt: leave it out")
+            self.lr_scaling = "sqrt"
         if not self.decay_lr:
             return
-        if self.max_lr is not None:
-            raise UsageError("--max_lr caps a constant learning rate: add --decay_lr=False, or leave it out")
         if self.min_lr > self.learning_rate:
             raise UsageError(f"--min_lr={self.min_lr} is above the peak --learning_rate={self.learning_rate}")
         if self.scheduler == "multistep" and not self.milestones:
@@ -475,12 +543,35 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         if any("\udc80" <= letter <= "\udcff" for letter in word):  # how Python keeps bytes that are no letters
             encoding = sys.getfilesystemencoding()
             raise UsageError(f"{word} has letters that the encoding {encoding} has not: set PYTHONUTF8=1")
+    parser = build_parser()
     try:
-        options = build_parser().parse_args(arguments)
+        options = parser.parse_args(arguments)
+        given = vars(parser.parse_args(arguments, defaults=False))
     except (argparse.ArgumentError, UnicodeDecodeError) as error:
         raise UsageError(_explain(str(error))) from None
-    options.pop("config", None)
-    return Config(**{name: getattr(options, name) for name in (entry.name for entry in fields(Config))})
+    values = {name: getattr(options, name) for name in (entry.name for entry in fields(Config))}
+    return Config(**with_recipe(values, given))
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "steady": {
+        "statistics": "unbiased",
+        "smoothing": 5_000.0,
+        "ramp_up_type": "goodput",
+        "lr_scaling": "adascale",
+        "max_growth": 2.0,
+    },
+}
+PUBLISHED = {"test_type", "eta", "theta", "nu", "ramp_up_type"}
+"""Whoever gives one of these asks for the published rule."""
+
+
+def with_recipe(values: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """The options with what the recipe sets of those that are not given."""
+    recipe = values["recipe"] or ("steady" if values["test"] and not PUBLISHED & set(given) else "paper")
+    set_by_recipe = RECIPES[recipe] if values["test"] else {}
+    return values | {name: value for name, value in set_by_recipe.items() if name not in given} | {"recipe": recipe}
 
 
 def parse_or_exit() -> Config:
@@ -600,6 +691,8 @@ def _values(kind: Any) -> str:
         return ", ".join(map(str, arguments))
     if origin in (Union, UnionType):
         return " or ".join(_values(one) for one in arguments if one is not NoneType)
+    if origin is list:
+        return f"list of {_values(arguments[0])}"
     return str(kind).replace("typing.", "") if origin else kind.__name__
 
 

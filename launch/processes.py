@@ -12,16 +12,20 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
-from lightning.fabric.strategies import DDPStrategy
+from lightning.fabric.strategies import STRATEGY_REGISTRY, DDPStrategy
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
+from launch import heartbeat
 from launch.environments import FIRST_PROCESS, launcher, started_by_the_first_process
 from launch.options import GRACE, Config, RunError, UsageError, say, say_error
 from launch.terminals import after
@@ -42,6 +46,7 @@ def start_fabric(config: Config) -> Fabric:
     strategy = os.environ.get("LT_STRATEGY", "auto") if by_fabric_run else config.strategy
     if strategy not in ("auto", "ddp", "ddp_find_unused_parameters_true"):  # the launcher takes any
         raise UsageError(f"--strategy={strategy} is not supported: whole gradients are needed; choose auto or ddp")
+    _say_how_gradients_are_averaged(config)
     share_cores()
     launched = launched_size()
     if not launched:
@@ -58,27 +63,57 @@ def start_fabric(config: Config) -> Fabric:
         if by_fabric_run:
             with after(PATIENCE, _say_for_whom_it_waits):
                 fabric = Fabric()
-            _watch(fabric)
-            return fabric
-        devices, num_nodes = launched or (config.devices, config.num_nodes)
-        fabric = Fabric(
-            accelerator=config.accelerator,
-            strategy=strategy,
-            devices=devices,
-            num_nodes=num_nodes,
-            precision=config.precision,
-            plugins=environments[launcher()](),  # as found here: Fabric would take left-over variables for a launcher
-        )
+        else:
+            devices, num_nodes = launched or (config.devices, config.num_nodes)
+            fabric = Fabric(
+                accelerator=config.accelerator,
+                strategy=strategy,
+                devices=devices,
+                num_nodes=num_nodes,
+                precision=config.precision,
+                plugins=environments[launcher()](),  # as found: Fabric would take left-over variables for a launcher
+            )
         _watch(fabric)
-        with after(PATIENCE, _say_for_whom_it_waits):
-            fabric.launch()
-        return fabric
-    except (RuntimeError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(
-            f"--accelerator={config.accelerator} --devices={config.devices}: choose what this machine has, or "
-            f"--accelerator=cpu ({reason.rstrip('!.')})"
-        ) from None
+        if not by_fabric_run:
+            with after(PATIENCE, _say_for_whom_it_waits):
+                fabric.launch()
+        if fabric.world_size > 1:
+            _host_group()
+    except (RuntimeError, ValueError, TypeError, MisconfigurationException) as error:
+        raise _not_started(config, error) from None
+    if fabric.world_size > 1:
+        hosts, address = gathered(fabric, socket.gethostname()), from_first(fabric, heartbeat.open_store)
+        heartbeat.Heartbeat(fabric.global_rank, hosts, address, _leaving, lambda: leave(1)).start()
+    return fabric
+
+
+def _say_how_gradients_are_averaged(config: Config) -> None:
+    """Fabric's strategies by the names of `--strategy`, with our arguments, whoever of the launchers names them.
+
+    Buffers stay a rank's own: ranks may evaluate different numbers of micro-batches, and `evaluate` averages them.
+    """
+    arguments = {
+        "timeout": timedelta(minutes=config.timeout_minutes),
+        "gradient_as_bucket_view": True,  # else every gradient lies in memory twice
+        "broadcast_buffers": False,
+    }
+    STRATEGY_REGISTRY.register("ddp", DDPStrategy, override=True, **arguments)
+    arguments["find_unused_parameters"] = True
+    STRATEGY_REGISTRY.register("ddp_find_unused_parameters_true", DDPStrategy, override=True, **arguments)
+
+
+def _not_started(config: Config, error: Exception) -> UsageError | RunError:
+    """What keeps Fabric from starting, and what to do."""
+    reason = " ".join(str(error).split()).rstrip("!.")
+    if isinstance(error, dist.DistError) or "gloo" in reason.lower():
+        return RunError(
+            f"the processes do not reach each other ({reason}): set GLOO_SOCKET_IFNAME (on GPUs NCCL_SOCKET_IFNAME, "
+            "too) to the network interface that connects the machines (`ip addr` lists them)"
+        )
+    remedy = "choose what this machine has, or --accelerator=cpu"
+    if launcher() == "srun":
+        remedy += "; under srun every task must see all GPUs of its node: give --gpus-per-node, not --gpus-per-task"
+    return UsageError(f"--accelerator={config.accelerator} --devices={config.devices}: {remedy} ({reason})")
 
 
 def naming_long_work(fabric: Fabric, what: str) -> contextlib.AbstractContextManager:
@@ -138,8 +173,11 @@ def resolve(config: Config, fabric: Fabric, training_samples: int) -> Config:
     if config.stagewise_ramp_up:
         sizes = config.global_batch_sizes
         effective["batch_size"] = sizes[0]
-        if not config.samples_stages:
-            effective["samples_stages"] = [effective.get("max_samples", config.max_samples) // len(sizes)] * len(sizes)
+        length = effective.get("max_samples", config.max_samples)
+        stages = config.samples_stages or [length // len(sizes)] * len(sizes)
+        effective["samples_stages"] = [
+            round(float(stage[:-1]) / 100 * length) if isinstance(stage, str) else stage for stage in stages
+        ]
     unit = {"sample": "samples", "iter": "iters"}[config.lr_decay_type]
     if config.decay_lr and config.scheduler != "multistep" and getattr(config, f"lr_decay_{unit}") is None:
         effective[f"lr_decay_{unit}"] = effective.get(f"max_{unit}", getattr(config, f"max_{unit}"))
@@ -183,8 +221,33 @@ def refuse_single_samples(config: Config, world_size: int, least: int) -> None:
             f"--batch_size: {config.model} has BatchNorm on 1×1 maps of these images and needs at least {least} "
             f"samples a device: use {least * world_size} or more, or fewer --devices"
         )
-    if least > 1 and config.max_micro_batch_size < 3:
+    if least > 1 and config.max_micro_batch_size != "auto" and config.max_micro_batch_size < 3:
         raise UsageError(f"--max_micro_batch_size: {config.model} has BatchNorm on 1×1 maps and needs 3 or more")
+
+
+def refuse_unequal_numbers(config: Config, module: torch.nn.Module) -> None:
+    """SyncBatchNorm exchanges statistics in every micro-batch: ranks need the same number of them.
+
+    Raises:
+        UsageError: micro-batches of one sample are as many as a rank has samples.
+    """
+    synchronised = any(isinstance(layer, torch.nn.SyncBatchNorm) for layer in module.modules())
+    if synchronised and config.max_micro_batch_size == 1:
+        raise UsageError("--max_micro_batch_size=1: SyncBatchNorm needs as many micro-batches on every rank: raise it")
+
+
+def set_arithmetic(config: Config) -> None:
+    """How exact and how repeatable the devices calculate. Before the first use of a GPU."""
+    exact = config.matmul_precision == "highest"
+    torch.set_float32_matmul_precision(config.matmul_precision)
+    torch.backends.cudnn.allow_tf32 = not exact
+    if config.compile:
+        # DDP's own cuts of the graph do not bear a forward pass that computes with the batch size.
+        torch._dynamo.config.optimize_ddp = False
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
 
 
 def launched_size() -> tuple[int, int] | None:
@@ -207,18 +270,34 @@ def together(fabric: Fabric, function: Callable):
         result = function()
     except (UsageError, RunError) as error:
         problem = error
-    problems = [problem]
-    if fabric.world_size > 1:
-        problems = [None] * fabric.world_size
-        dist.all_gather_object(problems, problem)
-    for problem in filter(None, problems):
-        problem.on_all_ranks = True
-        raise problem
+    for first in filter(None, gathered(fabric, problem)):
+        first.on_all_ranks = True
+        raise first
     return result
 
 
+# What ranks exchange here goes from host to host: objects do not travel over devices, and no host waits for its device.
+
+
+def gathered(fabric: Fabric, value: Any) -> list[Any]:
+    """Every rank's value, on all ranks."""
+    values = [value]
+    if fabric.world_size > 1:
+        values = [None] * fabric.world_size
+        dist.all_gather_object(values, value, group=_host_group())
+    return values
+
+
+def from_first(fabric: Fabric, function: Callable) -> Any:
+    """What the function gives on the first rank, where alone it is called, on all ranks."""
+    values = [function() if fabric.global_rank == 0 else None]
+    if fabric.world_size > 1:
+        dist.broadcast_object_list(values, src=0, group=_host_group())
+    return values[0]
+
+
 def largest_over_ranks(fabric: Fabric, number: int) -> int:
-    """The largest of the ranks' numbers, exchanged on the CPU: the host does not wait for the device."""
+    """The largest of the ranks' numbers."""
     if fabric.world_size == 1:
         return number
     largest = torch.tensor(number)
@@ -249,6 +328,7 @@ class Agreement:
 
 @lru_cache(maxsize=1)
 def _host_group() -> dist.ProcessGroup | None:
+    """Made at the start: where the machines do not reach each other this way, it is said before anything is done."""
     return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 

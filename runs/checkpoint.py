@@ -21,19 +21,18 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from launch.options import Config, RunError, UsageError
-from launch.processes import errors_go_to, together
+from launch.processes import errors_go_to, from_first, gathered, together
 from runs.metrics import Totals
 
 # What may differ between a run and its continuation: where things are, how often something is written, and how a batch
 # is cut over devices and passes. All else changes the mathematics.
 FREE = """
     data_dir num_workers batch_ahead compile max_micro_batch_size max_test_micro_batch_size gradient_accumulation_steps
-    accelerator strategy devices num_nodes
+    accelerator strategy devices num_nodes timeout_minutes deterministic recipe
     out_dir run_name log_interval eval_interval checkpoint_interval checkpoint_minutes keep_checkpoints resume
 """.split()  # noqa: SIM905
 GROWING = ("max_samples", "max_iters")
@@ -90,7 +89,7 @@ class Checkpoints:
 
     def __init__(self, fabric: Fabric, config: Config, folder: Path | None):
         self.fabric, self.config = fabric, config
-        self.folder = Path(fabric.broadcast(str(folder and folder.absolute()))) / "checkpoints"
+        self.folder = Path(from_first(fabric, lambda: str(folder.absolute()))) / "checkpoints"
         errors_go_to(self.folder.parent)
         self.io = fabric.strategy.checkpoint_io = DurableIO()
         self.saved_at = time.monotonic()
@@ -120,10 +119,7 @@ class Checkpoints:
         Raises:
             RunError: it cannot be written. The ones before it stand.
         """
-        ranks = [own]
-        if self.fabric.world_size > 1:
-            ranks = [None] * self.fabric.world_size
-            dist.all_gather_object(ranks, own)
+        ranks = gathered(self.fabric, own)
         self.fabric.save(self.path(step), {**state, "ranks": ranks, "options": plain_options(self.config)})
         together(self.fabric, lambda: self._conclude(step, best_step))
         self.saved_at, self.saved_step = time.monotonic(), step
@@ -233,7 +229,7 @@ def resumption(fabric: Fabric, config: Config) -> tuple[Config, Path | None]:
     """
     folder = config.out_dir / config.run_name if config.run_name else None
     found = together(fabric, lambda: fabric.is_global_zero and find(config.resume, folder))
-    path, warnings = fabric.broadcast(found)
+    path, warnings = from_first(fabric, lambda: found)
     if fabric.is_global_zero and warnings:
         print(*warnings, sep="\n", file=sys.stderr, flush=True)
     return (together(fabric, lambda: continued(config, path)), path) if path else (config, None)
@@ -250,6 +246,8 @@ def continued(config: Config, path: Path) -> Config:
     except OSError as error:
         raise UsageError(f"--resume: {path}: {error.strerror}: all machines must see the run's folder") from None
     kept = {name: old[name] for name in FROM_THE_LENGTH if not getattr(config, name) and old[name]}
+    if config.max_micro_batch_size == "auto":  # measured already
+        kept["max_micro_batch_size"] = old["max_micro_batch_size"]
     run_folder = path.absolute().parent.parent
     if config.run_name is None and path.parent.name == "checkpoints":
         kept |= {"out_dir": run_folder.parent, "run_name": run_folder.name}

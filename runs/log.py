@@ -34,7 +34,8 @@ from runs.checkpoint import plain_options, remove_left_overs, replacing, unwrita
 COLUMNS = """
     step samples epoch train_loss train_accuracy val_loss val_accuracy val_top5_accuracy lr
     batch_size micro_batch_size gradient_accumulation_steps
-    variance variance_inner_product variance_orthogonality grad_norm_sq noise_scale next_batch_size
+    variance variance_inner_product variance_orthogonality grad_norm_sq batch_noise_scale noise_scale
+    lr_factor next_batch_size
     step_time test_time samples_per_second
 """.split()  # noqa: SIM905
 
@@ -53,20 +54,26 @@ TAGS = {
     "variance_inner_product": "var_inner_prod",
     "variance_orthogonality": "var_orth",
     "grad_norm_sq": "grad_norm_sq",
-    "noise_scale": "noise_scale",
+    "batch_noise_scale": "noise_scale",
+    "noise_scale": "noise_scale_unbiased",
+    "lr_factor": "lr_factor",
     "step_time": "time",
 }
 
 
 def default_name(config: Config) -> str:
     """Model, data set, schedule or test with its parameters, seed, time."""
-    if config.test:
+    if config.test and config.ramp_up_type == "goodput":
+        schedule = "goodput"
+    elif config.test:
         used = (f"{name}{getattr(config, name):g}" for name in reading.TEST_PARAMETERS[config.test_type])
         schedule = "_".join([config.test_type, *used])
     elif config.stagewise_ramp_up:
         schedule = "stagewise" + "-".join(map(str, config.global_batch_sizes))
     elif config.linear_ramp_up:
         schedule = f"linear{config.linear_ramp_up_increment}"
+    elif config.seesaw_ramp_up:
+        schedule = f"seesaw{config.batch_size}"
     else:
         schedule = f"constant{config.batch_size}"
     names = (name.replace(":", ".") for name in (config.model, config.dataset))
@@ -363,11 +370,14 @@ def introduction(c: Config, parameters: int, training_samples: int, world_size: 
             "ip": f"inner product test, θ = {c.theta:g}",
             "ip+orth": f"augmented inner product test, θ = {c.theta:g}, ν = {c.nu:g}",
         }[c.test_type]
+        test = "the quickest on these devices" if c.ramp_up_type == "goodput" else test
         growth = f"batch size {c.batch_size:,} to at most {c.max_batch_size:,} ({test})"
     elif c.stagewise_ramp_up:
         growth = f"batch size {', '.join(f'{size:,}' for size in c.global_batch_sizes)} in stages"
     elif c.linear_ramp_up:
         growth = f"batch size {c.batch_size:,} and {c.linear_ramp_up_increment:,} more every step"
+    elif c.seesaw_ramp_up:
+        growth = f"batch size {c.batch_size:,}, growing as the learning rate falls"
     else:
         growth = f"batch size {c.batch_size:,}"
     return (

@@ -64,12 +64,12 @@ class Reading:
     """
 
     def __init__(self, numbers: Tensor):
-        self.rows = numbers[None]
+        rows = [numbers]
         if dist.is_initialized():
-            self.rows = numbers.new_empty(dist.get_world_size(), len(numbers))
-            dist.all_gather_into_tensor(self.rows, numbers[None])  # gloo insists on the shape
-        device, self.rows = numbers.device, self.rows.to("cpu", non_blocking=True)  # from a GPU into pinned memory
-        self.arrival = Mark(device)
+            rows = [torch.empty_like(numbers) for _ in range(dist.get_world_size())]
+            dist.all_gather(rows, numbers)
+        self.rows = torch.stack(rows).to("cpu", non_blocking=True)  # from a GPU into pinned memory
+        self.arrival = Mark(numbers.device)
 
     def by_rank(self) -> list[list[float]]:
         """The numbers of every rank. The host waits for them."""
@@ -106,6 +106,10 @@ class Totals:
     def __init__(self, device: torch.device):
         self.device = device
         self.span = Span(Mark(device))
+        self.timed: tuple[float, float] | None = (
+            None  # mean batch size and seconds a step of the last span that is past
+        )
+        self.is_first = True
         self._clear()
 
     def _clear(self) -> None:
@@ -154,24 +158,34 @@ class Totals:
         self.not_finite_at = torch.minimum(self.not_finite_at, at)
         self.span.steps.add(step)
 
-    def read(self) -> Callable[[], tuple[dict[str, float], int | None]]:
+    def read(self) -> Callable[[], tuple[dict[str, float], int | None, tuple[float, float] | None]]:
         """Start anew. What is given back waits for the device and says what the time since the last call was like:
-        means over all ranks, and the first step whose loss was not finite."""
-        reading, span, end = Reading(torch.cat([self.sums, self.not_finite_at[None]])), self.span, Mark(self.device)
+        means over all ranks; the first step whose loss was not finite; and, of the stretch before that one, as the
+        times of other ranks come with the next numbers, the mean batch size and the slowest rank's seconds a step."""
+        before, size = self.timed or (math.nan, 0.0), self.timed and self.timed[0]
+        numbers = torch.cat([self.sums, self.not_finite_at[None], torch.full_like(self.sums[:1], before[1])])
+        reading, span, end = Reading(numbers), self.span, Mark(self.device)
+        is_first, self.is_first = self.is_first, False
         self.span = Span(end)
         self._clear()
 
-        def statistics() -> tuple[dict[str, float], int | None]:
-            losses, corrects, counts, not_finite = zip(*reading.by_rank())
+        def statistics() -> tuple[dict[str, float], int | None, tuple[float, float] | None]:
+            losses, corrects, counts, not_finite, seconds_before = zip(*reading.by_rank())
             end.wait()
             seconds, samples, at = span.seconds(end), sum(counts), min(not_finite)
-            return {
-                "train_loss": sum(losses) / samples,
-                "train_accuracy": sum(corrects) / samples,
-                "step_time": seconds / len(span.steps),
-                "test_time": span.test_seconds() / len(span.steps),
-                "samples_per_second": samples / seconds,
-            }, None if math.isinf(at) else int(at)
+            if not is_first:  # the first step of a process makes things that later ones find
+                self.timed = samples / len(span.steps), seconds / len(span.steps)
+            return (
+                {
+                    "train_loss": sum(losses) / samples,
+                    "train_accuracy": sum(corrects) / samples,
+                    "step_time": seconds / len(span.steps),
+                    "test_time": span.test_seconds() / len(span.steps),
+                    "samples_per_second": samples / seconds,
+                },
+                None if math.isinf(at) else int(at),
+                (size, max(seconds_before)) if size else None,
+            )
 
         return statistics
 

@@ -15,7 +15,7 @@ import yaml
 from launch.options import CheckpointOptions, Config, TestOptions, UsageError, nearest
 
 FILES = ("config.yaml", "metrics.csv", "summary.json")
-NOT_COMPARED = {"seed", "run_name", "out_dir", "data_dir", "num_workers", "batch_ahead"}
+NOT_COMPARED = {"seed", "run_name", "recipe", "out_dir", "data_dir", "num_workers", "batch_ahead"}
 NOT_COMPARED |= {entry.name for entry in fields(CheckpointOptions)}
 """Options in which the runs of one configuration may differ."""
 
@@ -192,16 +192,18 @@ def without_effect(options: dict[str, Any]) -> set[str]:
     """Options that the run did not read, given the others: they tell no two configurations apart."""
     unused = set() if options["test_gradients"] == "micro_batch" else {"test_groups"}
     if options["test"]:
-        unused |= {"eta", "theta", "nu"} - set(TEST_PARAMETERS[options["test_type"]])
+        goodput = options["ramp_up_type"] == "goodput"
+        unused |= {"eta", "theta", "nu"} - (set() if goodput else set(TEST_PARAMETERS[options["test_type"]]))
+        unused |= {"test_type"} if goodput else {"may_shrink"}
         if options["ramp_up_type"] != "factor":
             unused.add("ramp_up_factor")
     else:
-        unused |= TEST_OPTIONS
+        unused |= TEST_OPTIONS - ({"smoothing"} if options["lr_scaling"] == "adascale" else set())
     if options["stagewise_ramp_up"]:
         unused |= {"batch_size", "max_batch_size"}
     else:
         unused |= {"global_batch_sizes", "samples_stages"}
-        if not (options["test"] or options["linear_ramp_up"]):
+        if not (options["test"] or options["linear_ramp_up"] or options["seesaw_ramp_up"]):
             unused.add("max_batch_size")
     if not (options["decay_lr"] and (options["warmup_samples"] or options["warmup_iters"])):
         unused.add("warmup_from")
@@ -212,7 +214,9 @@ def without_effect(options: dict[str, Any]) -> set[str]:
 
 def schedule(options: dict[str, Any]) -> tuple[str, set[str]]:
     """How the batch grows, in words ("norm test, η = 0.1"), and the options that these words tell of."""
-    told = {"test", "test_type", "stagewise_ramp_up", "linear_ramp_up"}
+    told = {"test", "test_type", "stagewise_ramp_up", "linear_ramp_up", "seesaw_ramp_up"}
+    if options["test"] and options["ramp_up_type"] == "goodput":
+        return "goodput", told | {"ramp_up_type"}
     if options["test"]:
         used = TEST_PARAMETERS[options["test_type"]]
         letters = {"eta": "η", "theta": "θ", "nu": "ν"}
@@ -223,6 +227,8 @@ def schedule(options: dict[str, Any]) -> tuple[str, set[str]]:
     if options["linear_ramp_up"]:
         words = f"linear to {options['max_batch_size']}, {options['linear_ramp_up_increment']} a step"
         return words, told | {"max_batch_size", "linear_ramp_up_increment"}
+    if options["seesaw_ramp_up"]:
+        return f"seesaw from {options['batch_size']}", told | {"batch_size", "lr_scaling"}
     return f"constant {options['batch_size']}", told | {"batch_size"}
 
 

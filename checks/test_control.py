@@ -1,0 +1,354 @@
+"""control/: statistics averaged rightly, bounds that hold, a learning rate that follows, and the quickest batch found.
+
+Random numbers with known V, Σ and G stand in for gradients; a clock with known α and β for a machine.
+"""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import control
+from control.sizes import Found, progress_rate, quickest_batch
+from tests import AugmentedInnerProductTest, Decision, InnerProductTest, Moments, NormTest, Statistics
+
+FAIL, PASS, NONE = Decision(False, 700), Decision(True, 64), Decision(None, 64, "why")
+
+
+def next_size(rule, batch_size, samples, decision, max_batch_size=None, **growth) -> int:
+    found = Found(decision)
+    return control.Growth(max_batch_size, **growth)(batch_size, rule(batch_size, samples, found))
+
+
+@pytest.mark.parametrize(
+    "rule, largest, batch_size, samples, decision, expected",
+    [
+        (control.Constant(), None, 64, 0, FAIL, 64),
+        (control.Adaptive(), 1000, 64, 0, FAIL, 700),
+        (control.Adaptive(), 500, 64, 0, FAIL, 500),
+        (control.Adaptive(), 1000, 64, 0, PASS, 64),
+        (control.Adaptive(), 1000, 64, 0, NONE, 64),
+        (control.Adaptive(), 1000, 64, 0, None, 64),
+        (control.Adaptive(factor=2.0), 1000, 64, 0, FAIL, 128),
+        (control.Adaptive(factor=1.001), 1000, 64, 0, FAIL, 65),
+        (control.Adaptive(factor=2.0), 100, 64, 0, FAIL, 100),
+        (control.Stagewise([8, 16, 32], [100, 100, 100]), None, 8, 99, None, 8),
+        (control.Stagewise([8, 16, 32], [100, 100, 100]), None, 8, 100, None, 16),
+        (control.Stagewise([8, 16, 32], [100, 50, 100]), None, 16, 150, None, 32),
+        (control.Stagewise([8, 16, 32], [100, 50, 100]), None, 32, 10**6, None, 32),
+        (control.Linear(30), 100, 64, 0, None, 94),
+        (control.Linear(30), 100, 94, 0, None, 100),
+        (control.Linear(30), 100, 100, 0, None, 100),
+        (control.Seesaw(16, lambda samples: 1.0), 100, 16, 0, None, 16),
+        (control.Seesaw(16, lambda samples: 0.25), 100, 16, 0, None, 64),
+        (control.Seesaw(16, lambda samples: 0.0), 100, 64, 0, None, 100),
+    ],
+)
+def test_rules_against_written_out_sizes(rule, largest, batch_size, samples, decision, expected):
+    assert next_size(rule, batch_size, samples, decision, largest) == expected
+
+
+BOUNDS = st.fixed_dictionaries(
+    {
+        "max_batch_size": st.integers(1, 2000),
+        "max_growth": st.one_of(st.just(math.inf), st.floats(1.1, 8)),
+        "interval": st.integers(1, 5),
+        "patience": st.integers(1, 4),
+        "multiple": st.integers(1, 50),
+        "may_shrink": st.booleans(),
+    }
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(BOUNDS, st.integers(1, 300), st.lists(st.integers(1, 5000), min_size=1, max_size=60))
+def test_no_sequence_of_wishes_breaks_a_bound(bounds, batch_size, wishes):
+    batch_size = min(batch_size, bounds["max_batch_size"])
+    growth, changed_at, unanswered = control.Growth(**bounds), -(10**9), 0
+    for step, wanted in enumerate(wishes):
+        size = growth(batch_size, wanted)
+        unanswered = unanswered + 1 if wanted != batch_size else 0
+        if size != batch_size:
+            assert 1 <= size <= bounds["max_batch_size"]
+            assert size <= batch_size * bounds["max_growth"]
+            assert size > batch_size or bounds["may_shrink"]
+            assert size % bounds["multiple"] == 0 or size == bounds["max_batch_size"] or size == 1
+            assert step - changed_at >= bounds["interval"] and unanswered >= bounds["patience"]
+            changed_at, unanswered = step, 0
+        batch_size = size
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(0.01, 1e4), min_size=1, max_size=30), st.floats(0.1, 3.0))
+def test_defaults_give_the_published_sequence(variances, eta):
+    """b ← ⌈V/(η²‖ḡ‖²)⌉ where V/b > η²‖ḡ‖², else b: bit for bit."""
+    controller, expected = control.Controller(16, NormTest(eta)), 16
+    controller.growth.max_batch_size = 5000
+    for variance in variances:
+        b = controller.batch_size
+        moments = Moments(b, b, 1.0, (b - 1) * variance + b)
+        controller.observe(moments)
+        asked = moments.variance / (eta**2 * 1.0)
+        expected = min(math.ceil(asked), 5000) if asked > expected else expected
+        assert controller.step().batch_size == expected
+
+
+def gradients_of(rng, b: int, mean: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """b per-sample gradients: mean G, covariance diag(scales²)."""
+    return mean + scales * rng.standard_normal((b, len(mean)))
+
+
+def moments_of(g: np.ndarray) -> Moments:
+    """By the definitions."""
+    b, mean = len(g), g.mean(0)
+    products, norms = g @ mean, (g**2).sum(1)
+    apart = np.array([g[i] @ np.delete(g, i, 0).mean(0) for i in range(b)])
+    return Moments(
+        b, b, float(mean @ mean), float(norms.sum()), float((products**2).sum()), float(products.sum()),
+        float((apart**2).sum()),
+    )  # fmt: skip
+
+
+MEAN = np.zeros(20)
+MEAN[:2] = 0.3, -0.2  # ‖G‖² = 0.13
+SCALES = np.linspace(0.5, 1.5, 20)
+VARIANCE = float((SCALES**2).sum())  # 21.8: the noise scale is 168
+
+
+@pytest.mark.parametrize("b", [4, 16, 64])
+def test_unbiased_ratio_is_right_where_the_published_one_saturates(b):
+    rng = np.random.default_rng(0)
+    many = [moments_of(gradients_of(rng, b, MEAN, SCALES)) for _ in range(20_000 // b)]
+    signals = np.array([m.statistics(unbiased=True).grad_norm_sq for m in many])
+    assert abs(signals.mean() - MEAN @ MEAN) < 4 * signals.std() / math.sqrt(len(many))
+    noise_scale = np.mean([m.variance for m in many]) / signals.mean()
+    spread = 4 * signals.std() / math.sqrt(len(many)) / (MEAN @ MEAN)
+    assert noise_scale == pytest.approx(VARIANCE / (MEAN @ MEAN), rel=spread + 0.02)
+    published = np.mean([m.variance for m in many]) / np.mean([m.grad_norm_sq for m in many])
+    assert published < 1.02 * b and published < 0.5 * noise_scale
+
+
+@pytest.mark.parametrize("b", [4, 16])
+def test_what_the_spread_of_leave_one_out_products_contains(b):
+    """Var q_i = GᵀΣG + tr(Σ²)/(b − 1), and their mean is ‖G‖²: measured, as the docstring says."""
+    rng = np.random.default_rng(1)
+    many = [moments_of(gradients_of(rng, b, MEAN, SCALES)) for _ in range(6000)]
+    products = np.array([m.sum_leave_one_out_sq / b for m in many])  # E q² = Var q + ‖G‖⁴
+    expected = MEAN**2 @ SCALES**2 + (SCALES**4).sum() / (b - 1) + (MEAN @ MEAN) ** 2
+    assert abs(products.mean() - expected) < 5 * products.std() / math.sqrt(len(many))
+
+
+def test_identity_of_the_unbiased_variances():
+    moments = moments_of(gradients_of(np.random.default_rng(3), 64, 3 * MEAN, SCALES))
+    statistics = moments.statistics(unbiased=True)
+    assert statistics.grad_norm_sq > 0
+    orthogonal = statistics.variance_orthogonality
+    assert statistics.variance == pytest.approx(
+        orthogonal + statistics.variance_inner_product / statistics.grad_norm_sq
+    )
+    for test in (InnerProductTest(0.05), AugmentedInnerProductTest(0.3, 0.3)):
+        assert test(statistics).passed is False
+
+
+def test_negative_signal_decides_nothing():
+    statistics = Statistics(16, 16, -0.1, 5.0)
+    decision = NormTest(1.0)(statistics)
+    assert decision.passed is None and "noise hides the gradient" in decision.reason and statistics.noise_scale is None
+
+
+def constant_moments(b: int, variance: float, signal: float) -> Moments:
+    """Whose unbiased statistics are these."""
+    grad_norm_sq = signal + variance / b
+    return Moments(b, b, grad_norm_sq, (b - 1) * variance + b * grad_norm_sq)
+
+
+@pytest.mark.parametrize("b", [8, 32, 256])
+def test_half_life_is_counted_in_samples(b):
+    """After 1,024 samples of another kind a half-life of 1,024 leaves half of the old, whatever the batch size."""
+    smoothing, samples = control.Smoothing(1024, unbiased=True), 0
+    for _ in range(100_000 // b):
+        smoothing.observe(constant_moments(b, 10.0, 1.0), b)
+    while samples < 1024:
+        statistics = smoothing.observe(constant_moments(b, 20.0, 3.0), b)
+        samples += b
+    assert statistics.variance == pytest.approx(15.0, rel=1e-6)
+    assert statistics.grad_norm_sq == pytest.approx(2.0, rel=1e-6)
+
+
+def test_first_measurement_counts_in_full_and_bad_ones_not_at_all():
+    smoothing = control.Smoothing(10_000, unbiased=True)
+    assert smoothing.observe(constant_moments(16, 5.0, 2.0), 16).variance == pytest.approx(5.0)
+    before = smoothing.state_dict()
+    assert not smoothing.observe(Moments(16, 16, math.nan, math.inf), 16).is_usable
+    assert smoothing.state_dict() == before
+
+
+@pytest.mark.parametrize(
+    "rule, adaptive, batch_size, expected",
+    [
+        ("none", False, 64, 1.0),
+        ("sqrt", False, 64, 2.0),
+        ("linear", False, 64, 4.0),
+        ("adascale", False, 16, 1.0),
+        ("adascale", False, 64, (8 / 16 + 0.5) / (8 / 64 + 0.5)),
+        ("adascale", True, 64, math.sqrt((8 / 16 + 0.5) / (8 / 64 + 0.5))),
+    ],
+)
+def test_learning_rate_factors_against_written_out_values(rule, adaptive, batch_size, expected):
+    scaling = control.LearningRateScaling(rule, 16, adaptive)
+    assert scaling(batch_size, Statistics(64, 64, 0.5, 8.0)) == pytest.approx(expected, rel=1e-15)
+
+
+def test_adascale_lies_between_one_and_linear():
+    scaling = control.LearningRateScaling("adascale", 16)
+    assert scaling(64, None) == 1.0
+    assert scaling(64, Statistics(64, 64, -1.0, 8.0)) == pytest.approx(4.0)  # noise alone
+    assert scaling(64, Statistics(64, 64, 1e12, 8.0)) == pytest.approx(1.0)  # none
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(1e-4, 1), st.floats(1e-6, 1e-3), st.integers(0, 2**31))
+def test_step_time_is_found_though_a_quarter_of_the_steps_is_disturbed(fixed, per_sample, seed):
+    rng, step_time = np.random.default_rng(seed), control.StepTime()
+    for i in range(80):
+        b = 16 * 2 ** (i % 6)
+        disturbed = 1 + 5 * rng.random() if i // 6 % 4 == 0 else 1.0
+        step_time.observe(b, (fixed + per_sample * b) * disturbed)
+    alpha, beta = step_time.fit()
+    longest = fixed + per_sample * 512
+    assert alpha == pytest.approx(fixed, abs=0.02 * longest) and beta == pytest.approx(
+        per_sample, abs=0.02 * longest / 512
+    )
+
+
+def test_step_time_needs_sizes_that_differ_and_remembers_them():
+    step_time = control.StepTime()
+    for _ in range(50):
+        step_time.observe(16, 0.1)
+    assert step_time.fit() is None
+    step_time.observe(64, 0.22)
+    for _ in range(1000):
+        step_time.observe(16, 0.1)
+    assert step_time.fit() == pytest.approx((0.06, 0.0025))  # 0.06 + 16 · 0.0025 = 0.1
+
+
+class NoisyQuadratic:
+    """½‖w‖² in 64 dimensions whose gradient noise keeps a noise scale of `noise_scale`; a clock of known α and β."""
+
+    def __init__(self, noise_scale: float, fixed: float, per_sample: float, seed: int):
+        self.rng, self.noise_scale = np.random.default_rng(seed), noise_scale
+        self.fixed, self.per_sample = fixed, per_sample
+        self.w = np.full(64, 0.125)  # ‖w‖ = 1
+
+    def step(self, batch_size: int, rate: float) -> tuple[Moments, float]:
+        """Moments and seconds."""
+        b, d = batch_size, len(self.w)
+        variance = self.noise_scale * float(self.w @ self.w)
+        mean = self.w + math.sqrt(variance / b / d) * self.rng.standard_normal(d)
+        measured = variance * self.rng.chisquare(d * (b - 1)) / (d * (b - 1))
+        self.w = self.w - rate * mean
+        grad_norm_sq = float(mean @ mean)
+        seconds = (self.fixed + self.per_sample * b) * math.exp(0.05 * self.rng.standard_normal())
+        return Moments(b, b, grad_norm_sq, (b - 1) * measured + b * grad_norm_sq), seconds
+
+    def seconds_to(self, controller: control.Controller, target: float, rate: float) -> float:
+        clock = 0.0
+        while self.w @ self.w > target:
+            moments, seconds = self.step(controller.batch_size, rate * controller.lr_factor)
+            controller.step_time.observe(controller.batch_size, seconds)
+            controller.observe(moments)
+            controller.step()
+            clock += seconds
+        return clock
+
+
+@pytest.mark.parametrize("knee_over_noise_scale", [0.01, 0.1, 1.0, 10.0, 100.0])
+def test_goodput_finds_the_quickest_batch(knee_over_noise_scale):
+    """b within 10 % of √(P·B), and the time within 10 % of the best constant batch that a search finds."""
+    noise_scale, per_sample, b0, step = 400.0, 1e-3, 8, 0.04
+    fixed = knee_over_noise_scale * noise_scale * per_sample
+    best = math.sqrt(knee_over_noise_scale) * noise_scale
+
+    def problem(seed: int) -> NoisyQuadratic:
+        return NoisyQuadratic(noise_scale, fixed, per_sample, seed)
+
+    def rate(batch_size: int) -> float:  # of the same progress a sample for small steps: AdaScale's, relative to b₀
+        return step / (1 + noise_scale / batch_size)
+
+    def constant(batch_size: int) -> float:
+        return np.mean([
+            problem(seed).seconds_to(control.Controller(batch_size, rule=control.Constant()), 1e-4, rate(batch_size))
+            for seed in range(2)
+        ])  # fmt: skip
+
+    candidates = sorted({max(2, round(best * 1.3**k)) for k in range(-3, 4)})
+    times, sizes = [], []
+    for seed in range(3):
+        controller = control.Controller(
+            b0,
+            rule=control.Goodput(),
+            growth=control.Growth(max_growth=2.0),
+            unbiased=True,
+            smoothing=20 * noise_scale,
+            scaling=control.LearningRateScaling("adascale", b0),
+        )
+        times.append(problem(10 + seed).seconds_to(controller, 1e-4, rate(b0)))
+        sizes.append(quickest_batch(controller.noise_scale, controller.step_time.fit()))
+    assert np.mean(sizes) == pytest.approx(best, rel=0.1)
+    assert np.mean(times) < 1.1 * min(map(constant, candidates))
+
+
+def test_goodput_moves_only_for_a_gain_and_shrinks_only_where_it_may():
+    step_time, noise_scale = (1.0, 0.01), 100.0  # b* = 100
+    assert quickest_batch(noise_scale, step_time) == 100
+    found = Found(None, noise_scale, step_time)
+    assert control.Goodput()(50, 0, found) == 100
+    assert progress_rate(100, noise_scale, step_time) / progress_rate(75, noise_scale, step_time) < 1.05
+    assert control.Goodput()(75, 0, found) == 75
+    assert control.Goodput()(400, 0, found) == 400
+    assert control.Goodput(may_shrink=True)(400, 0, found) == 100
+    assert control.Goodput()(16, 0, Found(None, None, step_time)) == 16  # the noise hides the gradient
+    assert control.Goodput()(16, 0, Found(None, noise_scale, None)) == 32  # another size, to know the times
+    assert control.Goodput()(16, 0, Found(None, 10.0, (1e9, 1.0))) == 100  # ten noise scales
+
+
+def test_state_goes_through_json_and_on_bit_for_bit():
+    """In the middle of smoothing, patience and fitting."""
+
+    def controller() -> control.Controller:
+        return control.Controller(
+            8,
+            rule=control.Goodput(),
+            growth=control.Growth(4096, max_growth=2.0, interval=3, patience=2, multiple=4),
+            unbiased=True,
+            smoothing=500,
+            scaling=control.LearningRateScaling("adascale", 8, adaptive_optimizer=True),
+        )
+
+    def drive(one, problem, steps):
+        said = []
+        for _ in range(steps):
+            moments, seconds = problem.step(one.batch_size, 0.01 * one.lr_factor)
+            one.step_time.observe(one.batch_size, seconds)
+            one.observe(moments)
+            said.append((one.step(), one.noise_scale, one.knee))
+        return said
+
+    whole = drive(controller(), NoisyQuadratic(200.0, 0.05, 1e-3, 4), 40)
+    first, problem = controller(), NoisyQuadratic(200.0, 0.05, 1e-3, 4)
+    drive(first, problem, 17)
+    second = controller()
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert drive(second, problem, 23) == whole[17:]
+
+
+def test_unmeasured_steps_break_no_row():
+    controller = control.Controller(16, NormTest(1.0), growth=control.Growth(patience=2))
+    failing = Moments(16, 16, 1.0, 15 * 1000.0 + 16)
+    for measured, expected in ((True, 16), (False, 16), (True, 1000)):
+        if measured:
+            controller.observe(failing)
+        assert controller.step().batch_size == expected

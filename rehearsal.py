@@ -1,0 +1,131 @@
+"""Before the first step: passes that leave no trace choose the size of micro-batches and find what does not fit.
+
+`trainer` is main.py's, set up but for its log.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.nn.functional import cross_entropy
+
+import batches
+import gradients
+from launch import processes
+from launch.options import RunError
+from runs import checkpoint
+from runs.metrics import Mark, Totals
+
+REPETITIONS = 5
+"""At most so many timed passes of a size."""
+ENOUGH = 0.2
+"""Seconds of them after which no more are needed."""
+
+
+def rehearse(trainer) -> tuple[int, list[str]]:
+    """The most samples of a micro-batch, and what the user should be told of it. On all ranks.
+
+    Raises:
+        RunError: a micro-batch of the size in the options does not fit into the device's memory.
+    """
+    c, fabric = trainer.config, trainer.fabric
+    if fabric.world_size > 1:
+        # DDP puts its buckets into the order in which gradients come after the first pass: without it the first step of
+        # a run, and of its continuation, would sum in another order than the steps after it.
+        seconds_of_pass(trainer, trainer.min_micro_batch_size, in_step=False)
+    largest = -(-c.max_batch_size // fabric.world_size)
+    size, told = c.max_micro_batch_size, []
+    if size == "auto":
+        least = min(largest, max(8, trainer.min_micro_batch_size))
+        size, rates = batches.quickest(lambda size: samples_per_second(trainer, size), least, largest)
+        if not size:
+            raise RunError(f"out of memory on the device with {least} samples: take a smaller --model")
+        for n, rate in rates.items():
+            if rate:
+                trainer.controller.step_time.probe(n * fabric.world_size, n / rate)
+        measured = ", ".join(f"{n}: {rate:,.0f}" for n, rate in rates.items())
+        told = [f"max_micro_batch_size=auto takes {size} (samples/s by size: {measured})"]
+    elif fabric.device.type != "cpu" and math.isinf(seconds_of_pass(trainer, min(size, largest))):
+        # (On a CPU what is too large is slow, and no error.)
+        raise RunError(
+            f"out of memory on the device with {min(size, largest)} samples, to which the batch can grow: lower "
+            "--max_micro_batch_size, or leave it out: auto takes what fits"
+        )
+    if fabric.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return size, told
+
+
+def samples_per_second(trainer, size: int) -> float:
+    """Of a device, with micro-batches of so many samples; 0 where they do not fit into the memory of every rank's."""
+    seconds = [seconds_of_pass(trainer, size)]  # the first one makes plans and fills caches
+    while not math.isinf(seconds[-1]) and len(seconds) <= REPETITIONS and sum(seconds[1:]) < ENOUGH:
+        seconds.append(seconds_of_pass(trainer, size))
+    return size / min(seconds[1:], default=math.inf)
+
+
+def seconds_of_pass(trainer, size: int, in_step: bool = True) -> float:
+    """The slowest rank's time for forward and backward pass, and for the test's work where the run is to test.
+
+    Infinite where one of them runs out of memory.
+
+    Args:
+        size: samples of the pass.
+        in_step: as a micro-batch within a step; else as its last one, with the exchange of gradients, untested.
+    """
+    fabric, testing = trainer.fabric, in_step and bool(trainer.estimator)
+    inputs, targets = trainer.stream.read(range(min(size, 32, trainer.samples_per_epoch)))
+    copies = -(-size // len(targets))
+    inputs, targets = inputs.repeat(copies, 1, 1, 1)[:size], targets.repeat(copies)[:size]
+
+    def forward_and_backward() -> None:
+        observing = trainer.estimator.observe(inputs, targets, 1 / size) if testing else contextlib.nullcontext()
+        with fabric.no_backward_sync(trainer.model, enabled=in_step), observing:
+            fabric.backward(cross_entropy(trainer.model(inputs), targets, reduction="sum") / size)
+
+    with undone(trainer):
+        seconds = _slowest(trainer, forward_and_backward)
+        if testing and not math.isinf(seconds):
+            seconds += _slowest(trainer, trainer.test_moments)
+    return seconds
+
+
+def _slowest(trainer, work: Callable[[], object]) -> float:
+    """Seconds of the slowest rank, infinite where one has run out of memory: the same on all ranks."""
+    start, seconds = Mark(trainer.fabric.device), math.inf
+    try:
+        work()
+        end = Mark(trainer.fabric.device)
+        end.wait()
+        seconds = end.seconds_since(start)
+    except (RuntimeError, MemoryError) as error:
+        if not gradients.is_out_of_memory(error):
+            raise
+    except RunError:  # out of memory in the test; where ranks exchange there, the others cannot be called back
+        if trainer.fabric.world_size > 1:
+            raise
+    return max(processes.gathered(trainer.fabric, seconds))
+
+
+@contextlib.contextmanager
+def undone(trainer) -> Iterator[None]:
+    """What is inside leaves no trace: buffers, random states, gradients and what is summed up are as before."""
+    device = trainer.fabric.device
+    buffers = [buffer.clone() for buffer in trainer.module.buffers()]
+    random_states = checkpoint.random_states(device)
+    trainer.model.train()
+    try:
+        yield
+    finally:
+        trainer.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, before in zip(trainer.module.buffers(), buffers):
+                buffer.copy_(before)
+        checkpoint.set_random_states(random_states, device)
+        trainer.totals = Totals(device)
+        if trainer.estimator:
+            trainer.estimator.forget()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
