@@ -2,10 +2,12 @@
 
 import contextlib
 import io
+import math
 import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 import torchvision
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
+from torchvision.datasets.utils import check_integrity, extract_archive
 
 from imagenet.reading import load as load_imagenet
 from launch.options import UsageError, import_object, in_one_line, nearest
@@ -101,9 +104,45 @@ def _tensors(images, labels) -> TensorDataset:
     return TensorDataset(torch.as_tensor(images).contiguous(), torch.as_tensor(labels, dtype=torch.int64))
 
 
+@dataclass(frozen=True, eq=False)
+class _Archive:
+    """An official file of a data set.
+
+    Args:
+        name: of the file.
+        md5: its official check sum.
+        place: where torchvision keeps it and unpacks it, in the folder of the data sets.
+        content: what it holds, by path in that folder, and how to tell that this is whole.
+    """
+
+    name: str
+    md5: str
+    place: str
+    content: dict[str, Callable[[Path], bool]]
+
+    def candidates(self, data_dir: Path) -> list[Path]:
+        """Files of this name: in `data_dir`, or where torchvision leaves them."""
+        places = dict.fromkeys((data_dir, data_dir / self.place, (data_dir / self.place).parent))
+        return [folder / self.name for folder in places if (folder / self.name).is_file()]
+
+    def whole(self, data_dir: Path) -> Path | None:
+        """The file of this name with the official check sum."""
+        return next((path for path in self.candidates(data_dir) if check_integrity(path, self.md5)), None)
+
+    def problem(self, data_dir: Path) -> str:
+        """What is missing or damaged, "" where the file or all of its content is whole."""
+        paths = {data_dir / path: is_whole for path, is_whole in self.content.items()}
+        damaged = [path for path, is_whole in paths.items() if path.is_file() and not is_whole(path)]
+        if self.whole(data_dir) or not (damaged or any(not path.is_file() for path in paths)):
+            return ""
+        found = [f"{path} is damaged" for path in damaged]
+        found += [f"{path} is partial or damaged: not the official MD5" for path in self.candidates(data_dir)]
+        return ", ".join(found) or f"{self.name} is missing"
+
+
 @dataclass(frozen=True)
 class _Downloadable:
-    """A data set of torchvision: how to fetch it and how to read it."""
+    """A data set of torchvision: its official files, how to fetch and unpack them, and how to read what is in them."""
 
     kind: type
     read: Callable[[Path], DataSet]
@@ -111,13 +150,42 @@ class _Downloadable:
     def __call__(self, data_dir: Path) -> DataSet:
         return self.read(data_dir)
 
-    def problem(self, data_dir: Path) -> str:
-        """Why the files cannot be used; empty where they can."""
+    def is_readable(self, data_dir: Path) -> bool:
         try:
             self.read(data_dir)
-        except Exception as error:  # missing, truncated and overwritten files raise whatever they run into
-            return in_one_line(error).replace(". You can use download=True to download it", "")
-        return ""
+        except Exception:  # missing, truncated and overwritten files raise whatever they run into
+            return False
+        return True
+
+    def archives(self) -> list[_Archive]:
+        """The official files, by what torchvision says of them."""
+        kind = self.kind
+        if hasattr(kind, "resources"):  # MNIST's kind: one file in each
+            place = f"{kind.__name__}/raw"
+            return [
+                _Archive(name, md5, place, {f"{place}/{name.removesuffix('.gz')}": _is_whole_idx})
+                for name, md5 in kind.resources
+            ]
+        files = dict([*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])])
+        content = {f"{kind.base_folder}/{name}": partial(check_integrity, md5=md5) for name, md5 in files.items()}
+        return [_Archive(kind.filename, kind.tgz_md5, ".", content)]
+
+    def problems(self, data_dir: Path) -> dict[str, str]:
+        """The official files that are needed, and what is wrong with what is there instead."""
+        found = {archive.name: archive.problem(data_dir) for archive in self.archives()}
+        lacking = {name: problem for name, problem in found.items() if problem}
+        return lacking or dict.fromkeys(found, "what is there does not belong together")
+
+    def unpack(self, data_dir: Path) -> None:
+        """Unpack the official files that are whole."""
+        whole = {archive: path for archive in self.archives() if (path := archive.whole(data_dir))}
+        if not whole:
+            return
+        with tempfile.TemporaryDirectory(prefix=".unpack-", dir=data_dir) as temporary:
+            for archive, path in whole.items():
+                (folder := Path(temporary, archive.place)).mkdir(parents=True, exist_ok=True)
+                extract_archive(path, folder)
+            _move_files(Path(temporary), data_dir)
 
     def download(self, data_dir: Path) -> None:
         """Fetch into a folder beside and move the files when they are complete: no half-made folder stays behind."""
@@ -125,6 +193,7 @@ class _Downloadable:
         data_dir.mkdir(parents=True, exist_ok=True)
         try:
             with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as temporary:
+                self._link_what_is_there(data_dir, Path(temporary))
                 # torchvision prints every mirror that it tries; one clear line at the end says more.
                 with contextlib.redirect_stdout(io.StringIO()):
                     self.kind(temporary, train=True, download=True)
@@ -136,10 +205,25 @@ class _Downloadable:
                     folder.rmdir()
             raise
 
+    def _link_what_is_there(self, data_dir: Path, folder: Path) -> None:
+        """torchvision does not fetch what it finds whole."""
+        for archive in self.archives():
+            if path := archive.whole(data_dir):
+                (folder / archive.place).mkdir(parents=True, exist_ok=True)
+                (folder / archive.place / archive.name).symlink_to(path.absolute())
+
+
+def _is_whole_idx(path: Path) -> bool:
+    """A file of MNIST's kind: four bytes, of which the last is the number of dimensions, their sizes, the values."""
+    with open(path, "rb") as file:
+        dimensions = int.from_bytes(file.read(4), "big") & 0xFF
+        sizes = [int.from_bytes(file.read(4), "big") for _ in range(dimensions)]
+    return 0 < dimensions <= 3 and path.stat().st_size == 4 + 4 * dimensions + math.prod(sizes)
+
 
 def _move_files(source: Path, target: Path) -> None:
-    """Move every file below `source` to the same place below `target`, over the one that is there."""
-    for path in [path for path in source.rglob("*") if path.is_file()]:
+    """Move every file below `source` to the same place below `target`, over the one that is there; no links."""
+    for path in [path for path in source.rglob("*") if path.is_file() and not path.is_symlink()]:
         place = target / path.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, place)
@@ -166,7 +250,7 @@ DATASETS: dict[str, Callable[[Path], DataSet]] = {
 
 
 def prepare(name: str, data_dir: Path) -> None:
-    """Download what is missing or damaged; to be called by one process.
+    """Unpack the official files that are there, download what is missing or damaged; to be called by one process.
 
     Raises:
         UsageError: unknown name, or the data can be neither read nor downloaded.
@@ -174,15 +258,25 @@ def prepare(name: str, data_dir: Path) -> None:
     source = _find(name)
     if not isinstance(source, _Downloadable):
         return
-    problem = source.problem(data_dir)
-    if not problem:
+    if source.is_readable(data_dir):
         return
+    try:
+        source.unpack(data_dir)
+    except OSError as error:
+        raise UsageError(
+            f"--data_dir={data_dir}: the official files of {name} are there, but cannot be unpacked "
+            f"({in_one_line(error)}): make room and allow writing there, or unpack them in another folder"
+        ) from None
+    if source.is_readable(data_dir):
+        return
+    problems = source.problems(data_dir)
+    found = "; ".join(dict.fromkeys(problems.values()))
     try:
         source.download(data_dir)
     except Exception as error:  # whatever went wrong on the net or on the disk, the remedy is the same
         raise UsageError(
-            f"--data_dir={data_dir} has no usable copy of {name} ({problem}) and none could be downloaded "
-            f"({in_one_line(error)}): put the official files there, or connect to the network"
+            f"--data_dir={data_dir} has no usable copy of {name} ({found}) and none could be downloaded "
+            f"({in_one_line(error)}): put {', '.join(problems)} there, or connect to the network"
         ) from None
 
 

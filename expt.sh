@@ -32,7 +32,7 @@ baselines() {
 
 mnist="--num_workers=0 --optimizer=adagrad --max_batch_size=60000 --learning_rate=8e-3 --max_lr=8e-3 --decay_lr=False
   --max_samples=6000000 --dataset=mnist --test_type=norm --eta=1e-1"
-cifar="--num_workers=0 --max_batch_size=50000 --max_samples=10000000 --warmup_samples=1000000 --lr_decay_samples=9000000"
+cifar="--num_workers=0 --max_batch_size=50000 --max_samples=10000000 --warmup_samples=1000000 --lr_decay_samples=9000000 --warmup_from=zero"
 resnet50="--devices=4 $cifar --optimizer=sgdm --batch_size=256 --max_test_micro_batch_size=64 --max_micro_batch_size=100
   --learning_rate=5e-1 --min_lr=5e-2 --model=resnet50"
 
@@ -57,13 +57,26 @@ experiment resnet50_cifar100_ip "ResNet-50 on CIFAR-100, augmented inner product
 experiment resnet101 "ResNet-101 on ImageNet, norm test, η = 0.1" \
   "--devices=4 --num_workers=12 --precision=bf16-mixed --optimizer=sgdm --data_dir=/data/imagenet-gen/ --batch_size=256
   --max_test_micro_batch_size=64 --max_micro_batch_size=512 --max_batch_size=111360 --max_samples=256233400
-  --warmup_samples=6405835 --lr_decay_samples=249827565 --learning_rate=2.5e0 --min_lr=2.5e-1 --weight_decay=1e-4
-  --gradient_accumulation_steps=1 --model=resnet101 --dataset=imagenet --test_type=norm --eta=1e-1"
+  --warmup_samples=6405835 --lr_decay_samples=249827565 --warmup_from=zero --learning_rate=2.5e0 --min_lr=2.5e-1
+  --weight_decay=1e-4 --gradient_accumulation_steps=1 --model=resnet101 --dataset=imagenet --test_type=norm --eta=1e-1"
 baselines resnet101 256 1024 8192 1
 
 refuse() {
   echo "expt.sh: error: $1" >&2
   exit 2
+}
+
+# plain: passes text on; letters that this terminal does not have come by name, as in the programs in Python.
+plain() { python -m launch.terminals 2>/dev/null || cat; }
+
+# expanded PATH: ~ and $NAME as in every option that takes a path.
+expanded() {
+  if [[ $1 == *[~\$]* ]]; then
+    python -c 'import sys; from launch import options; print(options.expanded("out_dir", sys.argv[1]))' "$1" 2>/dev/null ||
+      refuse "--out_dir=$1: there is no such user or variable: write the path itself"
+  else
+    echo "$1"
+  fi
 }
 
 # run_training OPTION…: one run; by `fabric run`, under Slurm by `srun`, one process a task of the allocation. Where its
@@ -134,7 +147,7 @@ sweep() {
   for word in "${@:2}"; do
     case $word in
       --dry-run) dry_run=yes ;;
-      --out_dir=*) out_dir=${word#*=} ;;
+      --out_dir=*) out_dir=$(expanded "${word#*=}") ;;
       --run_name=*) refuse "--run_name: a sweep names its runs itself; choose --out_dir=FOLDER instead" ;;
       --*=*) given+=("$word") ;;
       *) refuse "'$word': the options of a sweep are written --NAME=VALUE or --NAME=VALUE,VALUE" ;;
@@ -165,9 +178,11 @@ sweep() {
 
 case ${1:-} in
   '')
-    sed -n '3,5s/^# *//p' "${BASH_SOURCE[0]}"
-    echo
-    for name in "${names[@]}"; do printf '  %-28s %s\n' "$name" "${about[$name]}"; done
+    {
+      sed -n '3,5s/^# *//p' "${BASH_SOURCE[0]}"
+      echo
+      for name in "${names[@]}"; do printf '  %-28s %s\n' "$name" "${about[$name]}"; done
+    } | plain
     ;;
   sweep) sweep "${@:2}" ;;
   *)

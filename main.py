@@ -44,7 +44,7 @@ import tests
 from launch import processes
 from launch.interrupts import Interrupts
 from launch.options import REFUSED, Config, RunError, UsageError
-from launch.processes import together
+from launch.processes import naming_long_work, together
 from runs import checkpoint
 from runs import log as texts
 from runs.log import RunLog
@@ -62,8 +62,9 @@ class Trainer:
     def __init__(self, fabric: Fabric, config: Config, interrupts: Interrupts):
         self.fabric, self.interrupts = fabric, interrupts
         config, self.resumed = checkpoint.resumption(fabric, config)
-        together(fabric, lambda: fabric.is_global_zero and data.prepare(config.dataset, config.data_dir))
-        data_set = together(fabric, lambda: data.load(config.dataset, config.data_dir))
+        with naming_long_work(fabric, f"reading {config.dataset} in {config.data_dir}"):
+            together(fabric, lambda: fabric.is_global_zero and data.prepare(config.dataset, config.data_dir))
+            data_set = together(fabric, lambda: data.load(config.dataset, config.data_dir))
         self.samples_per_epoch, self.validation_samples = len(data_set.train), len(data_set.val)
         requested_precision = os.environ.get("LT_PRECISION", config.precision)
         self.config = config = together(fabric, lambda: processes.resolve(config, fabric, self.samples_per_epoch))
@@ -85,7 +86,8 @@ class Trainer:
         with out_of_memory_means("the data set", "take one that is read while training goes on (docs/extending.md)"):
             self.stream = batches.build(data_set, *arguments)
         if config.strategy == "ddp":
-            together(fabric, self.refuse_unused_parameters)
+            with naming_long_work(fabric, "looking for parameters that the loss does not use"):
+                together(fabric, self.refuse_unused_parameters)
             together(fabric, lambda: processes.refuse_unequal_numbers(config, self.module))
         self.learning_rate = optim.LearningRate(config, config.max_samples)
         self.controller = batches.controller(config, self.learning_rate.decay, optim.is_adaptive(optimizer))
@@ -102,8 +104,12 @@ class Trainer:
             notices.append("--num_workers=0: the training process itself reads the samples, and waits for them")
         if fabric.device.type == "cpu" and requested_precision.startswith("16"):
             notices.append(f"precision is {config.precision}: {requested_precision} needs a GPU")
-        self.estimator, told = self.set_up_estimator()
-        size, told_of_size = rehearsal.rehearse(self)
+        if config.compile:
+            notices.append("--compile: the first steps wait for the compiler, minutes for a large network")
+        with naming_long_work(fabric, "checking the test's statistics on a few samples"):
+            self.estimator, told = together(fabric, self.set_up_estimator)
+        with naming_long_work(fabric, "measuring which size of micro-batches is quickest"):
+            size, told_of_size = rehearsal.rehearse(self)
         self.config = config = replace(config, max_micro_batch_size=size)
         marks = self.restore(self.resumed) if self.resumed else None
         self.log = together(fabric, lambda: self.open_log(marks))
@@ -133,18 +139,21 @@ class Trainer:
         if not (c.test or c.monitor_interval):
             return None, []
         self.model.train()
-        estimator, told = gradients.build(
-            c.test_gradients,
-            self.module,
-            mean_loss,
-            bool(test and test.needs_inner_products),
-            c.max_test_micro_batch_size,
-            probe=self.stream.read(range(min(3, self.samples_per_epoch))),
-            autocast=self.fabric.autocast,
-            in_training_pass=not c.compile,
-            num_groups=c.test_groups,
-            notify=self.notify,
-        )
+        try:
+            estimator, told = gradients.build(
+                c.test_gradients,
+                self.module,
+                mean_loss,
+                bool(test and test.needs_inner_products),
+                c.max_test_micro_batch_size,
+                probe=self.stream.read(range(min(gradients.PROBE, self.samples_per_epoch))),
+                autocast=self.fabric.autocast,
+                in_training_pass=not c.compile,
+                num_groups=c.test_groups,
+                notify=self.notify,
+            )
+        except ValueError as error:  # on all ranks alike
+            raise UsageError(f"--test_gradients: {c.model}: {error}") from None
         return estimator, told
 
     def fit(self) -> str:
@@ -241,7 +250,7 @@ class Trainer:
                     "a micro-batch", f"lower --max_micro_batch_size (this one has {len(inputs)} samples)"
                 ),
                 fabric.no_backward_sync(self.model, enabled=i < len(micro_batches)),
-                self.observing(testing, inputs, targets, loss_scale),
+                self.observing(testing, inputs, targets, loss_scale, whole=len(micro_batches) == 1),
             ):
                 logits = self.model(inputs)
                 losses = cross_entropy(logits, targets, reduction="none")
@@ -259,20 +268,22 @@ class Trainer:
         return moments
 
     @contextlib.contextmanager
-    def observing(self, testing: bool, inputs: Tensor, targets: Tensor, loss_scale: float):
+    def observing(self, testing: bool, inputs: Tensor, targets: Tensor, loss_scale: float, whole: bool):
         """The training pass on a micro-batch, watched by the estimator where the step is tested."""
         if not testing:
             yield
             return
         with contextlib.ExitStack() as observation:
             with self.totals.test(), out_of_memory_means(*IN_THE_TEST):
-                observation.enter_context(self.estimator.observe(inputs, targets, loss_scale))
+                observation.enter_context(self.estimator.observe(inputs, targets, loss_scale, whole))
             yield
 
     def test_moments(self) -> tests.Moments:
         scaler = getattr(self.fabric.strategy.precision, "scaler", None)
+        # (get_scale would wait for the device.)
+        scale = scaler.scale(torch.ones((), dtype=torch.float32, device=self.fabric.device)) if scaler else 1.0
         with self.totals.test(), out_of_memory_means(*IN_THE_TEST):
-            return self.estimator.moments(scaler.get_scale() if scaler else 1.0)
+            return self.estimator.moments(scale)
 
     def explain(self, decision: tests.Decision | None) -> None:
         """Say why nothing could be decided; once, until the reason changes."""

@@ -6,9 +6,9 @@ import warnings
 import torch
 import torchvision
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.nn.parameter import is_lazy
 
-from gradients import Loss, couples_samples, listed
+from gradients import Loss, couples_samples, drawing_from, listed, random_states, untouched
 from launch.options import Config, UsageError, import_object, in_one_line, nearest
 
 ImageShape = tuple[int, int, int]
@@ -117,17 +117,24 @@ def refuse_unused_parameters(model: nn.Module, loss: Loss, inputs: Tensor, targe
 
 
 def _output_shape(model: nn.Module, input_shape: tuple[int, ...], training: bool = False) -> tuple[int, ...]:
-    """Run the model on the meta device: shapes only, no memory, no arithmetic."""
-    tensors = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    was_training = model.training
+    """One forward pass on noise; the model is left as it was, but that lazy layers now have their parameters."""
+    images = torch.rand(input_shape, generator=torch.Generator().manual_seed(0))
+    modes = [(module, module.training) for module in model.modules()]
     try:
         with torch.no_grad():
-            output = functional_call(model.train(training), tensors, torch.zeros(input_shape, device="meta"))
+            model.train(training)
+            if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+                model.eval()(images)
+                model.train(training)
+            cpu = torch.device("cpu")
+            with untouched(model), drawing_from(random_states(cpu), cpu):
+                output = model(images)
         if not isinstance(output, Tensor):
             raise TypeError(f"its output is {type(output).__name__}, not a tensor of logits")
         return tuple(output.shape)
     finally:
-        model.train(was_training)
+        for module, mode in modes:
+            module.training = mode
 
 
 def _torchvision_factory(name: str):

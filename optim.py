@@ -114,7 +114,10 @@ def build(parameters: Iterable[Tensor], config: Config) -> torch.optim.Optimizer
         return optimizer_class(parameters, **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).split("\n")[0]
-        raise UsageError(f"--optimizer={config.optimizer} with {arguments} cannot be used here: {reason}") from None
+        raise UsageError(
+            f"--optimizer={config.optimizer} cannot be used with {arguments}: choose other values or another one "
+            f"({reason})"
+        ) from None
 
 
 def is_adaptive(optimizer: torch.optim.Optimizer) -> bool:
@@ -159,10 +162,19 @@ def multistep(position: int, learning_rate: float, milestones: list[int], gamma:
     return max(min_lr, learning_rate * gamma ** bisect_right(milestones, position))
 
 
+def rising(position: int, learning_rate: float, warmup: int, first: int = 0) -> float:
+    """`learning_rate` · min(1, max(`position`, `first`) / `warmup`): a ladder from 0 to `learning_rate` at `warmup`.
+
+    As published, `first` is 0, and the first step, at position 0, changes nothing: its batch is wasted. With the size
+    of the first batch (1, where steps are counted) the first step has the first rung, as the second one has it.
+    """
+    return learning_rate * min(1.0, max(position, first) / warmup)
+
+
 def warmup_decay(position: int, learning_rate: float, warmup: int, end: int, min_lr: float, shape=cosine) -> float:
     """Rises linearly from 0 to `learning_rate` at `warmup`, falls along `shape` to `min_lr` at `end`, stays there."""
     if position < warmup:
-        return learning_rate * position / warmup
+        return rising(position, learning_rate, warmup)
     if position >= end:
         return min_lr
     return min_lr + shape((position - warmup) / (end - warmup)) * (learning_rate - min_lr)
@@ -211,12 +223,17 @@ class LearningRate:
         if not c.decay_lr:
             return c.learning_rate
         if c.lr_decay_type == "sample":
-            position, warmup, end = samples, c.warmup_samples, c.lr_decay_samples or self.max_samples
+            position, warmup, end, batch = (
+                samples,
+                c.warmup_samples,
+                c.lr_decay_samples or self.max_samples,
+                c.batch_size,
+            )
         else:
-            position, warmup, end = steps, c.warmup_iters, c.lr_decay_iters or c.max_iters
+            position, warmup, end, batch = steps, c.warmup_iters, c.lr_decay_iters or c.max_iters, 1
+        if position < warmup:
+            return rising(position, c.learning_rate, warmup, first=batch if c.warmup_from == "first" else 0)
         if c.scheduler == "multistep":
-            if position < warmup:
-                return c.learning_rate * position / warmup
             return multistep(position, c.learning_rate, c.milestones, c.gamma, c.min_lr)
         return warmup_decay(
             position, c.learning_rate, warmup, end, c.min_lr, {"cosine": cosine, "linear": linear}[c.scheduler]

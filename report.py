@@ -18,7 +18,8 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from launch.options import UsageError
+from launch.options import UsageError, expanded
+from launch.terminals import show_what_can_be_shown
 from runs import figures, reading
 from runs.reading import DamagedRun, Group, Run
 
@@ -181,6 +182,8 @@ def report(options: argparse.Namespace) -> None:
     Raises:
         UsageError: there is nothing to report, or an option is not usable.
     """
+    options.folders = [expanded("folders", folder) for folder in options.folders]
+    options.figures = options.figures and expanded("figures", options.figures)
     if options.target is not None and not 0 < options.target < 1:
         raise UsageError(f"--target={options.target} must be an accuracy between 0 and 1, such as 0.98")
     found, problems = reading.find(options.folders)
@@ -208,6 +211,7 @@ def report(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Report as the arguments (default: `sys.argv`) say; returns the exit status."""
+    show_what_can_be_shown()
     try:
         report(parse(arguments))
     except UsageError as error:

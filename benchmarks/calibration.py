@@ -56,7 +56,13 @@ def estimated_variance(model: nn.Module, test_gradients: str, batches: Iterable[
     found = []
     for inputs, targets in batches:
         estimator, _ = gradients.build(
-            test_gradients, model, cross_entropy, False, 256, (inputs[:3], targets[:3]), num_groups=GROUPS
+            test_gradients,
+            model,
+            cross_entropy,
+            False,
+            256,
+            (inputs[: gradients.PROBE], targets[: gradients.PROBE]),
+            num_groups=GROUPS,
         )
         model.zero_grad(set_to_none=True)
         pieces, scale = GROUPS if test_gradients == "micro_batch" else 1, 1 / len(inputs)

@@ -1,17 +1,37 @@
-"""The slow, independent reference: one sample at a time, plain autograd, float64, explicit vectors."""
+"""The slow, independent reference: the model itself, one sample at a time, plain autograd, explicit vectors."""
+
+import copy
 
 import torch
+from torch.utils._pytree import tree_map
 
 
 def gradient_vectors(model, loss, inputs, targets) -> torch.Tensor:
-    """Every sample's gradient over all parameters as one vector: (n, P)."""
+    """Every sample's gradient over all parameters as one vector, complex numbers as pairs: (n, P).
+
+    Each pass begins with the buffers that the model has now.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    grads, buffers = [p.grad for p in parameters], list(getattr(model, "buffers", list)())
+    before, leaves = copy.deepcopy(buffers), torch.utils._pytree.tree_leaves(inputs)
     rows = []
-    for x, y in zip(inputs, targets):
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(loss(model(x[None]), y[None]), parameters, allow_unused=True)
-        parts = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients)]
-        rows.append(torch.cat([part.flatten() for part in parts]))
+    for i in range(len(leaves[0])):
+        x, y = (tree_map(lambda leaf: leaf[i : i + 1], batch) for batch in (inputs, targets))  # noqa: B023
+        for p in parameters:
+            p.grad = None
+        loss(model(x), y).backward()
+        rows.append(torch.cat([_vector(torch.zeros_like(p) if p.grad is None else p.grad) for p in parameters]))
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before):
+                buffer.copy_(value)
+    for p, grad in zip(parameters, grads):
+        p.grad = grad
     return torch.stack(rows)
+
+
+def _vector(gradient: torch.Tensor) -> torch.Tensor:
+    gradient = gradient.to_dense() if gradient.is_sparse else gradient
+    return (torch.view_as_real(gradient) if gradient.is_complex() else gradient).flatten()
 
 
 def statistics(vectors: torch.Tensor) -> dict[str, float]:

@@ -1,8 +1,11 @@
 """Data sets from small official-format files, and those of a user's own."""
 
+import gzip
 import hashlib
 import pickle
+import shutil
 import struct
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +126,104 @@ def test_damaged_files_are_downloaded_anew(tmp_path, monkeypatch):
     data.prepare("mnist", tmp_path / "data")
     assert len(data.load("mnist", tmp_path / "data").train) == 20
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["MNIST"]
+
+
+def packed(folder: Path, monkeypatch, name: str) -> list[Path]:
+    """The small data set as the official files, torchvision knowing their check sums; the files, unpacked ones gone."""
+    place, kind = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "."}[name], data.DATASETS[name].kind
+    if name == "cifar10":
+        write_cifar10(folder, monkeypatch)
+        with tarfile.open(folder / kind.filename, "w:gz") as archive:
+            archive.add(folder / kind.base_folder, kind.base_folder)
+        shutil.rmtree(folder / kind.base_folder)
+        monkeypatch.setattr(kind, "tgz_md5", hashlib.md5((folder / kind.filename).read_bytes()).hexdigest())
+        return [folder / kind.filename]
+    write_mnist(folder, place, train=20 if name == "mnist" else 30)
+    files = []
+    for path in sorted((folder / place / "raw").iterdir()):
+        files.append(path.with_name(f"{path.name}.gz"))
+        files[-1].write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    sums = [(path.name, hashlib.md5(path.read_bytes()).hexdigest()) for path in files]
+    monkeypatch.setattr(kind, "resources", sums)
+    return files
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def urlopen(*arguments, **keywords):
+        raise OSError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+
+
+@pytest.mark.parametrize("where", ["as torchvision leaves them", "in data_dir"])
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10"])
+def test_official_archives_without_a_network(tmp_path, monkeypatch, no_network, name, where):
+    files = packed(tmp_path, monkeypatch, name)
+    if where == "in data_dir":
+        files = [path.rename(tmp_path / path.name) for path in files]
+    before = {path: path.read_bytes() for path in files}
+    data.prepare(name, tmp_path)
+    loaded = data.load(name, tmp_path)
+    assert len(loaded.train) == (30 if name == "fashion_mnist" else 20)
+    assert {path: path.read_bytes() for path in files} == before and not any(path.is_symlink() for path in files)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_files_of_two_data_sets_with_the_same_names(tmp_path, monkeypatch, no_network):
+    """Those of Fashion-MNIST in data_dir, those of MNIST where torchvision has them: told apart by their check sums."""
+    for path in packed(tmp_path, monkeypatch, "fashion_mnist"):
+        path.rename(tmp_path / path.name)
+    packed(tmp_path, monkeypatch, "mnist")
+    for name, count in (("mnist", 20), ("fashion_mnist", 30)):
+        data.prepare(name, tmp_path)
+        assert len(data.load(name, tmp_path).train) == count
+
+
+def test_partial_archives_are_named(tmp_path, monkeypatch, no_network):
+    """One file cut short, one missing, one unpacked already, one whole: named are the first two, and nothing else."""
+    cut, missing, unpacked, whole = packed(tmp_path, monkeypatch, "mnist")
+    unpacked.with_suffix("").write_bytes(gzip.decompress(unpacked.read_bytes()))
+    unpacked.unlink()
+    missing.unlink()
+    good = cut.read_bytes()
+    cut.write_bytes(good[:-20])
+    with pytest.raises(UsageError) as refused:
+        data.prepare("mnist", tmp_path)
+    said = str(refused.value)
+    assert f"{cut} is partial or damaged" in said and f"{missing.name} is missing" in said
+    assert said.endswith(f"put {cut.name}, {missing.name} there, or connect to the network")
+    assert unpacked.name not in said and whole.name not in said
+    cut.write_bytes(good)
+    with pytest.raises(UsageError, match=f"put {missing.name} there"):
+        data.prepare("mnist", tmp_path)
+
+
+def test_a_partial_archive_of_cifar(tmp_path, monkeypatch, no_network):
+    (archive,) = packed(tmp_path, monkeypatch, "cifar10")
+    archive.write_bytes(archive.read_bytes()[:-100])
+    with pytest.raises(UsageError, match=rf"{archive} is partial or damaged.*put {archive.name} there"):
+        data.prepare("cifar10", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [archive.name]
+
+
+def test_only_what_is_missing_is_downloaded(tmp_path, monkeypatch):
+    first, *others = packed(tmp_path, monkeypatch, "mnist")
+    mirror = tmp_path / "mirror"
+    mirror.mkdir()
+    first.rename(mirror / first.name)
+    fetched = []
+
+    def fetch(url, target, *rest):
+        fetched.append(Path(target).name)
+        shutil.copy(mirror / Path(target).name, target)
+
+    monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, **keywords: url)
+    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", fetch)
+    data.prepare("mnist", tmp_path)
+    assert fetched == [first.name] and len(data.load("mnist", tmp_path).train) == 20
+    assert not any(path.is_symlink() for path in tmp_path.rglob("*"))
 
 
 def test_unknown_name():

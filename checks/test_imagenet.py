@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.datasets import ImageFolder
 
 import batches
 import data
 from batches.order import SampleOrder
 from checks.conftest import ROOT, column, train
-from imagenet import convert, reading
+from imagenet import convert, folders, reading
 from launch.options import UsageError
 
 CLASSES, TRAIN, VAL = 3, 8, 3  # images a class
@@ -116,7 +115,9 @@ def test_refused_folders(tmp_path, folder):
     (tmp_path / "train").symlink_to(folder / "train")
     (tmp_path / "val" / "class0").mkdir(parents=True)
     (tmp_path / "val" / "class0" / "0.JPEG").symlink_to(folder / "val" / "class0" / "0.JPEG")
-    with pytest.raises(UsageError, match=r"2 class folders \(class1, …\) are in only one of train and val"):
+    with pytest.raises(
+        UsageError, match=r"2 class folders \(class1, class2 only in train\) are in only one of train and val"
+    ):
         data.load("imagenet", tmp_path)
     (tmp_path / "train_1.ffcv").touch()
     with pytest.raises(UsageError, match=r"one train\*.ffcv and one val\*.ffcv, but has train_1.ffcv"):
@@ -161,6 +162,7 @@ def test_converter_leaves_out_and_names_what_it_cannot_read(tmp_path, ffcv, capf
     options = ["--resolution=48", "--jpeg_share=0", "--quality=70", "--num_workers=2"]
     assert convert.main([str(source), str(tmp_path / "out"), *options]) == 0
     said = capfd.readouterr()
+    assert said.out.count("train_48_0.00_70.ffcv: 24 images") == 1 and "again" not in said.out  # written once
     for path in damaged:
         assert f"left out: {path}: " in said.out
     assert "train_48_0.00_70.ffcv: 22 images written, 2 left out" in said.out and "100%" in said.err
@@ -172,11 +174,20 @@ def test_converter_leaves_out_and_names_what_it_cannot_read(tmp_path, ffcv, capf
     assert np.bincount(loaded.train.labels).tolist() == [TRAIN, TRAIN - 2, TRAIN]
     assert max(loaded.train.entries["width"].max(), loaded.train.entries["height"].max()) == 48
     assert loaded.train.entries["mode"].min() > 0  # none as JPEG
+    kept = [path for path in sorted((source / "train").rglob("*.JPEG")) if path not in damaged]
+    for index in (3, 10, 15, 21):  # before, between and after those that are left out
+        image = folders.read(kept[index])
+        assert loaded.train._image(index).shape[:2] == pytest.approx(
+            np.array(image.size[::-1]) * 48 / max(image.size), abs=1
+        )
+    reader = ffcv.reader.Reader(str(loaded.train.path))  # ffcv's own reader finds its way, too
+    assert len(reader.metadata) == 22 and sorted(reader.alloc_table["sample_id"]) == list(range(22))
 
 
-def test_converter_ends_with_its_workers(tmp_path, ffcv, folder):
+def test_converter_ends_with_its_workers(tmp_path, ffcv, folder, monkeypatch):
     """A worker process that the system kills: an error, and no file."""
-    images = ImageFolder(str(folder / "train"), loader=lambda path: time.sleep(1) or os._exit(9))
+    images = folders.find(folder)["train"]
+    monkeypatch.setattr(folders, "read", lambda path: time.sleep(1) or os._exit(9))
     with pytest.raises(UsageError, match="exit code 9"):
         convert.convert(images, tmp_path / "train.ffcv", workers=2, **reading.DEFAULTS)
     assert not list(tmp_path.iterdir())
@@ -186,8 +197,7 @@ def test_converter_ends_with_its_workers(tmp_path, ffcv, folder):
 def test_interrupted_converter_leaves_nothing(tmp_path, ffcv, number):
     """A signal to all processes of the group, as a terminal's Ctrl-C."""
     out = tmp_path / "out"
-    slowly = "import time; from imagenet import convert; read = convert.ImageFolder.__init__\n"
-    slowly += "convert.ImageFolder.__init__ = lambda self, root: read(self, root, loader=lambda path: time.sleep(60))\n"
+    slowly = "import time; from imagenet import convert, folders; folders.read = lambda path: time.sleep(60)\n"
     slowly += f"raise SystemExit(convert.main([{str(write_folder(tmp_path / 'images'))!r}, {str(out)!r}]))"
     program = subprocess.Popen(
         [sys.executable, "-c", slowly], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -204,7 +214,7 @@ def test_interrupted_converter_leaves_nothing(tmp_path, ffcv, number):
 
 def test_converter_refuses(tmp_path, ffcv, capfd):
     assert convert.main([str(tmp_path), str(tmp_path / "out")]) == 2
-    assert "is no image folder" in capfd.readouterr().err and not list(tmp_path.iterdir())
+    assert "has no folder train" in capfd.readouterr().err and not list(tmp_path.iterdir())
     with pytest.raises(SystemExit, match="2"):
         convert.main(["a", "b", "--quality=101"])
     assert "number from 1 to 100" in capfd.readouterr().err
@@ -250,7 +260,8 @@ def assert_bookkeeping_is_small(samples: torch.utils.data.Dataset, held: int) ->
 
 
 def test_bookkeeping_of_a_full_size_image_folder(tmp_path):
-    samples = reading.FolderImages(full_size_image_folder(tmp_path), train=True)
+    root = full_size_image_folder(tmp_path)
+    samples = reading.FolderImages(folders._in_class_folders(root)[0], train=True)
     assert_bookkeeping_is_small(samples, held=len(pickle.dumps(samples)))  # all that it refers to
 
 

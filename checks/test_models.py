@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import models
-from gradients import per_sample_copy
 from launch.options import UsageError
 
 
@@ -84,11 +83,3 @@ def test_batch_norm_on_single_positions_needs_two_samples(size, least):
 
 def wrong_output(image_shape, num_classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, num_classes + 1))
-
-
-def test_copy_shares_names_and_holds_no_memory():
-    model = models.build("resnet18", (3, 32, 32), 10)
-    template = per_sample_copy.per_sample_copy(model)
-    assert {n for n, _ in template.named_parameters()} == {n for n, _ in model.named_parameters()}
-    assert all(parameter.is_meta for parameter in template.parameters())
-    assert not per_sample_copy.couples_samples(template) and per_sample_copy.couples_samples(model)

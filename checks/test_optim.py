@@ -1,6 +1,7 @@
 """Optimizers by name, AdaGrad-Norm against a hand-written loop, schedules against written-out values."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -121,7 +122,28 @@ def test_learning_rate_follows_the_options():
     steps = Config(
         scheduler="multistep", milestones=[10, 20], gamma=0.1, learning_rate=1.0, min_lr=0.05, warmup_samples=4
     )
-    values = [optim.LearningRate(steps, 100)(samples, 0) for samples in (0, 2, 4, 9, 10, 19, 20, 99)]
+    positions = (0, 2, 4, 9, 10, 19, 20, 99)
+    published = dataclasses.replace(steps, warmup_from="zero")
+    values = [optim.LearningRate(published, 100)(samples, 0) for samples in positions]
     assert values == pytest.approx([0, 0.5, 1, 1, 0.1, 0.1, 0.05, 0.05])
+    small = dataclasses.replace(steps, batch_size=2)  # the first rung: 2 of 4 samples
+    assert [optim.LearningRate(small, 100)(samples, 0) for samples in positions] == values[1:2] + values[1:]
     to_the_end = optim.LearningRate(Config(scheduler="linear", learning_rate=1.0), max_samples=200)
     assert to_the_end(100, 1) == 0.5
+
+
+@pytest.mark.parametrize("scheduler", ["cosine", "linear", "multistep"])
+@pytest.mark.parametrize("unit, first", [("sample", 8 / 32), ("iter", 1 / 32)])
+def test_first_rung_of_a_warmup(scheduler, unit, first):
+    """Peak 0.5, batches of 8: the first step has what the second one has; all others are as published."""
+    warmup = {"warmup_samples": 32} if unit == "sample" else {"warmup_iters": 32, "lr_decay_iters": 100}
+    milestones = {"milestones": [50]} if scheduler == "multistep" else {}
+    options = {"lr_decay_type": unit, "scheduler": scheduler, "learning_rate": 0.5, "batch_size": 8}
+    ours, published = (
+        optim.LearningRate(Config(**options, **warmup, **milestones, warmup_from=start), 1000)
+        for start in ("first", "zero")
+    )
+    assert ours(0, 0) == 0.5 * first and published(0, 0) == 0
+    for step in range(1, 40):
+        assert ours(8 * step, step) == published(8 * step, step) > 0
+    assert optim.rising(0, 0.5, warmup=4, first=8) == 0.5  # a warm-up shorter than the first batch

@@ -190,3 +190,34 @@ def test_refused_files(tmp_path, text, words):
     with pytest.raises(UsageError, match=re.escape(words)) as refused:
         config.parse([f"--config={tmp_path / 'run.yaml'}"])
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("option", ["data_dir", "out_dir", "resume"])
+def test_paths_are_expanded(tmp_path, monkeypatch, option):
+    """On the command line behind `=`, in a file, in a file that is itself named so; a relative path is of the folder
+    that the program is started in, wherever it is written."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    (tmp_path / "sub").mkdir()
+    paths = {"~/x": f"{tmp_path}/x", "$SCRATCH/x": "/scratch/me/x", "${SCRATCH}x": "/scratch/mex", "x/~y": "x/~y"}
+    for path, expected in paths.items():
+        (tmp_path / "sub" / "run.yaml").write_text(f"{option}: {path}\n")
+        for word in (f"--{option}={path}", "--config=~/sub/run.yaml", "--config=$HOME/sub/run.yaml"):
+            assert str(getattr(config.parse([word]), option)) == expected, (path, word)
+    assert config.Config(resume="auto").resume == "auto"
+
+
+@pytest.mark.parametrize(
+    "word, words",
+    [
+        ("--out_dir=$NOWHERE/x", "--out_dir=$NOWHERE/x: $NOWHERE is not set"),
+        ("--data_dir=${NOWHERE}", "${NOWHERE} is not set"),
+        ("--config=$NOWHERE/run.yaml", "$NOWHERE is not set"),
+        ("--resume=~nobody_of_this_name/x", "there is no user nobody_of_this_name"),
+        ("--run_name=$NOWHERE", "one word without '/' or '$'"),
+    ],
+)
+def test_paths_that_lead_nowhere(monkeypatch, word, words):
+    monkeypatch.delenv("NOWHERE", raising=False)
+    with pytest.raises(UsageError, match=re.escape(words)):
+        config.parse([word])

@@ -62,8 +62,8 @@ COMMANDS = {
     "fabric run main.py --devices=4 --num_workers=12 --precision=bf16-mixed --optimizer=sgdm"
     " --data_dir=/data/imagenet-ffcv --batch_size=256 --max_test_micro_batch_size=64 --max_micro_batch_size=512"
     " --max_batch_size=111360 --max_samples=256233400 --warmup_samples=6405835 --lr_decay_samples=249827565"
-    " --learning_rate=2.5e0 --min_lr=2.5e-1 --weight_decay=1e-4 --model=resnet101 --dataset=imagenet --test_type=norm"
-    " --eta=1e-1": "needs ImageNet and GPUs",
+    " --learning_rate=2.5e0 --min_lr=2.5e-1 --weight_decay=1e-4 --model=resnet101 --dataset=imagenet"
+    " --warmup_from=zero --test_type=norm --eta=1e-1": "needs ImageNet and GPUs",
     "srun python main.py --model=resnet50 --dataset=cifar100": SLURM,
     "srun --kill-on-bad-exit=1 python main.py … --resume=auto": SLURM,
     "./expt.sh": RUN,

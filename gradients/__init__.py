@@ -15,26 +15,33 @@ gradient is averaged once over the ranks.
 import contextlib
 from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import nn
 
-from gradients.estimator import Estimator, Loss, is_out_of_memory, listed, sum_over_ranks
+from gradients.alone import couples_samples, drawing_from, is_compiled, random_states, untouched
+from gradients.check import PROBE, Check, agreed
+from gradients.estimator import Estimator, Loss, first_line, is_out_of_memory, listed, sum_over_ranks
 from gradients.ghost_norms import GhostNorms
 from gradients.micro_batch import MicroBatchGradients
-from gradients.per_sample import PerSampleGradients
-from gradients.per_sample_copy import couples_samples
+from gradients.per_sample import BySample, OwnPass, PerSampleGradients, SingleGradients
+from gradients.samples import Batch, some
 from tests import Moments
 
 __all__ = [
+    "PROBE",
     "Estimator",
     "GhostNorms",
     "Loss",
     "MicroBatchGradients",
     "PerSampleGradients",
+    "SingleGradients",
     "build",
     "couples_samples",
     "is_out_of_memory",
     "listed",
+    "drawing_from",
     "moments",
+    "random_states",
+    "untouched",
     "sum_over_ranks",
 ]
 
@@ -43,29 +50,42 @@ COUPLED = (
     "the model has BatchNorm, which couples the samples of a batch: "
     "--test_gradients=micro_batch is the accurate choice (docs/statistics.md, BatchNorm)"
 )
+COUPLED_BY_ITSELF = (
+    "the model couples the samples of a batch (what it gives for one depends on the others): the test takes each as a "
+    "batch of one, and --test_gradients=micro_batch is the accurate choice (docs/statistics.md, BatchNorm)"
+)
+BY_SAMPLE: dict[str, type[BySample]] = {"vmap": PerSampleGradients, "loop": SingleGradients}
 
 
 def moments(
     model: nn.Module,
     loss: Loss,
-    inputs: Tensor,
-    targets: Tensor,
+    inputs: Batch,
+    targets: Batch,
     inner_products: bool = True,
     test_gradients: str = "auto",
     max_micro_batch_size: int = 256,
 ) -> Moments:
     """The moments of one batch at the model's present weights; in a plain PyTorch program or on every rank of one.
 
+    The model is left as it was: modes, buffers, gradients, random states.
+
     Args:
-        model: any module; its parameters' `.grad` are left alone.
-        loss: of outputs and targets, for example `torch.nn.functional.cross_entropy`.
-        inputs: (n, …), this rank's samples.
-        targets: (n, …).
+        model: any module, called as `model(inputs)`.
+        loss: of outputs and targets, for example `torch.nn.functional.cross_entropy`: the mean or the sum over the
+            samples of any function of one sample's output and target.
+        inputs: (n, …), this rank's samples; a tensor, or tuples, lists and dicts of tensors.
+        targets: (n, …), likewise.
         inner_products: measure Σ p_i and Σ p_i², too (all tests but the norm test need them).
-        test_gradients: vmap, ghost, or auto (ghost where it covers the model).
+        test_gradients: auto, ghost, vmap or loop (see `build`).
         max_micro_batch_size: samples in a pass.
+
+    Raises:
+        ValueError: the loss is no mean or sum over samples; or no way (or not the one named) gives this model's
+            per-sample gradients. It says what to choose instead.
     """
-    estimator, _ = build(test_gradients, model, loss, inner_products, max_micro_batch_size, (inputs[:3], targets[:3]))
+    probe = tuple(some(batch, slice(0, PROBE)) for batch in (inputs, targets))
+    estimator, _ = build(test_gradients, model, loss, inner_products, max_micro_batch_size, probe)
     with estimator.observe(inputs, targets):
         pass
     return estimator.moments()
@@ -77,7 +97,7 @@ def build(
     loss: Loss,
     inner_products: bool,
     max_micro_batch_size: int,
-    probe: tuple[Tensor, Tensor],
+    probe: tuple[Batch, Batch],
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     in_training_pass: bool = False,
     num_groups: int = 8,
@@ -86,23 +106,85 @@ def build(
     """The estimator by its name on the command line, and what the user should be told of it.
 
     Args:
-        test_gradients: vmap, ghost, micro_batch, or auto: ghost where every parameter is covered, else vmap.
-        probe: inputs and targets of a few samples, on which `ghost` is compared with single-sample gradients.
+        test_gradients: ghost, vmap, loop, micro_batch, or auto: the first of ghost (where it covers every parameter),
+            vmap and loop that agrees with single samples (check.py).
+        probe: inputs and targets of up to `PROBE` samples, on which estimators are checked.
         in_training_pass: the training pass itself runs inside `observe`, on `model` and uncompiled.
         num_groups: bounds the gradient copies that micro_batch keeps: at most twice as many.
         notify: called with a line where something turns out later.
-        (The others: see `PerSampleGradients`.)
+        (The others: see `Estimator`.)
+
+    Raises:
+        ValueError: as `moments`. On several ranks the verdict is the same on all.
     """
     arguments = (model, loss, inner_products, max_micro_batch_size, autocast)
     if test_gradients == "micro_batch":
         return MicroBatchGradients(*arguments, num_groups=num_groups), []
-    told = [COUPLED] if couples_samples(model) else []
-    if test_gradients == "vmap":
-        return PerSampleGradients(*arguments, notify=notify), told
-    ghost = GhostNorms(*arguments, in_training_pass=in_training_pass and not couples_samples(model), notify=notify)
-    problem = ghost.check(*probe)
-    if not problem:
-        return ghost, told
-    if test_gradients == "auto":
-        return PerSampleGradients(*arguments, notify=notify), [f"test_gradients=auto takes vmap: {problem}", *told]
-    return ghost, [f"test_gradients=ghost takes per-sample gradients in part: {problem}", *told]
+    check = _checked(model, loss, *probe)
+    coupled = couples_samples(model)
+    told = [COUPLED] if coupled else [COUPLED_BY_ITSELF] if check.couples else []
+    in_training_pass = in_training_pass and not (coupled or check.couples or is_compiled(model))
+    failures: dict[str, str] = {}
+    for name in ("ghost", "vmap", "loop") if test_gradients == "auto" else (test_gradients,):
+        estimator, problem = _candidate(name, check, arguments, in_training_pass, notify)
+        covers = isinstance(estimator, SingleGradients) or not getattr(estimator, "uncovered", None)
+        if not problem and not covers:
+            lacking = f"no rule for {listed(sorted(estimator.uncovered))}"
+            if test_gradients == "auto":
+                problem = lacking
+            else:
+                told.insert(0, f"test_gradients=ghost takes per-sample gradients in part: {lacking}")
+        if not problem:
+            break
+        failures[name] = problem
+    else:
+        choice = "loop" if test_gradients != "loop" else "micro_batch"
+        raise ValueError(
+            f"test_gradients={test_gradients} does not give this model's per-sample gradients ({problem}): "
+            f"choose test_gradients=auto or {choice}"
+        )
+    if failures:
+        reasons = "; ".join(f"{other}: {words}" for other, words in failures.items())
+        told.insert(0, f"test_gradients=auto takes {name} ({reasons})")
+    if name == "loop":
+        told.insert(1, LOOP.format(check.price, check.n))
+    if check.precision != "float64":
+        told.append(f"the check of test_gradients={name} was made in {check.precision}, where rounding may hide little")
+    return estimator, told
+
+
+LOOP = (
+    "test_gradients=loop takes one backward pass a sample: here about {:.1f} times a plain step's time for {} samples"
+)
+
+
+def _checked(model: nn.Module, loss: Loss, inputs: Batch, targets: Batch) -> Check:
+    """Raises: ValueError on all ranks where it fails on one."""
+    device = next(model.parameters()).device
+    try:
+        check, problem = Check(model, loss, inputs, targets), ""
+    except ValueError as error:
+        check, problem = None, str(error)
+    if problem := agreed(problem, device):
+        raise ValueError(problem)
+    return check
+
+
+def _candidate(
+    name: str, check: Check, arguments: tuple, in_training_pass: bool, notify: Callable[[str], None]
+) -> tuple[OwnPass, str]:
+    """An estimator, and what the check says against it (on any rank)."""
+    if name == "ghost":
+        estimator: OwnPass = GhostNorms(*arguments, in_training_pass=in_training_pass, notify=notify)
+    else:
+        estimator = BY_SAMPLE[name](*arguments, notify=notify)
+    problem = ""  # of `loop` there is none: it is what the others are compared with
+    try:
+        if isinstance(estimator, GhostNorms):
+            problem = check.of_ghost(estimator)
+        elif isinstance(estimator, PerSampleGradients):
+            problem = check.of_vmap(estimator)
+    except Exception as error:  # a model raises what it likes
+        problem = first_line(error)
+    estimator.moving = check.moving
+    return estimator, agreed(problem, estimator.device)

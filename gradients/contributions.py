@@ -33,14 +33,19 @@ def per_sample_norms_sq(per_sample: Tensor) -> Tensor:
 
     Rows in the gradients' own precision, their sum in double: double throughout costs a copy in double of everything.
     """
+    return per_sample_row_norms(per_sample).double().square().sum(1)
+
+
+def per_sample_row_norms(per_sample: Tensor) -> Tensor:
+    """Norms of the rows of each sample's gradient: (n, …) → (n, R), at least single precision."""
     per_sample = at_least_single(per_sample)
     rows = per_sample.flatten(2) if per_sample.dim() > 2 else per_sample.reshape(len(per_sample), 1, -1)
-    return torch.linalg.vector_norm(rows, dim=2).double().square().sum(1)
+    return torch.linalg.vector_norm(rows, dim=2)
 
 
 def _sum_of_products(first: Tensor, second: Tensor) -> Tensor:
     """Σ_ts first[t, s] · second[t, s] of every sample: (n, T, S) twice → float64 (n,)."""
-    return (first * second).sum(2).sum(1, dtype=torch.float64)
+    return (at_least_single(first) * at_least_single(second)).sum(2).sum(1, dtype=torch.float64)
 
 
 class Contribution:
@@ -56,6 +61,10 @@ class Contribution:
 
     def instantiate(self, chunk: slice) -> Tensor:
         raise NotImplementedError
+
+    def row_norms(self) -> Tensor | None:
+        """Norms whose squares add up to the samples' (n, R), where these come at once; they are ended together."""
+        return None
 
     def norms_sq(self) -> Tensor:
         return torch.cat([per_sample_norms_sq(self.instantiate(chunk)) for chunk in self.chunks()])
@@ -80,15 +89,18 @@ class Direct(Contribution):
     def instantiate(self, chunk: slice) -> Tensor:
         return self.gradients[chunk]
 
-    def norms_sq(self) -> Tensor:
-        return per_sample_norms_sq(self.gradients)
+    def row_norms(self) -> Tensor:
+        return per_sample_row_norms(self.gradients)
 
     def inner_products(self, direction: Tensor) -> Tensor:
         return self.gradients.reshape(self.n, -1).double() @ direction.flatten().double()
 
 
 class OuterProducts(Contribution):
-    """Σ_t B_t x_tᵀ: linear layers and 1×1 convolutions. x (n, T, I), B (n, T, O) → (n, O, I)."""
+    """Σ_t B_t x_tᵀ: linear layers and 1×1 convolutions. x (n, T, I), B (n, T, O) → (n, O, I).
+
+    Both are held as they come, under mixed precision in 16 bits; products of them are made in single precision.
+    """
 
     def __init__(self, x: Tensor, B: Tensor):
         self.x, self.B, self.n, self.device = x, B, len(x), x.device
@@ -99,11 +111,14 @@ class OuterProducts(Contribution):
         self.gram_numbers = 2 * positions**2 + positions * (inputs + outputs)
 
     def instantiate(self, chunk: slice) -> Tensor:
-        return torch.bmm(self.B[chunk].mT, self.x[chunk])
+        return torch.bmm(at_least_single(self.B[chunk]).mT, at_least_single(self.x[chunk]))
+
+    def row_norms(self) -> Tensor | None:
+        if self.x.shape[1] != 1:
+            return None
+        return per_sample_row_norms(self.x[:, 0]) * per_sample_row_norms(self.B[:, 0])
 
     def norms_sq(self) -> Tensor:
-        if self.x.shape[1] == 1:
-            return per_sample_norms_sq(self.x) * per_sample_norms_sq(self.B)
         if self.instantiate_cost < self.gram_cost:
             return super().norms_sq()
         # ‖Σ_t B_t x_tᵀ‖² = Σ_ts ⟨x_t, x_s⟩⟨B_t, B_s⟩
@@ -111,11 +126,14 @@ class OuterProducts(Contribution):
         return torch.cat([_sum_of_products(gram_x, gram_B) for gram_x, gram_B in grams])
 
     def _gram_chunks(self):
-        return ((self.x[chunk], self.B[chunk]) for chunk in self.chunks(self.gram_numbers))
+        chunks = self.chunks(self.gram_numbers)
+        return ((at_least_single(self.x[chunk]), at_least_single(self.B[chunk])) for chunk in chunks)
 
     def inner_products(self, direction: Tensor) -> Tensor:
         """⟨Σ_t B_t x_tᵀ, D⟩ = Σ_t ⟨B_t, D x_t⟩"""
-        return _sum_of_products(self.x @ direction.reshape(self.B.shape[2], -1).mT, self.B)
+        direction = direction.reshape(self.B.shape[2], -1).mT
+        chunks = self.chunks(self.x.shape[1] * (self.x.shape[2] + 2 * self.B.shape[2]))
+        return torch.cat([_sum_of_products(at_least_single(self.x[c]) @ direction, self.B[c]) for c in chunks])
 
 
 class Convolution(Contribution):
@@ -141,7 +159,7 @@ class Convolution(Contribution):
         self.gram_cost = inputs**2 * x.shape[1] + outputs**2 * (B.shape[1] + kernel * self.ADDITION)
 
     def instantiate(self, chunk: slice) -> Tensor:
-        x, B = self.x[chunk], self.B[chunk]
+        x, B = at_least_single(self.x[chunk]), at_least_single(self.B[chunk])
         return self._from_patches(x, B) if self.by_patches else self._from_grouped_convolution(x, B)
 
     def _from_patches(self, x: Tensor, B: Tensor) -> Tensor:
@@ -173,7 +191,9 @@ class Convolution(Contribution):
     def inner_products(self, direction: Tensor) -> Tensor:
         """⟨B, x ∗ D⟩: the convolution with the direction in the place of the weight."""
         convolve = (F.conv1d, F.conv2d, F.conv3d)[self.x.dim() - 3]
-        along = convolve(self.x, direction, None, self.stride, self.padding, self.dilation, self.groups)
+        along = convolve(
+            at_least_single(self.x), direction, None, self.stride, self.padding, self.dilation, self.groups
+        )
         return _sum_of_products(along.flatten(2), self.B.flatten(2))
 
     def _gram_norms_sq(self, x: Tensor, B: Tensor) -> Tensor:
@@ -182,7 +202,7 @@ class Convolution(Contribution):
         The Gram matrix of the patches is the sum, over the kernel's offsets δ, of the Gram matrix of the pixels seen
         from t + δ and s + δ: one small product over pixels and |kernel| additions instead of a product over patches.
         """
-        n, outputs = len(x), B.shape[2:]
+        n, outputs, x, B = len(x), B.shape[2:], at_least_single(x), at_least_single(B)
         pixels = torch.bmm(x.flatten(2).mT, x.flatten(2)).view(n, *x.shape[2:], *x.shape[2:])
         gram_B = torch.bmm(B.flatten(2).mT, B.flatten(2)).view(n, *outputs, *outputs)
         patches = torch.zeros_like(gram_B)
@@ -211,14 +231,15 @@ class EmbeddingRows(Contribution):
         self.numbers_per_sample = num_rows * B.shape[2]
 
     def instantiate(self, chunk: slice) -> Tensor:
-        B = self.B[chunk]
+        B = at_least_single(self.B[chunk])
         table = B.new_zeros(len(B), self.num_rows, B.shape[2])
         return table.scatter_add_(1, self.indices[chunk].unsqueeze(-1).expand_as(B), B)
 
     def norms_sq(self) -> Tensor:
         def gram(chunk: slice) -> Tensor:
             same_row = self.indices[chunk].unsqueeze(1) == self.indices[chunk].unsqueeze(2)
-            return _sum_of_products(torch.bmm(self.B[chunk], self.B[chunk].mT), same_row)
+            B = at_least_single(self.B[chunk])
+            return (torch.bmm(B, B.mT) * same_row).sum(2).sum(1, dtype=torch.float64)
 
         return torch.cat([gram(chunk) for chunk in self.chunks(2 * self.indices.shape[1] ** 2)])
 
@@ -234,6 +255,9 @@ class PulledBack(Contribution):
         self.n, self.device = contribution.n, contribution.device
         self.numbers_per_sample = contribution.numbers_per_sample + parameter.numel()
 
+    def at_hand(self) -> Direct:
+        return Direct(self.instantiate(slice(0, self.n)))
+
     def fits_at_once(self) -> bool:
         return _per_chunk(self.numbers_per_sample, self.device) >= self.n
 
@@ -244,3 +268,47 @@ class PulledBack(Contribution):
                 self.source, self.parameter, gradients, retain_graph=True, is_grads_batched=True
             )
         return pulled
+
+
+def norms_sq_of_sum(uses: list[Contribution], shape: torch.Size) -> Tensor:
+    """Each sample's ‖Σ of its gradients‖² over several uses of one parameter of this shape: float64 (n,)."""
+    uses = _joined(uses)
+    if len(uses) == 1:
+        rows = uses[0].row_norms()
+        return uses[0].norms_sq() if rows is None else rows.double().square().sum(1)
+    kinds = {type(use) for use in uses}
+    if len(uses) == 2 and kinds == {EmbeddingRows, OuterProducts}:
+        table, layer = uses if isinstance(uses[0], EmbeddingRows) else reversed(uses)
+        return norms_sq_of_sum([table], shape) + norms_sq_of_sum([layer], shape) + 2 * _cross(table, layer)
+    chunks = uses[0].chunks(sum(use.numbers_per_sample for use in uses))
+    sums = (sum(use.instantiate(chunk).reshape(-1, *shape) for use in uses) for chunk in chunks)
+    return torch.cat([per_sample_norms_sq(gradients) for gradients in sums])
+
+
+def _joined(uses: list[Contribution]) -> list[Contribution]:
+    """Uses of a kind are one use at more positions."""
+    layers = [use for use in uses if isinstance(use, OuterProducts)]
+    tables = [use for use in uses if isinstance(use, EmbeddingRows)]
+    joined = [use for use in uses if not isinstance(use, (OuterProducts, EmbeddingRows))]
+    if layers:
+        x, B = (torch.cat([getattr(use, name) for use in layers], 1) for name in ("x", "B"))
+        joined.append(OuterProducts(x, B) if len(layers) > 1 else layers[0])
+    if tables:
+        indices, B = (torch.cat([getattr(use, name) for use in tables], 1) for name in ("indices", "B"))
+        joined.append(EmbeddingRows(indices, B, tables[0].num_rows, None) if len(tables) > 1 else tables[0])
+    return joined
+
+
+def _cross(table: EmbeddingRows, layer: OuterProducts) -> Tensor:
+    """⟨gradient as a table, gradient as a layer's weight⟩ of a tied matrix, without either: float64 (n,).
+
+    Σ_ts B'_s[index_t] ⟨B_t, x_s⟩, for the table's B_t and the layer's x_s and B'_s.
+    """
+
+    def of(chunk: slice) -> Tensor:
+        indices, B, x = table.indices[chunk], at_least_single(table.B[chunk]), at_least_single(layer.x[chunk])
+        seen = layer.B[chunk].gather(2, indices.unsqueeze(1).expand(-1, x.shape[1], -1))  # n, S, T
+        return _sum_of_products(seen, torch.bmm(x, B.mT))
+
+    positions = table.indices.shape[1] * layer.x.shape[1]
+    return torch.cat([of(chunk) for chunk in table.chunks(3 * positions + table.B[0].numel() + layer.x[0].numel())])

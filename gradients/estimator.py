@@ -3,15 +3,17 @@
 import contextlib
 import re
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradients.contributions import at_least_single
+from gradients.samples import Batch
 from tests import Moments
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Any, Any], Tensor]
 """(outputs, targets) of a batch → scalar: the mean (or sum) of the samples' losses."""
 
 
@@ -54,26 +56,34 @@ class Estimator:
         """Drop what was observed since the last call of `moments`."""
         self._start()
 
-    def observe(self, inputs: Tensor, targets: Tensor, loss_scale: float = 1.0) -> contextlib.AbstractContextManager:
-        """Add a micro-batch; the training pass on it, whose loss is loss_scale · Σ ℓ_i, runs inside."""
+    def observe(
+        self, inputs: Batch, targets: Batch, loss_scale: float = 1.0, whole: bool = True
+    ) -> contextlib.AbstractContextManager:
+        """Add a micro-batch; the training pass on it, whose loss is loss_scale · Σ ℓ_i, runs inside.
+
+        Args:
+            whole: this is all that the process has of the step: no further micro-batch follows (a hint: where it is
+                wrong, memory is used in vain).
+        """
         raise NotImplementedError
 
-    def moments(self, grad_scale: float = 1.0) -> Moments:
+    def moments(self, grad_scale: float | Tensor = 1.0) -> Moments:
         """The moments of all micro-batches observed since the last call, on all ranks. The host waits for the device.
 
         Args:
-            grad_scale: the gradient scaler's factor on the gradients of the training pass.
+            grad_scale: the gradient scaler's factor on the gradients of the training pass; for a tensor nobody waits.
         """
-        samples, groups, sum_norm_sq = sum_over_ranks(self._total(grad_scale)).tolist()
-        mean = self.mean_gradient(samples, grad_scale)
-        inner = [None, None]
+        total = sum_over_ranks(self._total(grad_scale))
+        mean = self.mean_gradient(total[0], grad_scale)
+        numbers = [total, norm_sq(mean.values())[None]]
         if self.inner_products:
-            inner = sum_over_ranks(self.inner_product_sums(mean, grad_scale)).tolist()
-        grad_norm_sq = float(norm_sq(mean.values()))
+            numbers.append(sum_over_ranks(self.inner_product_sums(mean, grad_scale)))
         self._start()
-        return Moments(round(samples), round(groups), grad_norm_sq, sum_norm_sq, inner[1], inner[0])
+        samples, groups, sum_norm_sq, grad_norm_sq, *inner = torch.cat(numbers).tolist()  # the only wait
+        sum_inner, sum_inner_sq = inner or (None, None)
+        return Moments(round(samples), round(groups), grad_norm_sq, sum_norm_sq, sum_inner_sq, sum_inner)
 
-    def _total(self, grad_scale: float) -> Tensor:
+    def _total(self, grad_scale: float | Tensor) -> Tensor:
         """[samples, groups, Σ m_k‖ḡ_k‖²] of this rank."""
         return self.sums
 
@@ -81,13 +91,13 @@ class Estimator:
         self.sums[:2] += samples
         self.sums[2] += norms_sq
 
-    def mean_gradient(self, samples: float, grad_scale: float) -> dict[str, Tensor]:
+    def mean_gradient(self, samples: Tensor, grad_scale: float | Tensor) -> dict[str, Tensor]:
         """ḡ by parameter: here from the sums of an own pass, averaged over the ranks in one exchange."""
         flat = sum_over_ranks(torch.cat([gradient.flatten() for gradient in self.gradient_sum.values()])) / samples
         pieces = flat.split([gradient.numel() for gradient in self.gradient_sum.values()])
         return {name: piece.view_as(self.gradient_sum[name]) for name, piece in zip(self.gradient_sum, pieces)}
 
-    def inner_product_sums(self, mean: dict[str, Tensor], grad_scale: float) -> Tensor:
+    def inner_product_sums(self, mean: dict[str, Tensor], grad_scale: float | Tensor) -> Tensor:
         """[Σ m_k p_k, Σ m_k p_k²] over this rank's groups, float64."""
         raise NotImplementedError
 
@@ -111,15 +121,21 @@ _OUT_OF_MEMORY = re.compile(
 )
 
 
-def training_gradient(parameters: dict[str, nn.Parameter], grad_scale: float) -> dict[str, Tensor]:
+def training_gradient(parameters: dict[str, nn.Parameter], grad_scale: float | Tensor) -> dict[str, Tensor]:
     """ḡ as the training step has it: averaged over the ranks, before clipping."""
 
     def unscaled(parameter: nn.Parameter) -> Tensor:
         if parameter.grad is None:
             return torch.zeros_like(parameter)
-        return parameter.grad if grad_scale == 1 else parameter.grad / grad_scale
+        gradient = dense(parameter.grad)
+        return gradient if isinstance(grad_scale, float) and grad_scale == 1 else gradient / grad_scale
 
     return {name: unscaled(parameter) for name, parameter in parameters.items()}
+
+
+def dense(gradient: Tensor) -> Tensor:
+    """Embeddings may give sparse ones."""
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def listed(names: list[str], most: int = 3) -> str:
@@ -127,8 +143,10 @@ def listed(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+def first_line(error: Exception, most: int = 160) -> str:
+    """Its words, for a message of one line."""
+    words = " ".join((str(error).strip() or type(error).__name__).split("\n")[0].split())
+    return words if len(words) <= most else f"{words[:most]}…"
 
 
 BLOCK = 2**16
@@ -136,8 +154,9 @@ BLOCK = 2**16
 
 
 def row_norms(tensor: Tensor) -> Tensor:
-    """‖row‖ of every row of the first dimension."""
-    return torch.linalg.vector_norm(at_least_single(tensor).reshape(len(tensor) if tensor.dim() else 1, -1), dim=1)
+    """‖row‖ of every row of the first dimension; of a vector, its norm."""
+    tensor = at_least_single(tensor)
+    return torch.linalg.vector_norm(tensor.flatten(1) if tensor.dim() > 1 else tensor.reshape(1, -1), dim=1)
 
 
 def norm_sq(tensors: Iterable[Tensor]) -> Tensor:

@@ -4,20 +4,30 @@
 rule (rules.py) says which input and output gradient decide its per-sample gradients. When the backward pass brings the
 output gradient, the squared norms of the samples' gradients are added up (contributions.py has the formulas).
 
-Rules: linear and matmul, convolutions (1d to 3d, stride, padding, dilation, groups), embedding, layer/group/instance
-norm, multi-head attention, elementwise arithmetic with broadcasting, expansion over the batch. What is computed from
-parameters alone (an indexed table, a normalised weight) is followed through and pulled back by autograd.
+Rules: linear and matmul, convolutions (1d to 3d, stride, padding, dilation, groups), embedding, layer/group/instance/
+RMS norm, batch norm by given statistics, multi-head attention, elementwise arithmetic with broadcasting, expansion over
+the batch. What is computed from parameters alone (an indexed table, a normalised weight) is followed through and pulled
+back by autograd.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 
-from gradients.contributions import Contribution, Direct, PulledBack, at_least_single, per_sample_norms_sq
-from gradients.rules import EXPANSIONS, OF_FIRST_ALONE, RULES, VIEWS
+from gradients.contributions import Contribution, Direct, PulledBack, at_least_single, norms_sq_of_sum
+from gradients.estimator import is_out_of_memory
+from gradients.rules import EXPANSIONS, OF_FIRST_ALONE, PICKS, RULES, VIEWS
+from gradients.samples import count, leaves
+
+Origin = frozenset[str] | str
+"""Of a tensor: the names of the parameters it is computed from, or that the batch has a part in it."""
+BY_SAMPLE = "rows by sample"
+PICKED = "rows picked by value"
 
 
 class GhostMode(TorchFunctionMode):
@@ -25,141 +35,246 @@ class GhostMode(TorchFunctionMode):
 
     Args:
         parameters: name → parameter, those whose gradients count.
-        inputs: the batch; whatever is computed from it belongs to samples, along the first dimension.
+        inputs: the batch (tensors, or a tree of them); what is computed from it belongs to samples, along the first
+            dimension.
         expansions: which expansions of parameters are over the batch, from an earlier pass of the same model.
         keep: remember the layers' inputs and output gradients, for `inner_products`. Memory stays about the same:
             they come as the backward pass frees what else the forward pass has saved.
 
     Attributes:
-        norms_sq: float64 (n,), of the gradients as the backward pass has them (a scaled loss gives scaled norms).
-        is_complete: everything is kept that `inner_products` needs.
-        uncovered: names of the parameters for which no rule was found; their share is missing.
+        uncovered: names of the parameters for which no rule was found; they have no share in the norms.
         expansions: calls, by number, that expanded a parameter over the batch.
     """
 
     def __init__(
-        self, parameters: dict[str, Tensor], inputs: Tensor, expansions: set[int] | None = None, keep: bool = False
+        self, parameters: dict[str, Tensor], inputs: Any, expansions: set[int] | None = None, keep: bool = False
     ):
         super().__init__()
         self.names = {id(parameter): name for name, parameter in parameters.items()}
-        self.parameters, self.n = parameters, len(inputs)
-        self.norms_sq = torch.zeros(self.n, dtype=torch.float64, device=inputs.device)
+        self.parameters, self.n = parameters, count(inputs)
         self.uncovered: set[str] = set()
         self.expansions: set[int] = set()
         self._known_expansions, self._expansion_calls = expansions, 0
-        self._keep, self._contributions, self.is_complete = keep, [], keep
+        self._keep, self._contributions, self._all_kept = keep, [], keep
         self._uses: Counter[str] = Counter()
-        self._shared: dict[str, list[Tensor]] = defaultdict(list)
-        self._mark(inputs, None)
+        self._shared: dict[str, list[Contribution]] = defaultdict(list)
+        self._row_norms: list[tuple[str, Tensor]] = []
+        self._norms_sq: list[tuple[str, Tensor]] = []
+        for tensor in leaves(inputs):
+            self._mark(tensor, BY_SAMPLE)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if getattr(function, "__name__", "") == "__get__" and function not in VIEWS:
             return function(*args, **kwargs)
+        if torch._C._current_graph_task_id() != -1:  # checkpointing runs a part of the forward pass again
+            return function(*args, **kwargs)
         content = args[:1] if function in OF_FIRST_ALONE else args
         tensors = [argument for argument in _flatten(content, kwargs) if isinstance(argument, Tensor)]
-        sources = [tensor for tensor in tensors if self._ancestors(tensor)] if torch.is_grad_enabled() else []
-        if not any(self._is_batched(tensor) for tensor in tensors):
-            return self._derive(function, args, kwargs, sources)
-        rule = RULES.get(function) if sources else None
-        if sources and rule is None:
+        origins = [self._origin(tensor) for tensor in tensors]
+        batch = [origin for origin in origins if isinstance(origin, str)]
+        if not batch:
+            return self._derive(function, args, kwargs, tensors, origins)
+        sources = [tensor for tensor, origin in zip(tensors, origins) if origin and not isinstance(origin, str)]
+        sources = [tensor for tensor in sources if tensor.requires_grad]
+        rule = RULES.get(function) if sources and torch.is_grad_enabled() else None
+        if rule and any(tensor.is_complex() for tensor in sources):
+            rule = None
+        if rule is None:  # where no gradients are recorded, what is computed now may still get one (checkpointing)
             self._give_up(sources)
         result = rule(self, function, *args, **kwargs) if rule else function(*args, **kwargs)
+        picked = PICKED in batch or self._picks(function, args)
         for tensor in _flatten((result if result is not None else args[0],), {}):
-            self._mark(tensor, None)
+            self._mark(tensor, PICKED if picked else BY_SAMPLE)
         return result
 
-    # What a tensor is made of is written on the tensor itself, so that nothing is kept alive for it:
-    # None for the batch, the names of parameters where it is computed from them alone.
+    # What a tensor is made of is written on the tensor itself, so that nothing is kept alive for it.
 
-    def _mark(self, tensor, ancestors: frozenset[str] | None) -> None:
+    def _mark(self, tensor, origin: Origin) -> None:
         if isinstance(tensor, Tensor):
-            tensor._ghost_origin = (self.names, ancestors)  # `names` is this pass's own: old marks do not count
+            tensor._ghost_origin = (self.names, origin)  # `names` is this pass's own: old marks do not count
 
-    def _origin(self, tensor: Tensor) -> frozenset[str] | None:
+    def _origin(self, tensor: Tensor) -> Origin:
         if name := self.names.get(id(tensor)):
             return frozenset((name,))
-        names, ancestors = getattr(tensor, "_ghost_origin", (None, None))
-        return ancestors if names is self.names else frozenset()
+        names, origin = getattr(tensor, "_ghost_origin", (None, None))
+        if names is self.names:
+            return origin
+        if is_functorch_wrapped_tensor(tensor):
+            return self._origin(get_unwrapped(tensor))
+        if tensor.requires_grad and tensor.grad_fn is not None:
+            return self._from_elsewhere(tensor)
+        return frozenset()
 
-    def _is_batched(self, tensor: Tensor) -> bool:
-        return self._origin(tensor) is None
+    def _from_elsewhere(self, tensor: Tensor) -> Origin:
+        """Of a tensor that no watched function has made (TorchScript, say): its parameters are beyond us."""
+        nodes, found = [tensor.grad_fn], set()
+        for node in nodes:
+            if (name := self.names.get(id(getattr(node, "variable", None)))) is not None:
+                self.uncovered.add(name)
+            ahead = [other for other, _ in node.next_functions if other is not None and other not in found]
+            found.update(ahead)
+            nodes += ahead
+        self._mark(tensor, BY_SAMPLE)
+        return BY_SAMPLE
 
     def _ancestors(self, tensor: Tensor) -> frozenset[str]:
         """The parameters from which a tensor is computed; none where the batch has a part in it."""
-        return self._origin(tensor) or frozenset()
+        origin = self._origin(tensor) if tensor.requires_grad else frozenset()
+        return frozenset() if isinstance(origin, str) else origin
 
-    def _derive(self, function, args, kwargs, sources: list[Tensor]):
+    def rows_by_sample(self, tensor) -> bool:
+        """Along its first dimension stand the samples in order, each with as many rows."""
+        if not isinstance(tensor, Tensor) or self._origin(tensor) != BY_SAMPLE:
+            return False
+        return tensor.dim() > 0 and len(tensor) > 0 and len(tensor) % self.n == 0
+
+    def _picks(self, function: Callable, args: tuple) -> bool:
+        if function in PICKS:
+            return True
+        if function is not Tensor.__getitem__:
+            return False
+        first = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
+        return isinstance(first, (Tensor, list))
+
+    def _derive(self, function, args, kwargs, tensors: list[Tensor], origins: list[Origin]):
         """A function of parameters alone: remember of which. Expanding one over the batch is itself a use."""
         result = function(*args, **kwargs)
-        if not sources:
+        ancestors = frozenset().union(*origins)
+        if not ancestors:
             return result
-        if function in EXPANSIONS and self._expands_over_batch(sources[0], result):
-            self.use(result, sources[0], lambda B: Direct(B.reshape(self.n, *sources[0].shape)))
-            self._mark(result, None)
+        source = next(tensor for tensor, origin in zip(tensors, origins) if origin)
+        if torch.is_grad_enabled() and function in EXPANSIONS and self._expands_over_batch(source, result):
+            self.use(result, source, lambda B: Direct(at_least_single(B).reshape(self.n, *source.shape)))
+            self._mark(result, BY_SAMPLE)
             return result
-        ancestors = frozenset().union(*(self._ancestors(tensor) for tensor in sources))
-        for tensor in _flatten((result,), {}):
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
-                self._mark(tensor, ancestors)
+        for tensor in _flatten((result if result is not None else args[0],), {}):
+            self._mark(tensor, ancestors)
         return result
 
     def _expands_over_batch(self, source: Tensor, result: Tensor) -> bool:
         """By the shape; where an earlier pass has shown which calls do, by their number, as shapes can coincide."""
         call, self._expansion_calls = self._expansion_calls, self._expansion_calls + 1
         if self._known_expansions is not None:
-            return call in self._known_expansions
+            return call in self._known_expansions and len(result) == self.n
         expands = result.dim() == source.dim() > 0 and len(source) == 1 and len(result) == self.n
         if expands:
             self.expansions.add(call)
         return expands
 
-    def _give_up(self, sources: Iterable[Tensor]) -> None:
+    def _give_up(self, sources: Iterable[Tensor | None]) -> None:
         for source in sources:
-            self.uncovered |= self._ancestors(source)
+            if source is not None:
+                self.uncovered |= self._ancestors(source)
 
     def use(self, output: Tensor, source: Tensor | None, contribute: Callable[[Tensor], Contribution]) -> None:
         """When the gradient B of `output` is known, add what `contribute(B)` gives for `source`."""
         if source is None or not (ancestors := self._ancestors(source)):
             return
+        made = _maker(output)
+        if made is None or source.is_complex():
+            self.uncovered |= ancestors
+            return
         self._uses.update(ancestors)
+        node, index = made
+        # Emptied when the gradient comes: a graph outlives its backward pass, the layers' inputs need not.
+        pending, shape = [(source, ancestors, contribute)], output.shape
 
-        def hook(B: Tensor) -> None:
-            with torch.no_grad(), torch._C.DisableTorchFunction():
-                self._add(source, ancestors, contribute(at_least_single(B)))
+        def hook(gradients: tuple[Tensor | None, ...]) -> None:
+            if pending and gradients[index] is not None:
+                with torch.no_grad(), torch._C.DisableTorchFunction():
+                    self._receive(*pending.pop(), gradients[index].reshape(shape))
 
-        output.register_hook(hook)
+        node.register_prehook(hook)
+
+    def _receive(self, source: Tensor, ancestors: frozenset[str], contribute: Callable, B: Tensor) -> None:
+        try:
+            self._add(source, ancestors, contribute(B))
+        except (RuntimeError, NotImplementedError) as error:  # the training pass goes on
+            if is_out_of_memory(error):
+                raise
+            self.uncovered |= ancestors
 
     def _add(self, source: Tensor, ancestors: frozenset[str], contribution: Contribution) -> None:
-        for name in ancestors:
+        for name in ancestors - self.uncovered:
             parameter = self.parameters[name]
             own = contribution if parameter is source else PulledBack(contribution, source, parameter)
             if self._keep:
-                self._remember(name, own)
+                own = self._remember(name, own)
             if self._uses[name] == 1:
-                self.norms_sq += own.norms_sq()
-            else:  # the gradient is the sum over the uses: cross terms count
-                gradients = own.instantiate(slice(0, self.n)).reshape(self.n, *parameter.shape)
-                self._shared[name].append(gradients)
+                self._collect(name, own)
+                continue
+            # The gradient is the sum over the uses: cross terms count. What leads to a use will be gone by then.
+            self._shared[name].append(own.at_hand() if isinstance(own, PulledBack) else own)
+            if len(self._shared[name]) == self._uses[name]:
+                self._end_shared(name)
 
-    def _remember(self, name: str, own: Contribution) -> None:
+    def _remember(self, name: str, own: Contribution) -> Contribution:
         if isinstance(own, PulledBack):  # what leads from the parameter to its use will be gone: now, or not at all
             if own.fits_at_once():
-                own = Direct(own.instantiate(slice(0, self.n)))
+                own = own.at_hand()
             else:
-                self.is_complete = False
-        if self.is_complete:
+                self._all_kept = False
+        if self._all_kept:
             self._contributions.append((name, own))
+        return own
+
+    def _collect(self, name: str, own: Contribution) -> None:
+        rows = own.row_norms()
+        if rows is None:
+            self._norms_sq.append((name, own.norms_sq()))
+        else:
+            self._row_norms.append((name, rows))
+
+    def _end_shared(self, name: str) -> None:
+        self._norms_sq.append((name, norms_sq_of_sum(self._shared.pop(name), self.parameters[name].shape)))
+
+    def norms_sq(self, name: str | None = None) -> Tensor:
+        """Every sample's, float64 (n,), as the backward pass had the gradients (a scaled loss gives scaled norms).
+
+        Of one parameter where it is named, else over all that are covered.
+        """
+        counts = (lambda own: own == name) if name else (lambda own: own not in self.uncovered)
+        whole = [norms_sq for own, norms_sq in self._norms_sq if counts(own)]
+        rows = [rows for own, rows in self._row_norms if counts(own)]
+        if rows:  # one small kernel for all
+            whole.append(torch.cat(rows, 1).double().square().sum(1))
+        if not whole:
+            device = next(iter(self.parameters.values())).device
+            return torch.zeros(self.n, dtype=torch.float64, device=device)
+        return torch.stack(whole).sum(0)
+
+    @property
+    def is_complete(self) -> bool:
+        """Everything is kept that `inner_products` needs."""
+        return self._all_kept and not self.uncovered
+
+    def unseen(self) -> set[str]:
+        """Covered parameters of which no use was seen; they should have no gradient."""
+        return {name for name in self.parameters if not self._uses[name]} - self.uncovered
 
     def inner_products(self, direction: dict[str, Tensor]) -> Tensor:
         """Of every sample's gradient with `direction` (by parameter), all parameters as one vector: float64 (n,)."""
-        return sum(own.inner_products(at_least_single(direction[name])) for name, own in self._contributions)
+        own = (own.inner_products(at_least_single(direction[name])) for name, own in self._contributions)
+        return sum(own, start=self.norms_sq() * 0)
 
     def __exit__(self, *exception):
-        for gradients in self._shared.values():
-            self.norms_sq += per_sample_norms_sq(sum(gradients))
-        self._shared.clear()
+        for name in list(self._shared):  # some of the uses had no part in the loss
+            self._end_shared(name)
         return super().__exit__(*exception)
+
+
+def _maker(output: Tensor) -> tuple[Any, int] | None:
+    """The node of the graph that has made these numbers, and which of its outputs they are.
+
+    A view (of a linear layer's product, say) loses its own node when something works in place on it: then gradients go
+    to the maker of what is viewed. None where only a part is viewed.
+    """
+    base = output._base
+    if base is None or base.grad_fn is None:
+        return output.grad_fn and (output.grad_fn, output.output_nr)
+    whole = base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
+    return (base.grad_fn, base.output_nr) if whole else None
 
 
 def _flatten(args, kwargs):

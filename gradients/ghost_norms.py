@@ -1,6 +1,8 @@
-"""`ghost`: exact moments from the training pass itself, or from one batched pass over a copy of the model."""
+"""`ghost`: exact moments from the training pass itself, or from one batched pass of the test's own."""
 
 import contextlib
+import math
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -8,21 +10,36 @@ from torch import Tensor
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradients.estimator import first_line, is_out_of_memory, listed, training_gradient
+from gradients.alone import alone
+from gradients.estimator import dense, first_line, is_out_of_memory, listed, training_gradient
 from gradients.ghost import GhostMode
-from gradients.per_sample import OwnPass, PerSampleGradients, norms_sq, random_states_of, restored
+from gradients.per_sample import (
+    BySample,
+    OwnPass,
+    PerSampleGradients,
+    SingleGradients,
+    in_wide_range,
+    norms_sq,
+)
+from gradients.samples import Batch, count
 
 
 class GhostNorms(OwnPass):
     """`ghost`: exact per-sample norms and inner products p_i from an ordinary backward pass (ghost.py).
 
     Without layers that couple samples, and where the training pass runs inside `observe`, that pass is the test's pass:
-    no second forward and backward, and ḡ is the gradient that DDP has averaged anyway. Otherwise one batched pass over
-    the copy of the model. Parameters that no rule covers take per-sample gradients, of these parameters alone.
+    no second forward and backward, and ḡ is the gradient that DDP has averaged anyway. Otherwise one batched pass of
+    its own. Parameters that no rule covers, known from the check at the start or found in a pass (a branch that the
+    check has not taken), take per-sample gradients, of these parameters alone. (Where the model draws at random, these
+    see other draws than the training pass.)
 
     The p_i need ḡ, which is known only when the step is over. A rank that passes its share in one piece keeps the
     layers' inputs and output gradients until then; of several pieces these would be too much, and one forward-mode pass
     over each gives the p_i.
+
+    Attributes:
+        expansions, uncovered: of `GhostMode`, as the check at the start has found them.
+        forward_mode: the model has a forward-mode derivative; else `why_not_forward` says why.
     """
 
     def __init__(self, *arguments, in_training_pass: bool = False, notify: Callable[[str], None] = lambda line: None):
@@ -30,90 +47,99 @@ class GhostNorms(OwnPass):
         self.in_training_pass = in_training_pass
         self.expansions: set[int] | None = None
         self.uncovered: set[str] = set()
-        self.reference = PerSampleGradients(*arguments)
-        self.forward_mode = True
-
-    def check(self, inputs: Tensor, targets: Tensor) -> str:
-        """Compare with one backward pass a sample, on a few samples; says what is not covered, "" where all is well."""
-        training = self.model.training
-        self.model.eval()  # no dropout: both must see the same function
-        try:
-            with restored(random_states_of(inputs.device), inputs.device):
-                mode, _ = self._backward(inputs, targets)
-                covered = [p for name, p in self.parameters().items() if name not in mode.uncovered]
-                expected = torch.stack([self._norm_sq_of_one(covered, *sample) for sample in zip(inputs, targets)])
-                precise = self._call(self.parameters(), inputs).dtype in (torch.float32, torch.float64)
-        finally:
-            self.model.train(training)
-        self.expansions, self.uncovered = mode.expansions, mode.uncovered
-        error = float((mode.norms_sq - expected).abs().max() / expected.max().clamp(min=1e-30))
-        # Rounding grows to some tenths of a percent through 50 layers in float32; a wrong rule is off by far more.
-        if not error < (1e-2 if precise else 0.2):
-            self.uncovered = set(self.parameters())
-            return f"on this model its norms are {error:.1%} off those of single samples"
-        return f"no rule for {listed(sorted(self.uncovered))}" if self.uncovered else ""
-
-    def _norm_sq_of_one(self, parameters: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
-        loss = self._losses(self._call(self.parameters(), x.unsqueeze(0)), y.unsqueeze(0)).sum()
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True) if parameters else ()
-        return sum((g.double().square().sum() for g in gradients if g is not None), start=self.sums.new_zeros(()))
+        self.references: list[BySample] = [PerSampleGradients(*arguments), SingleGradients(*arguments)]
+        self.forward_mode, self.why_not_forward = True, ""
 
     @contextlib.contextmanager
-    def observe(self, inputs: Tensor, targets: Tensor, loss_scale: float = 1.0) -> Iterator[None]:
-        random_states = random_states_of(inputs.device)
-        keep = self.inner_products and not self.observed and not self.uncovered
+    def observe(self, inputs: Batch, targets: Batch, loss_scale: float = 1.0, whole: bool = True) -> Iterator[None]:
+        before = self._before()
+        keep = whole and self.inner_products and not self.observed and not self.uncovered
         self.whole = None
         if self.inner_products:
-            self.observed.append((inputs, targets, random_states))
+            self.observed.append((inputs, targets, *before))
         if self.in_training_pass:
+            marks = {name: _mark(parameter.grad) for name, parameter in self.parameters().items()}
             with GhostMode(self.parameters(), inputs, self.expansions, keep) as mode:
                 yield
-            self._add(len(inputs), mode.norms_sq.sum() / loss_scale**2)
-            if mode.is_complete:
+            mode.uncovered |= {name for name in mode.unseen() if _mark(self.parameters()[name].grad) != marks[name]}
+            self._add(count(inputs), mode.norms_sq().sum() / loss_scale**2)
+            uncovered = self.uncovered | mode.uncovered
+            if mode.is_complete and not uncovered:
                 self.whole = mode, loss_scale
         else:
+            uncovered = set(self.uncovered)
 
-            def norms_and_gradient(chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-                is_whole = keep and len(chunk[0]) == len(inputs)
-                mode, gradient = self._backward(*chunk, is_whole)
-                self.whole = (mode, 1.0) if mode.is_complete else None
-                return mode.norms_sq.sum(), gradient
+            def norms_and_gradient(chunk: tuple[Batch, Batch]) -> tuple[Tensor, dict[str, Tensor]]:
+                is_whole = keep and count(chunk[0]) == count(inputs)
+                mode, gradient = self.backward(*chunk, before[1], is_whole)
+                self.whole = (mode, 1.0) if mode.is_complete and not uncovered else None
+                uncovered.update(mode.uncovered)
+                return mode.norms_sq().sum(), gradient
 
-            self._observe_in_chunks(norms_and_gradient, inputs, targets, random_states)
+            self._observe_in_chunks(norms_and_gradient, inputs, targets, before)
             yield
-        if self.uncovered:
-            self.own_norms_sq += self._in_memory(lambda: self._uncovered_norms_sq(inputs, targets))
+        if uncovered:
+            self.whole = None
+            self.own_norms_sq += self._norms_sq_of(uncovered, inputs, targets, before[1])
 
-    def _uncovered_norms_sq(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        chunks = self._chunks(inputs, targets)
-        own = (self.reference.per_sample_gradients(*chunk, only=self.uncovered) for chunk in chunks)
-        return sum(norms_sq(gradients).sum() for gradients in own)
+    def _norms_sq_of(self, names: set[str], inputs: Batch, targets: Batch, buffers: dict[str, Tensor]) -> Tensor:
+        """Σ‖g_i‖² over these parameters, by the first reference that can; NaN, with a line, where none can."""
+
+        def by(reference: BySample) -> Tensor:
+            chunks = reference._chunks(inputs, targets)
+            own = (reference.per_sample_gradients(*chunk, buffers, only=names) for chunk in chunks)
+            return sum(norms_sq(gradients).sum() for gradients in own)
+
+        while self.references:
+            reference = self.references[0]
+            reference.max_micro_batch_size = self.max_micro_batch_size
+            try:
+                return self._in_memory(lambda: by(reference))  # noqa: B023 (called at once)
+            except Exception as error:  # a model raises what it likes
+                if is_out_of_memory(error):
+                    raise
+                failure = self.references.pop(0), error
+        self.notify(
+            f"the test decides nothing where {listed(sorted(names))} take part: no per-sample gradients of them "
+            f"({first_line(failure[1])})"
+        )
+        return self.sums.new_tensor(math.nan)
 
     def _start(self) -> None:
         super()._start()
         self.own_norms_sq = self.sums.new_zeros(())
         self.whole: tuple[GhostMode, float] | None = None  # the only pass of the step, and its loss_scale
 
-    def _backward(self, inputs: Tensor, targets: Tensor, keep: bool = False) -> tuple[GhostMode, dict[str, Tensor]]:
-        """A backward pass over the copy: the mode with the norms, and the sum of the gradients."""
+    def backward(
+        self, inputs: Batch, targets: Batch, buffers: dict[str, Tensor], keep: bool = False
+    ) -> tuple[GhostMode, dict[str, Tensor]]:
+        """A pass of the test's own: the mode with the norms, and the sum of the gradients."""
         parameters = self.parameters()
-        with GhostMode(parameters, inputs, self.expansions, keep) as mode:
-            loss = self._losses(self._call(parameters, inputs), targets).sum()
-            gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
-        return mode, dict(zip(parameters, gradients))
+        with (
+            alone(self.model, buffers),
+            torch.enable_grad(),
+            GhostMode(parameters, inputs, self.expansions, keep) as mode,
+        ):
+            outputs = self._call(inputs)
+            with torch._C.DisableTorchFunction():  # the loss has no parameters
+                loss = self._losses(outputs, targets).sum()
+                gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        found = {name: dense(gradient) for name, gradient in zip(parameters, gradients) if gradient is not None}
+        mode.uncovered |= mode.unseen() & set(found)
+        return mode, {name: found.get(name, torch.zeros_like(parameter)) for name, parameter in parameters.items()}
 
-    def _total(self, grad_scale: float) -> Tensor:
+    def _total(self, grad_scale: float | Tensor) -> Tensor:
         if self.in_training_pass:
             self.sums[2] /= grad_scale**2
         self.sums[2] += self.own_norms_sq
         return self.sums
 
-    def mean_gradient(self, samples: float, grad_scale: float) -> dict[str, Tensor]:
+    def mean_gradient(self, samples: Tensor, grad_scale: float | Tensor) -> dict[str, Tensor]:
         if not self.in_training_pass:
             return super().mean_gradient(samples, grad_scale)
         return training_gradient(self.parameters(), grad_scale)
 
-    def inner_product_sums(self, mean: dict[str, Tensor], grad_scale: float) -> Tensor:
+    def inner_product_sums(self, mean: dict[str, Tensor], grad_scale: float | Tensor) -> Tensor:
         """By what the only pass has kept; else p_i = ⟨∇ℓ_i, ḡ⟩ is the derivative of ℓ_i along ḡ, by forward mode."""
         if self.whole:
             mode, loss_scale = self.whole
@@ -126,35 +152,52 @@ class GhostNorms(OwnPass):
             except (NotImplementedError, RuntimeError) as error:
                 if is_out_of_memory(error):
                     raise
-                self.forward_mode = False
-                self.notify(
-                    f"inner products take per-sample gradients: no forward-mode derivative ({first_line(error)})"
-                )
-        return self._in_memory(lambda: self.reference.inner_products_with(mean, self._again()))
+                self.forward_mode, self.why_not_forward = False, first_line(error)
+        self.notify(f"inner products take per-sample gradients: no forward-mode derivative ({self.why_not_forward})")
+        return self._inner_products_by_reference(mean)
+
+    def _inner_products_by_reference(self, mean: dict[str, Tensor]) -> Tensor:
+        while self.references:
+            reference = self.references[0]
+            reference.max_micro_batch_size = self.max_micro_batch_size
+            try:
+                return self._in_memory(lambda: reference.inner_products_with(mean, self._again()))  # noqa: B023
+            except Exception as error:  # a model raises what it likes
+                if is_out_of_memory(error):
+                    raise
+                failure = self.references.pop(0), error
+        self.notify(f"the test decides nothing: no inner products ({first_line(failure[1])})")
+        return self.sums.new_full((2,), math.nan)
 
     def _can_halve(self) -> bool:
         return super()._can_halve() and not self.in_training_pass
 
     def _forward_mode_sums(self, mean: dict[str, Tensor]) -> Tensor:
         sums = self.sums.new_zeros(2)
-        parameters = {name: parameter.detach() for name, parameter in self.parameters().items()}
-        for inputs, targets in self._again():
-
-            def losses(parameters: dict[str, Tensor], inputs=inputs, targets=targets) -> Tensor:
-                return self._losses(self._call(parameters, inputs), targets)
-
-            # Of the fused attention kernels none has a forward-mode derivative.
-            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-                inner = jvp(losses, (parameters,), (mean,))[1].double()
+        for inputs, targets, buffers in self._again():
+            inner = self.along(mean, inputs, targets, buffers)
             sums += torch.stack([inner.sum(), inner.square().sum()])
         return sums
 
-    def _chunks(self, inputs: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def along(self, direction: dict[str, Tensor], inputs: Batch, targets: Batch, buffers: dict[str, Tensor]) -> Tensor:
+        """The derivative of every sample's loss along a direction (by parameter), by forward mode: float64 (n,)."""
+        parameters = {name: parameter.detach() for name, parameter in self.parameters().items()}
+
+        def losses(parameters: dict[str, Tensor]) -> Tensor:
+            with self.autocast(), in_wide_range(self.device):
+                outputs = functional_call(self.model, parameters, (inputs,))
+            return self._losses(outputs, targets)
+
+        # Of the fused attention kernels none has a forward-mode derivative.
+        with alone(self.model, buffers), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch.jit.script")  # of torch's own forward-mode formulas
+            return jvp(losses, (parameters,), (direction,))[1].double()
+
+    def _chunks(self, inputs: Batch, targets: Batch) -> Iterator[tuple[Batch, Batch]]:
         # What dropout drew for a whole micro-batch can be drawn again only for the whole of it.
         return iter([(inputs, targets)]) if self.in_training_pass else super()._chunks(inputs, targets)
 
-    def _call(self, parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:
-        if not self.in_training_pass:
-            return super()._call(parameters, inputs)
-        with self.autocast():  # the model itself: it must draw as it drew in the training pass
-            return functional_call(self.model, parameters, (inputs,))
+
+def _mark(gradient: Tensor | None) -> tuple[int, int]:
+    """Changes when a backward pass adds something."""
+    return (0, 0) if gradient is None else (id(gradient), gradient._version)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from gradients.contributions import at_least_single
-from gradients.estimator import BLOCK, Estimator, row_norms, training_gradient
+from gradients.estimator import BLOCK, Estimator, dense, row_norms, training_gradient
+from gradients.samples import Batch, count
 
 
 class MicroBatchGradients(Estimator):
@@ -29,15 +30,15 @@ class MicroBatchGradients(Estimator):
         self.loss_scale = 1.0
 
     @contextlib.contextmanager
-    def observe(self, inputs: Tensor, targets: Tensor, loss_scale: float = 1.0) -> Iterator[None]:
+    def observe(self, inputs: Batch, targets: Batch, loss_scale: float = 1.0, whole: bool = True) -> Iterator[None]:
         group: dict[str, Tensor] = {}
 
         def hook_for(name: str):
             def keep(gradient: Tensor) -> None:
-                group[name] = gradient  # autograd then leaves this tensor alone and adds it up elsewhere
+                group[name] = dense(gradient)  # autograd then leaves this tensor alone and adds it up elsewhere
 
             def keep_norms(gradient: Tensor) -> None:
-                group[name] = row_norms(gradient)
+                group[name] = row_norms(dense(gradient))
 
             return keep if self.inner_products else keep_norms
 
@@ -48,7 +49,7 @@ class MicroBatchGradients(Estimator):
             for handle in handles:
                 handle.remove()
         self.loss_scale = loss_scale
-        self.groups.append((len(inputs), group))
+        self.groups.append((count(inputs), group))
         if len(self.groups) > 2 * self.num_groups:
             if self.inner_products:
                 self.groups = [_merged(self.groups[i : i + 2]) for i in range(0, len(self.groups), 2)]
@@ -60,25 +61,29 @@ class MicroBatchGradients(Estimator):
         """Of several groups at once: a dozen small operations for each would be most of a small network's price."""
         norms = [[row_norms(g) if self.inner_products else g for g in group.values()] for _, group in self.groups]
         rows = [sum(map(len, own)) for own in norms]
-        sizes = self.sums.new_tensor([m for m, _ in self.groups])
+        sizes = self._on_device([m for m, _ in self.groups], self.sums.dtype)
         self.sums[0] += sizes.sum()
         self.sums[1] += len(sizes)
         squares = torch.cat([norm for own in norms for norm in own]).double().square()
-        sizes = sizes.repeat_interleave(torch.tensor(rows, device=sizes.device), output_size=sum(rows))
+        sizes = sizes.repeat_interleave(self._on_device(rows, torch.int64), output_size=sum(rows))
         self.sums[2] += (squares / sizes).sum()
 
-    def _total(self, grad_scale: float) -> Tensor:
+    def _on_device(self, numbers: list[int], dtype: torch.dtype) -> Tensor:
+        """Copied while the host goes on."""
+        return torch.tensor(numbers, dtype=dtype).to(self.sums.device, non_blocking=True)
+
+    def _total(self, grad_scale: float | Tensor) -> Tensor:
         if self.groups:  # a rank may have none
             self._add_norms()
         # ḡ_k = (the loss's gradient) / (m_k · loss_scale · grad_scale)
         self.sums[2] /= (self.loss_scale * grad_scale) ** 2
         return self.sums
 
-    def mean_gradient(self, samples: float, grad_scale: float) -> dict[str, Tensor]:
+    def mean_gradient(self, samples: Tensor, grad_scale: float | Tensor) -> dict[str, Tensor]:
         return training_gradient(self.parameters(), grad_scale)
 
-    def inner_product_sums(self, mean: dict[str, Tensor], grad_scale: float) -> Tensor:
-        sizes = self.sums.new_tensor([m for m, _ in self.groups])
+    def inner_product_sums(self, mean: dict[str, Tensor], grad_scale: float | Tensor) -> Tensor:
+        sizes = self._on_device([m for m, _ in self.groups], self.sums.dtype)
         inner = _inner([group for _, group in self.groups], mean) / (grad_scale * self.loss_scale)  # m_k p_k
         return torch.stack([inner.sum(), (inner.square() / sizes).sum()])
 

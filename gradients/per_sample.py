@@ -1,60 +1,66 @@
-"""Estimators with a pass of their own, and `vmap`, the reference: per-sample gradients, a chunk at a time."""
+"""Estimators with a pass of their own: `vmap`, a chunk of samples at a time, and `loop`, one after the other."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from gradients.alone import alone, drawing_from, random_states
 from gradients.contributions import per_sample_norms_sq
-from gradients.estimator import Estimator, is_out_of_memory
-from gradients.per_sample_copy import per_sample_copy
+from gradients.estimator import Estimator, dense, is_out_of_memory
+from gradients.samples import Batch, chunks, count, per_sample, taken_apart
 
 Result = TypeVar("Result")
+Observed = tuple[Batch, Batch, list, dict[str, Tensor]]
+"""Inputs, targets, random states and buffers before the pass."""
 
 
 class OwnPass(Estimator):
-    """An estimator with a pass of its own, over a copy of the model in which no layer couples samples.
+    """An estimator with a pass of its own, over the model with every sample by itself (alone.py).
 
     Args:
         notify: called with a line where something turns out later.
+
+    Attributes:
+        moving: names of the buffers that a forward pass changes (the check at the start finds them).
     """
 
     def __init__(self, *arguments, notify: Callable[[str], None] = lambda line: None):
         super().__init__(*arguments)
         self.notify = notify
-        self.template = per_sample_copy(self.model)
-        self._known = {name for name, _ in (*self.template.named_parameters(), *self.template.named_buffers())}
+        self.moving: set[str] = {name for name, _ in self.model.named_buffers()}
+        self.device = next(self.model.parameters()).device
 
     def _start(self) -> None:
         super()._start()
-        self.observed: list[tuple[Tensor, Tensor, list[Tensor]]] = []
+        self.observed: list[Observed] = []
 
-    def _fixed(self) -> dict[str, Tensor]:
-        """Frozen parameters, and the buffers that the copy has."""
-        fixed = {name: p.detach() for name, p in self.model.named_parameters() if not p.requires_grad}
-        return fixed | {name: buffer for name, buffer in self.model.named_buffers() if name in self._known}
+    def _before(self) -> tuple[list, dict[str, Tensor]]:
+        """What a later pass must find to see what this one sees: random states, and buffers that move."""
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers() if name in self.moving}
+        return random_states(self.device), buffers
 
-    def _call(self, parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:
-        self.template.train(self.model.training)
-        with self.autocast():
-            return functional_call(self.template, {**parameters, **self._fixed()}, (inputs,))
+    def _call(self, inputs: Batch):
+        with self.autocast(), in_wide_range(self.device):
+            return self.model(inputs)
 
-    def _losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def _losses(self, outputs: Batch, targets: Batch) -> Tensor:
         """The samples' losses (n,), whatever the reduction of `loss`."""
-        return vmap(lambda output, target: self.loss(output.unsqueeze(0), target.unsqueeze(0)))(outputs, targets)
+        return per_sample(self.loss, outputs, targets)
 
-    def _chunks(self, inputs: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(inputs.split(self.max_micro_batch_size), targets.split(self.max_micro_batch_size))
+    def _chunks(self, inputs: Batch, targets: Batch) -> Iterator[tuple[Batch, Batch]]:
+        return chunks(self.max_micro_batch_size, inputs, targets)
 
-    def _observe_in_chunks(self, measure: Callable, inputs: Tensor, targets: Tensor, random_states: list) -> None:
+    def _observe_in_chunks(self, measure: Callable, inputs: Batch, targets: Batch, before: tuple) -> None:
         """Add a micro-batch by `measure`: a chunk → Σ‖g_i‖², Σ g_i by parameter."""
 
         def measure_all() -> tuple[Tensor, dict[str, Tensor]]:
             norms_sq, total = self.sums.new_zeros(()), {}
-            with restored(random_states, inputs.device):
+            with drawing_from(before[0], self.device):
                 for chunk in self._chunks(inputs, targets):
                     of_chunk, gradients = measure(chunk)
                     norms_sq += of_chunk
@@ -62,7 +68,7 @@ class OwnPass(Estimator):
             return norms_sq, total
 
         norms_sq, gradients = self._in_memory(measure_all)
-        self._add(len(inputs), norms_sq)
+        self._add(count(inputs), norms_sq)
         self.gradient_sum = added(self.gradient_sum, gradients)
 
     def _in_memory(self, work: Callable[[], Result]) -> Result:
@@ -85,55 +91,137 @@ class OwnPass(Estimator):
     def _can_halve(self) -> bool:
         return self.max_micro_batch_size > 1
 
-    def _again(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _again(self) -> Iterator[tuple[Batch, Batch, dict[str, Tensor]]]:
         """The observed micro-batches a second time, in chunks, drawing what was drawn the first time."""
-        for inputs, targets, random_states in self.observed:
-            with restored(random_states, inputs.device):
-                yield from self._chunks(inputs, targets)
+        for inputs, targets, states, buffers in self.observed:
+            with drawing_from(states, self.device):
+                for chunk in self._chunks(inputs, targets):
+                    yield *chunk, buffers
 
 
-class PerSampleGradients(OwnPass):
-    """`vmap`, the reference: per-sample gradients by vmap of grad on a copy of the model, a chunk of them at a time.
+class BySample(OwnPass):
+    """An estimator that has the per-sample gradients themselves at hand, a chunk of them at a time.
 
-    Works for any module that vmap can run. Memory is one copy of all gradients per sample of a chunk.
-    BatchNorm normalises each sample by its own statistics; dropout draws anew for every sample.
     Inner products take a second pass, as ḡ is known only after the first one.
     """
 
-    @contextlib.contextmanager
-    def observe(self, inputs: Tensor, targets: Tensor, loss_scale: float = 1.0) -> Iterator[None]:
-        random_states = random_states_of(inputs.device)
+    def per_sample_gradients(
+        self, inputs: Batch, targets: Batch, buffers: dict[str, Tensor], only: set[str] | None = None
+    ) -> dict[str, Tensor]:
+        """The gradient of every sample's loss: parameter name → (n, *parameter shape); of `only` these parameters."""
+        raise NotImplementedError
 
-        def norms_and_gradient(chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-            gradients = self.per_sample_gradients(*chunk)
+    @contextlib.contextmanager
+    def observe(self, inputs: Batch, targets: Batch, loss_scale: float = 1.0, whole: bool = True) -> Iterator[None]:
+        before = self._before()
+
+        def norms_and_gradient(chunk: tuple[Batch, Batch]) -> tuple[Tensor, dict[str, Tensor]]:
+            gradients = self.per_sample_gradients(*chunk, before[1])
             return norms_sq(gradients).sum(), {name: gradient.sum(0) for name, gradient in gradients.items()}
 
-        self._observe_in_chunks(norms_and_gradient, inputs, targets, random_states)
+        self._observe_in_chunks(norms_and_gradient, inputs, targets, before)
         if self.inner_products:
-            self.observed.append((inputs, targets, random_states))
+            self.observed.append((inputs, targets, *before))
         yield
 
-    def inner_product_sums(self, mean: dict[str, Tensor], grad_scale: float) -> Tensor:
+    def inner_product_sums(self, mean: dict[str, Tensor], grad_scale: float | Tensor) -> Tensor:
         return self._in_memory(lambda: self.inner_products_with(mean, self._again()))
 
-    def inner_products_with(self, mean: dict[str, Tensor], chunks: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    def inner_products_with(self, mean: dict[str, Tensor], again: Iterable) -> Tensor:
         """[Σ p_i, Σ p_i²] by the per-sample gradients themselves."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.sums.device)
-        for inputs, targets in chunks:
-            gradients = self.per_sample_gradients(inputs, targets)
-            inner = sum(g.flatten(1).double() @ mean[name].flatten().double() for name, g in gradients.items())
+        for inputs, targets, buffers in again:
+            gradients = self.per_sample_gradients(inputs, targets, buffers)
+            inner = sum(rowwise(g) @ real(mean[name]).flatten().double() for name, g in gradients.items())
             sums += torch.stack([inner.sum(), inner.square().sum()])
         return sums
 
-    def per_sample_gradients(self, inputs: Tensor, targets: Tensor, only: set[str] | None = None) -> dict[str, Tensor]:
-        """The gradient of every sample's loss: parameter name → (n, *parameter shape); of `only` these parameters."""
+
+class PerSampleGradients(BySample):
+    """`vmap`: per-sample gradients by vmap of grad, a chunk of samples at a time.
+
+    Works for any module that vmap can run. Memory is one copy of all gradients per sample of a chunk.
+    BatchNorm normalises each sample by its own statistics; dropout draws anew for every sample.
+
+    Attributes:
+        buffers_by_sample: buffers that move do so by the samples (a running mean), not by the weights alone (spectral
+            normalisation): each sample has its own. The check at the start finds out.
+    """
+
+    buffers_by_sample = False
+
+    def per_sample_gradients(
+        self, inputs: Batch, targets: Batch, buffers: dict[str, Tensor], only: set[str] | None = None
+    ) -> dict[str, Tensor]:
         parameters = {name: parameter.detach() for name, parameter in self.parameters().items()}
         others = {name: parameters.pop(name) for name in list(parameters) if only is not None and name not in only}
+        rows, of_one = taken_apart(inputs, targets)
+        own = {name: buffer.clone() for name, buffer in buffers.items()}
+        if self.buffers_by_sample:
+            own = {name: buffer.expand(count(inputs), *buffer.shape).clone() for name, buffer in buffers.items()}
 
-        def sample_loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-            return self.loss(self._call({**parameters, **others}, x.unsqueeze(0)), y.unsqueeze(0))
+        def sample_loss(parameters: dict[str, Tensor], own: dict[str, Tensor], *rows: Tensor) -> Tensor:
+            x, y = of_one(*rows)
+            with self.autocast(), in_wide_range(self.device):
+                outputs = functional_call(self.model, {**parameters, **others, **own}, (x,))
+            return self.loss(outputs, y).reshape(())
 
-        return vmap(grad(sample_loss), in_dims=(None, 0, 0), randomness="different")(parameters, inputs, targets)
+        in_dims = (None, 0 if self.buffers_by_sample else None, *(0 for _ in rows))
+        with alone(self.model, buffers, under_vmap=True):
+            return vmap(grad(sample_loss), in_dims, randomness="different")(parameters, own, *rows)
+
+
+class SingleGradients(BySample):
+    """`loop`: one backward pass a sample through the model itself; the last resort, for all that autograd can do."""
+
+    def per_sample_gradients(
+        self, inputs: Batch, targets: Batch, buffers: dict[str, Tensor], only: set[str] | None = None
+    ) -> dict[str, Tensor]:
+        parameters = {name: p for name, p in self.parameters().items() if only is None or name in only}
+        singles = [self._gradients_of_one(x, y, buffers, parameters) for x, y in chunks(1, inputs, targets)]
+        return {name: torch.stack([single[name] for single in singles]) for name in parameters}
+
+    def _gradients_of_one(
+        self, x: Batch, y: Batch, buffers: dict[str, Tensor], parameters: dict[str, nn.Parameter]
+    ) -> dict[str, Tensor]:
+        with alone(self.model, buffers), torch.enable_grad():
+            loss = self.loss(self._call(x), y)
+            try:
+                own = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            except RuntimeError as error:
+                if "checkpoint" not in str(error).lower() or ".grad()" not in str(error):
+                    raise
+                own = self._by_backward(x, y, list(parameters.values()))
+        return {name: p.new_zeros(p.shape) if g is None else dense(g) for (name, p), g in zip(parameters.items(), own)}
+
+    def _by_backward(self, x: Batch, y: Batch, parameters: list[nn.Parameter]) -> list[Tensor | None]:
+        """Reentrant checkpointing works with `.backward()` alone, which writes to `.grad`."""
+        everything = list(self.model.parameters())
+        if any(parameter._post_accumulate_grad_hooks for parameter in everything):
+            raise NotImplementedError("reentrant checkpointing with an optimizer inside the backward pass")
+        before = [parameter.grad for parameter in everything]
+        try:
+            for parameter in everything:
+                parameter.grad = None
+            self.loss(self._call(x), y).backward()
+            return [parameter.grad for parameter in parameters]
+        finally:
+            for parameter, gradient in zip(everything, before):
+                parameter.grad = gradient
+
+    def _chunks(self, inputs: Batch, targets: Batch) -> Iterator[tuple[Batch, Batch]]:
+        return chunks(1, inputs, targets)
+
+    def _can_halve(self) -> bool:
+        return False
+
+
+def in_wide_range(device: torch.device) -> contextlib.AbstractContextManager:
+    """float16 loses small gradients without the scaler of the training pass: bfloat16 does not, nor float32."""
+    if not (torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16):
+        return contextlib.nullcontext()
+    supported = device.type != "cuda" or torch.cuda.is_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16 if supported else None, enabled=supported)
 
 
 def added(total: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -145,17 +233,12 @@ def norms_sq(gradients: dict[str, Tensor]) -> Tensor:
     return sum(per_sample_norms_sq(gradient) for gradient in gradients.values())
 
 
-def random_states_of(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return states + [torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+def rowwise(gradients: Tensor) -> Tensor:
+    """Each sample's gradient of a parameter as a vector: (n, …) → float64 (n, numbers)."""
+    gradients = real(gradients)
+    return gradients.reshape(len(gradients), math.prod(gradients.shape[1:])).double()
 
 
-@contextlib.contextmanager
-def restored(states: list[Tensor], device: torch.device) -> Iterator[None]:
-    """Draw from these random states inside, and leave the outer ones as they were."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.set_rng_state(states[0])
-        if devices:
-            torch.cuda.set_rng_state(states[1], device)
-        yield
+def real(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

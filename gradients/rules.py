@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import FunctionType
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,29 +37,29 @@ def _linear(mode: GhostMode, function, input: Tensor, weight: Tensor, bias: Tens
 
 def _record_linear(mode: GhostMode, output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     n = mode.n
-    if len(input) % n or mode._ancestors(input):
+    if not mode.rows_by_sample(input):
         mode._give_up([weight, *([bias] if bias is not None else [])])
         return
     x = input.detach()
-    mode.use(output, weight, lambda B: OuterProducts(_by_sample(at_least_single(x), n), _by_sample(B, n)))
-    mode.use(output, bias, lambda B: Direct(_by_sample(B, n).sum(1)))
+    mode.use(output, weight, lambda B: OuterProducts(_by_sample(x, n), _by_sample(B, n)))
+    mode.use(output, bias, lambda B: Direct(_by_sample(at_least_single(B), n).sum(1)))
 
 
 def _matmul(mode: GhostMode, function, input: Tensor, other: Tensor) -> Tensor:
     output = function(input, other)
-    if other.dim() != 2 or input.dim() < 2 or len(input) % mode.n or mode._ancestors(input):
+    if other.dim() != 2 or input.dim() < 2 or not mode.rows_by_sample(input):
         mode._give_up([tensor for tensor in (input, other) if mode._ancestors(tensor)])
         return output
     x, n = input.detach(), mode.n
     # x @ W: the gradient of W is that of a linear layer's weight, transposed.
-    mode.use(output, other, lambda B: OuterProducts(_by_sample(B, n), _by_sample(at_least_single(x), n)))
+    mode.use(output, other, lambda B: OuterProducts(_by_sample(B, n), _by_sample(x, n)))
     return output
 
 
 def _convolution(mode: GhostMode, function, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     output = function(input, weight, bias, stride, padding, dilation, groups)
     dims = weight.dim() - 2
-    if input.dim() != dims + 2 or len(input) % mode.n or mode._ancestors(input):
+    if input.dim() != dims + 2 or not mode.rows_by_sample(input):
         mode._give_up([weight, *([bias] if bias is not None else [])])
         return output
     stride, dilation = (tuple(v) if isinstance(v, (tuple, list)) else (v,) * dims for v in (stride, dilation))
@@ -68,7 +69,7 @@ def _convolution(mode: GhostMode, function, input, weight, bias=None, stride=1, 
     k, n = len(input) // mode.n, mode.n
 
     def weight_gradient(B: Tensor) -> Contribution:
-        inputs = at_least_single(x)
+        inputs = x
         pointwise = groups == 1 and math.prod(weight.shape[2:]) == 1 and not any(padding)
         if pointwise or k > 1:
             if k > 1:  # several maps a sample: unfold them into one
@@ -78,7 +79,7 @@ def _convolution(mode: GhostMode, function, input, weight, bias=None, stride=1, 
         return Convolution(inputs, B, weight.shape, stride, padding, dilation, groups)
 
     mode.use(output, weight, weight_gradient)
-    mode.use(output, bias, lambda B: Direct(B.flatten(2).sum(2).view(n, k, -1).sum(1)))
+    mode.use(output, bias, lambda B: Direct(at_least_single(B).flatten(2).sum(2).view(n, k, -1).sum(1)))
     return output
 
 
@@ -104,7 +105,7 @@ def _explicit_padding(x: Tensor, weight: Tensor, padding, dilation) -> tuple[Ten
 def _embedding(mode: GhostMode, function, input, weight, padding_idx=None, *args, **kwargs) -> Tensor:
     output = function(input, weight, padding_idx, *args, **kwargs)
     scaled_by_frequency = kwargs.get("scale_grad_by_freq", args[2] if len(args) > 2 else False)
-    if len(input) % mode.n or scaled_by_frequency:
+    if not mode.rows_by_sample(input) or scaled_by_frequency:
         mode._give_up([weight])
         return output
     indices, n = input.detach().reshape(mode.n, -1), mode.n
@@ -115,30 +116,42 @@ def _embedding(mode: GhostMode, function, input, weight, padding_idx=None, *args
 
 def _layer_norm(mode: GhostMode, function, input, normalized_shape, weight=None, bias=None, eps=1e-5, *args) -> Tensor:
     output = function(input, normalized_shape, weight, bias, eps, *args)
-    if len(input) % mode.n:
+    if not mode.rows_by_sample(input):
         mode._give_up([tensor for tensor in (weight, bias) if tensor is not None])
         return output
     x, n, shape = input.detach(), mode.n, tuple(normalized_shape)
 
-    def rows(B: Tensor) -> Tensor:
-        return B.reshape(n, -1, *shape)
+    def rows(tensor: Tensor) -> Tensor:
+        return at_least_single(tensor).reshape(n, -1, *shape)
 
-    mode.use(
-        output, weight, lambda B: Direct((rows(B) * rows(F.layer_norm(at_least_single(x), shape, eps=eps))).sum(1))
-    )
+    mode.use(output, weight, lambda B: Direct((rows(B) * F.layer_norm(rows(x), shape, eps=eps)).sum(1)))
     mode.use(output, bias, lambda B: Direct(rows(B).sum(1)))
+    return output
+
+
+def _rms_norm(mode: GhostMode, function, input, normalized_shape, weight=None, eps=None) -> Tensor:
+    output = function(input, normalized_shape, weight, eps)
+    if not mode.rows_by_sample(input):
+        mode._give_up([weight])
+        return output
+    x, n, shape = input.detach(), mode.n, tuple(normalized_shape)
+
+    def rows(tensor: Tensor) -> Tensor:
+        return at_least_single(tensor).reshape(n, -1, *shape)
+
+    mode.use(output, weight, lambda B: Direct((rows(B) * F.rms_norm(rows(x), shape, eps=eps)).sum(1)))
     return output
 
 
 def _group_norm(mode: GhostMode, function, input, num_groups, weight=None, bias=None, eps=1e-5, *args) -> Tensor:
     output = function(input, num_groups, weight, bias, eps, *args)
-    if len(input) % mode.n:
+    if not mode.rows_by_sample(input):
         mode._give_up([tensor for tensor in (weight, bias) if tensor is not None])
         return output
     x, n = input.detach(), mode.n
 
     def weight_gradient(B: Tensor) -> Contribution:
-        maps, B = (tensor.reshape(len(x), x.shape[1], -1) for tensor in (at_least_single(x), B))
+        maps, B = (at_least_single(tensor).reshape(len(x), x.shape[1], -1) for tensor in (x, B))
         # The statistics by the kernel that the layer itself uses: many times as fast as torch.var_mean on CPU.
         _, mean, scale = torch.native_group_norm(maps, None, None, *maps.shape, num_groups, eps)
         mean, scale = (t.repeat_interleave(x.shape[1] // num_groups, 1) for t in (mean, scale))
@@ -147,21 +160,54 @@ def _group_norm(mode: GhostMode, function, input, num_groups, weight=None, bias=
         return Direct(gradients.view(n, -1, x.shape[1]).sum(1))
 
     mode.use(output, weight, weight_gradient)
-    mode.use(output, bias, lambda B: Direct(B.reshape(n, len(x) // n, x.shape[1], -1).sum((1, 3))))
+    mode.use(output, bias, lambda B: Direct(_maps(B, n).sum((1, 3))))
     return output
 
 
 def _instance_norm(mode: GhostMode, function, input, running_mean=None, running_var=None, weight=None, bias=None,
                    use_input_stats=True, *args, **kwargs) -> Tensor:  # fmt: skip
-    if not use_input_stats:
-        mode._give_up([tensor for tensor in (weight, bias) if tensor is not None])
-        return function(input, running_mean, running_var, weight, bias, use_input_stats, *args, **kwargs)
     eps = kwargs.get("eps", args[1] if len(args) > 1 else 1e-5)
 
     def call(input, num_groups, weight, bias, eps):
         return function(input, running_mean, running_var, weight, bias, use_input_stats, *args, **kwargs)
 
+    if not use_input_stats:
+        return _frozen_norm(mode, call, input, running_mean, running_var, weight, bias, eps)
     return _group_norm(mode, call, input, input.shape[1], weight, bias, eps)
+
+
+def _batch_norm(mode: GhostMode, function, input, running_mean, running_var, weight=None, bias=None,
+                training=False, momentum=0.1, eps=1e-5, *args) -> Tensor:  # fmt: skip
+    def call(input, num_groups, weight, bias, eps):
+        return function(input, running_mean, running_var, weight, bias, training, momentum, eps, *args)
+
+    if training:  # statistics of the batch: no sample has a gradient of its own
+        mode._give_up([tensor for tensor in (weight, bias) if tensor is not None])
+        return call(input, None, weight, bias, eps)
+    return _frozen_norm(mode, call, input, running_mean, running_var, weight, bias, eps)
+
+
+def _frozen_norm(mode: GhostMode, call, input, running_mean, running_var, weight, bias, eps) -> Tensor:
+    """Normalisation by statistics that are given: it couples nothing."""
+    output = call(input, None, weight, bias, eps)
+    if not mode.rows_by_sample(input):
+        mode._give_up([tensor for tensor in (weight, bias) if tensor is not None])
+        return output
+    x, n, mean, scale = input.detach(), mode.n, running_mean.clone(), (running_var + eps).rsqrt()
+
+    def weight_gradient(B: Tensor) -> Contribution:
+        B, maps = _maps(B, n), _maps(x, n)
+        return Direct(((B * maps).sum((1, 3)) - mean * B.sum((1, 3))) * scale)
+
+    mode.use(output, weight, weight_gradient)
+    mode.use(output, bias, lambda B: Direct(_maps(B, n).sum((1, 3))))
+    return output
+
+
+def _maps(tensor: Tensor, n: int) -> Tensor:
+    """(n·k, C, *) → (n, k, C, positions), at least single precision."""
+    tensor = at_least_single(tensor)
+    return tensor.reshape(n, len(tensor) // n, tensor.shape[1], -1)
 
 
 def _arithmetic(gradient: Callable[[Tensor, Tensor, Tensor, bool], Tensor]) -> Rule:
@@ -176,14 +222,15 @@ def _arithmetic(gradient: Callable[[Tensor, Tensor, Tensor, bool], Tensor]) -> R
         source, other = (first, second) if isinstance(first, Tensor) and mode._ancestors(first) else (second, first)
         shape = (1,) * (output.dim() - source.dim()) + tuple(source.shape)
         both_derived = isinstance(other, Tensor) and mode._ancestors(other)
-        if args or kwargs or both_derived or len(output) % mode.n or shape[0] != 1:
+        ordered = mode.rows_by_sample(other) and output.dim() > 0 and not len(output) % mode.n
+        if args or kwargs or both_derived or not ordered or not shape or shape[0] != 1:
             mode._give_up([tensor for tensor in (source, other) if mode._ancestors(tensor)])
             return output
         value = other.detach() if isinstance(other, Tensor) else other
         weight, n, is_first = source.detach(), mode.n, source is first
 
         def contribute(B: Tensor) -> Contribution:
-            gradients = gradient(B, weight, value, is_first).reshape(n, -1, *B.shape[1:])
+            gradients = gradient(at_least_single(B), weight, value, is_first).reshape(n, -1, *B.shape[1:])
             summed = [1, *(axis + 1 for axis, size in enumerate(shape) if axis and size == 1)]
             return Direct(gradients.sum(summed).reshape(n, *source.shape))
 
@@ -205,45 +252,48 @@ _multiply = _arithmetic(lambda B, source, other, is_first: B * other)
 _divide = _arithmetic(lambda B, source, other, is_first: B / other if is_first else -B * other / source.square())
 
 
-def _attention(mode, function, query, key, value, embed_dim_to_check, num_heads, in_proj_weight, in_proj_bias,
-               bias_k, bias_v, add_zero_attn, dropout_p, out_proj_weight, out_proj_bias, training=True,
-               key_padding_mask=None, need_weights=True, attn_mask=None, use_separate_proj_weight=False,
-               q_proj_weight=None, k_proj_weight=None, v_proj_weight=None, static_k=None, static_v=None,
-               average_attn_weights=True, is_causal=False):  # fmt: skip
-    """nn.MultiheadAttention's function hides its projections from modes: here it is spelled out, (L, N, E) inside."""
-    given = (bias_k, bias_v, static_k, static_v, key_padding_mask, attn_mask)
-    unusual = any(extra is not None for extra in given) or add_zero_attn or use_separate_proj_weight or is_causal
-    parameters = (in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias)
-    if unusual or query.dim() != 3 or query.shape[1] % mode.n or (need_weights and dropout_p and training):
-        mode._give_up(
-            [p for p in (*parameters, q_proj_weight, k_proj_weight, v_proj_weight, bias_k, bias_v) if p is not None]
-        )
-        return function(query, key, value, embed_dim_to_check, num_heads, in_proj_weight, in_proj_bias, bias_k, bias_v,
-                        add_zero_attn, dropout_p, out_proj_weight, out_proj_bias, training, key_padding_mask,
-                        need_weights, attn_mask, use_separate_proj_weight, q_proj_weight, k_proj_weight, v_proj_weight,
-                        static_k, static_v, average_attn_weights, is_causal)  # fmt: skip
+def _multi_head_attention(mode: GhostMode, function, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
+    """nn.MultiheadAttention's function hides its projections from modes: its own code runs, with `linear` watched.
 
-    batch_first = [tensor.transpose(0, 1) for tensor in (query, key, value)]
-    if key is query and value is key:
-        projected = F.linear(batch_first[0], in_proj_weight, in_proj_bias)
-        _record_linear(mode, projected, batch_first[0], in_proj_weight, in_proj_bias)
-        parts = projected.chunk(3, -1)
-    else:
-        mode._give_up([p for p in (in_proj_weight, in_proj_bias) if p is not None])
-        biases = in_proj_bias.chunk(3) if in_proj_bias is not None else (None,) * 3
-        parts = [F.linear(x, w, b) for x, w, b in zip(batch_first, in_proj_weight.chunk(3), biases)]
-    heads = [part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in parts]  # N, heads, L, E/heads
-    weights = None
-    if need_weights:
-        weights = (heads[0] @ heads[1].mT / math.sqrt(heads[0].shape[-1])).softmax(-1)
-        attended = weights @ heads[2]
-        weights = weights.mean(1) if average_attn_weights else weights
-    else:
-        attended = F.scaled_dot_product_attention(*heads, dropout_p=dropout_p if training else 0.0)
-    merged = attended.transpose(1, 2).flatten(2)
-    output = F.linear(merged, out_proj_weight, out_proj_bias)
-    _record_linear(mode, output, merged, out_proj_weight, out_proj_bias)
-    return output.transpose(0, 1), weights
+    Inside, the batch is the second dimension: (L, N, E), or (L·N, E).
+    """
+    parameters = [tensor for tensor in (*args, *kwargs.values()) if isinstance(tensor, Tensor)]
+    if query.dim() != 3 or query.shape[1] != mode.n:
+        mode._give_up(parameters)
+        return function(query, key, value, *args, **kwargs)
+    watched: set[frozenset[str]] = set()
+
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        output = F.linear(input, weight, bias)
+        for part in (weight, bias):
+            if part is not None:
+                if part._base is not None:  # a part of the packed projection
+                    mode._mark(part, mode._ancestors(part._base))
+                watched.add(mode._ancestors(part))
+        x, n = input.detach(), mode.n
+
+        def by_sample(tensor: Tensor) -> Tensor:
+            return tensor.reshape(-1, n, tensor.shape[-1]).transpose(0, 1)
+
+        mode.use(output, weight, lambda B: OuterProducts(by_sample(x), by_sample(B)))
+        mode.use(output, bias, lambda B: Direct(by_sample(at_least_single(B)).sum(1)))
+        return output
+
+    output = _with_linear(linear)(query, key, value, *args, **kwargs)
+    mode._give_up(p for p in parameters if mode._ancestors(p) not in watched)  # bias_k, bias_v
+    return output
+
+
+def _with_linear(linear: Callable[..., Tensor]) -> Callable:
+    """torch's multi_head_attention_forward that calls this `linear`, and does not ask modes about itself."""
+    names = F.multi_head_attention_forward.__globals__ | {"linear": linear, "has_torch_function": lambda tensors: False}
+    names |= {name: _in(names, getattr(F, name)) for name in ("_in_projection", "_in_projection_packed")}
+    return _in(names, F.multi_head_attention_forward)
+
+
+def _in(names: dict, function: FunctionType) -> FunctionType:
+    """The same code, with these global names."""
+    return FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
 
 
 RULES: dict[Callable, Rule] = {
@@ -258,13 +308,15 @@ RULES: dict[Callable, Rule] = {
         *args,
         **kwargs,
     ),
-    F.multi_head_attention_forward: _attention,
+    F.multi_head_attention_forward: _multi_head_attention,
 }
 for _functions, _rule in (
     ((torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d), _convolution),
     ((F.layer_norm, torch.layer_norm), _layer_norm),
     ((F.group_norm, torch.group_norm), _group_norm),
     ((F.instance_norm,), _instance_norm),
+    ((F.rms_norm, torch.rms_norm), _rms_norm),
+    ((F.batch_norm,), _batch_norm),
     ((torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm), _matmul),
     ((torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__), _add),
     ((torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__isub__), _subtract),
@@ -279,3 +331,7 @@ EXPANSIONS = {Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.broadcast_to
 OF_FIRST_ALONE = {Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as}
 # Properties that give a tensor back; all others (shape, dtype, …) need no tracking.
 VIEWS = {Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__, Tensor.mH.__get__, Tensor.data.__get__}
+
+# Calls that pick samples by values of the batch: what they give is no longer in the samples' order.
+PICKS = {torch.index_select, Tensor.index_select, torch.masked_select, Tensor.masked_select, torch.take, Tensor.take}
+PICKS |= {torch.gather, Tensor.gather, torch.sort, Tensor.sort, torch.topk, Tensor.topk}

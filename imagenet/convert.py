@@ -2,10 +2,11 @@
 
     python -m imagenet.convert /data/imagenet /data/imagenet-ffcv
 
-reads IMAGE_FOLDER/train/CLASS/*.JPEG and IMAGE_FOLDER/val/CLASS/*.JPEG, and writes train_500_0.50_90.ffcv and
-val_500_0.50_90.ffcv (resolution, share of JPEG, quality) into OUT_DIR. A file gets its name when it is whole, and one
-that is whole already is left alone: after an interruption, the same command begins anew the file that it was at, no
-other. Images that cannot be read are left out and named. Exit status: 0 done, 2 refused, 130 or 143 interrupted.
+reads IMAGE_FOLDER/train/CLASS/*.JPEG and IMAGE_FOLDER/val/CLASS/*.JPEG as the training does, and writes
+train_500_0.50_90.ffcv and val_500_0.50_90.ffcv (resolution, share of JPEG, quality) into OUT_DIR. A file gets its name
+when it is whole, and one that is whole already is left alone: after an interruption, the same command begins anew the
+file that it was at, no other. Images that cannot be read are left out and named (`python -m imagenet.check` finds them
+before). Exit status: 0 done, 2 refused, 130 or 143 interrupted.
 """
 
 import _thread
@@ -19,10 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets import ImageFolder
 
-from imagenet.reading import DEFAULTS, FFCV_NAME, FfcvImages, import_ffcv, refuse_unlike_classes
-from launch.options import UsageError, in_one_line
+from imagenet import folders
+from imagenet.reading import DEFAULTS, FFCV_NAME, FfcvImages, import_ffcv
+from launch.options import UsageError, expanded
+from launch.terminals import show_what_can_be_shown
 
 SMALLEST_PAGE = 2**23  # bytes; an image has to fit into one page of the file
 
@@ -33,25 +35,29 @@ class RecordedImages:
     ffcv's writer, whose processes read them, would wait for ever for one that an exception has ended.
     """
 
-    def __init__(self, folder: ImageFolder, record: Path):
-        self.folder, self.record = folder, record
-        record.write_text("")
+    def __init__(self, files: folders.ImageFiles, record: Path):
+        self.files, self.record = files, record
+        record.write_text("", encoding="utf-8")
+
+    def __len__(self) -> int:
+        return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        path, label = self.folder.samples[index]
+        label = int(self.files.labels[index])
         try:
-            return np.asarray(self.folder.loader(path)), label
-        except Exception as error:  # Pillow raises whatever a damaged file leads it to
-            with open(self.record, "a") as file:
-                file.write(f"{index} {in_one_line(error)}\n")
+            return np.asarray(folders.read(self.files.path(index))), label
+        except Exception as error:  # memory, too, may not suffice
+            with open(self.record, "a", encoding="utf-8") as file:
+                file.write(f"{index} {' '.join(str(error).split()) or type(error).__name__}\n")
             return np.zeros((1, 1, 3), np.uint8), label
 
     def unreadable(self) -> dict[int, str]:
         """Index → reason."""
-        return {int(line.split()[0]): line.split(maxsplit=1)[1] for line in self.record.read_text().splitlines()}
+        lines = self.record.read_text(encoding="utf-8").splitlines()
+        return {int(index): reason for index, reason in (line.split(maxsplit=1) for line in lines)}
 
 
-def convert(images: ImageFolder, target: Path, workers: int, **encoding) -> None:
+def convert(images: folders.ImageFiles, target: Path, workers: int, **encoding) -> None:
     """Write the images into the ffcv file `target`, which appears when it is whole.
 
     Raises:
@@ -62,35 +68,31 @@ def convert(images: ImageFolder, target: Path, workers: int, **encoding) -> None
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished, record = (target.with_name(f".{target.name}.{kind}") for kind in ("unfinished", "unreadable"))
-    indices, unreadable = np.arange(len(images)), {}
     try:
-        print(f"{target}: {len(indices):,} images", flush=True)
-        while failed := write(unfinished, record, images, indices, workers, **encoding):
-            unreadable |= failed
-            indices = np.setdiff1d(indices, list(failed))
-            if not len(indices):
-                raise UsageError(f"{images.root}: none of the {len(images):,} images can be read")
-            print(f"{len(failed):,} of them cannot be read: writing the others again, without them", flush=True)
+        print(f"{target}: {len(images):,} images", flush=True)
+        unreadable = write(unfinished, record, images, workers, **encoding)
+        if len(unreadable) == len(images):
+            raise UsageError(f"{images.root}: none of the {len(images):,} images can be read")
+        leave_out(unfinished, np.array(list(unreadable), dtype=np.int64))
         os.replace(unfinished, target)
     finally:
         unfinished.unlink(missing_ok=True)
         record.unlink(missing_ok=True)
     for index, reason in sorted(unreadable.items()):
-        print(f"left out: {images.samples[index][0]}: {reason}", flush=True)
-    print(f"{target}: {len(indices):,} images written, {len(unreadable):,} left out", flush=True)
+        print(f"left out: {images.path(index)}: {reason}", flush=True)
+    print(f"{target}: {len(images) - len(unreadable):,} images written, {len(unreadable):,} left out", flush=True)
 
 
 def write(
     file: Path,
     record: Path,
-    images: ImageFolder,
-    indices: np.ndarray,
+    images: folders.ImageFiles,
     workers: int,
     resolution: int,
     jpeg_share: float,
     quality: int,
 ) -> dict[int, str]:
-    """Write the images with these indices into an ffcv file; those that could not be read, and why."""
+    """Write all images into an ffcv file, stand-ins for those that cannot be read; these by their index, and why."""
     ffcv = import_ffcv()
     source = RecordedImages(images, record)
     image = ffcv.fields.RGBImageField(
@@ -101,8 +103,28 @@ def write(
         writer = ffcv.writer.DatasetWriter(
             str(file), {"image": image, "label": ffcv.fields.IntField()}, page_size, workers
         )
-        writer.from_indexed_dataset(source, list(indices))
+        writer.from_indexed_dataset(source)
     return source.unreadable()
+
+
+def leave_out(file: Path, indices: np.ndarray) -> None:
+    """Strike samples from an ffcv file's table of contents and its allocation table, which ends the file, in place."""
+    if not len(indices):
+        return
+    ffcv = import_ffcv()
+    reader = ffcv.reader.Reader(str(file))
+    kept = np.setdiff1d(np.arange(len(reader.metadata)), indices)
+    table = reader.alloc_table[np.isin(reader.alloc_table["sample_id"], kept)].copy()
+    table["sample_id"] = np.searchsorted(kept, table["sample_id"])
+    header = np.fromfile(file, ffcv.types.HeaderType, count=1)
+    header["num_samples"] = len(kept)
+    with open(file, "r+b") as content:
+        header.tofile(content)
+        content.seek(header.nbytes + reader.field_descriptors.nbytes)
+        reader.metadata[kept].tofile(content)
+        content.seek(int(header["alloc_table_ptr"][0]))
+        table.tofile(content)
+        content.truncate()
 
 
 def is_whole(target: Path) -> bool:
@@ -185,19 +207,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program on these arguments (default: `sys.argv`); returns the exit status."""
+    show_what_can_be_shown()
     options = parse(arguments)
     try:
         import_ffcv()
-        try:
-            folders = {split: ImageFolder(str(options.folder / split)) for split in ("train", "val")}
-        except OSError as error:
-            raise UsageError(
-                f"{options.folder} is no image folder (train/CLASS/*.JPEG, val/CLASS/*.JPEG): {error}"
-            ) from None
-        refuse_unlike_classes(options.folder, folders["train"].classes, folders["val"].classes)
-        for split, images in folders.items():
+        out_dir = expanded("out_dir", options.out_dir)
+        for split, images in folders.find(expanded("folder", options.folder)).items():
             encoding = {name: getattr(options, name) for name in DEFAULTS}
-            target = options.out_dir / FFCV_NAME.format(split=split, **encoding)
+            target = out_dir / FFCV_NAME.format(split=split, **encoding)
             convert(images, target, workers=options.num_workers, **encoding)
     except UsageError as error:
         print(f"imagenet.convert: error: {error}", file=sys.stderr, flush=True)

@@ -2,7 +2,7 @@
 
 In `data_dir`, the first of these that is there is used:
     train*.ffcv, val*.ffcv                                 as the ffcv-imagenet tools and imagenet.convert write them
-    train/CLASS/*.JPEG, val/CLASS/*.JPEG                   an image folder
+    train/CLASS/*.JPEG, val/CLASS/*.JPEG                   an image folder (folders.py)
 
 Both are map-style data sets for the sample stream: 224×224 uint8 images, in training a random-resized crop, flipped at
 random, both drawn by torch's generator, which the stream seeds for every sample; in validation the centre.
@@ -12,7 +12,6 @@ crops which do not depend on the position alone, keeps hundreds of bytes of Pyth
 leaves the program hanging when its thread meets an error.
 """
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import default_loader
 
+from imagenet import folders
 from launch.options import UsageError, in_one_line
 
 RESOLUTION = 224
@@ -48,24 +46,15 @@ def load(data_dir: Path) -> tuple[Dataset, Dataset, int]:
     if files := find_ffcv_files(data_dir):
         train, val = FfcvImages(files[0], train=True), FfcvImages(files[1], train=False)
         return train, val, int(train.labels.max(initial=0)) + 1
-    if not all((data_dir / split).is_dir() for split in ("train", "val")):
+    if not any((data_dir / split).is_dir() for split in folders.SPLITS):
         raise UsageError(
             f"--data_dir={data_dir} has neither ffcv files (train*.ffcv and val*.ffcv, made by "
             "`python -m imagenet.convert`) nor an image folder (train/CLASS/*.JPEG and val/CLASS/*.JPEG): "
             "put one of them there"
         )
-    train, val = FolderImages(data_dir / "train", train=True), FolderImages(data_dir / "val", train=False)
-    refuse_unlike_classes(data_dir, train.classes, val.classes)
-    return train, val, len(train.classes)
-
-
-def refuse_unlike_classes(folder: Path, train: list[str], val: list[str]) -> None:
-    """Classes are numbered in the order of their names: train and val need the same ones."""
-    if unlike := sorted(set(train) ^ set(val)):
-        raise UsageError(
-            f"{folder}: {len(unlike)} class folders ({unlike[0]}, …) are in only one of train and val: "
-            "both need the same ones"
-        )
+    files = folders.find(data_dir)
+    train, val = FolderImages(files["train"], train=True), FolderImages(files["val"], train=False)
+    return train, val, len(files["train"].classes)
 
 
 def find_ffcv_files(data_dir: Path) -> tuple[Path, Path] | None:
@@ -87,14 +76,10 @@ def find_ffcv_files(data_dir: Path) -> tuple[Path, Path] | None:
 
 
 class FolderImages(Dataset):
-    """The images of `root`/CLASS/…; their names are kept as bytes of one array, which worker processes share."""
+    """The images of a folder."""
 
-    def __init__(self, root: Path, train: bool):
-        folder = ImageFolder(str(root))
-        self.root, self.classes = folder.root, folder.classes
-        self.labels = np.array(folder.targets, dtype=np.int32)
-        starts = [len(os.path.join(folder.root, name, "")) for name in folder.classes]
-        self.names = np.array([os.fsencode(path[starts[label] :]) for path, label in folder.samples])
+    def __init__(self, files: folders.ImageFiles, train: bool):
+        self.files = files
         self.transform = transforms.Compose(
             [
                 transforms.RandomResizedCrop(RESOLUTION, SCALE, RATIO),
@@ -110,15 +95,12 @@ class FolderImages(Dataset):
         )
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        label = int(self.labels[index])
-        path = os.path.join(self.root, self.classes[label], os.fsdecode(self.names[index]))
-        try:
-            return self.transform(default_loader(path)), label
-        except OSError as error:
-            raise OSError(f"{path}: {in_one_line(error)}") from None
+        path = self.files.path(index)
+        with folders.naming(path):
+            return self.transform(folders.read(path)), int(self.files.labels[index])
 
 
 class FfcvImages(Dataset):

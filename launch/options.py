@@ -19,7 +19,10 @@ from pathlib import Path
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+
+from launch import environments
+from launch.terminals import show_what_can_be_shown
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -44,6 +47,22 @@ def in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 
+def expanded(option: str, path: str | Path) -> Path:
+    """A path as a shell would have it: `~`, `~name`, `$NAME` and `${NAME}` mean what they mean there.
+
+    Every option that takes a path comes through here: a shell leaves them alone behind `=` and in a file.
+
+    Raises:
+        UsageError: there is no such variable or user.
+    """
+    words = os.path.expandvars(path)
+    if unset := re.search(r"\$(\w+|\{\w+\})", words):
+        raise UsageError(f"--{option}={path}: {unset[0]} is not set: set it, or write the path itself")
+    if words.startswith("~") and os.path.expanduser(words) == words:
+        raise UsageError(f"--{option}={path}: there is no user {words[1:].split('/')[0]}: write the path itself")
+    return Path(os.path.expanduser(words))
+
+
 @dataclass
 class DataOptions:
     """Data"""
@@ -51,7 +70,7 @@ class DataOptions:
     dataset: str = "digits"
     """digits, mnist, fashion_mnist, cifar10, cifar100, imagenet, or an import path package.module:function"""
     data_dir: Path = Path("data")
-    """folder of the data sets; what is missing is downloaded into it"""
+    """folder of the data sets; official archives there are unpacked, what is missing is downloaded into it"""
     shuffle: bool = True
     """a new random order of the training set every epoch"""
     num_workers: int = 0
@@ -118,9 +137,10 @@ class TestOptions:
     monitor_interval: int = 0
     """measure the statistics every so many steps also where nothing is decided by them: in runs without a test and at
     the largest batch size; 0: do not"""
-    test_gradients: Literal["auto", "ghost", "vmap", "micro_batch"] = "auto"
+    test_gradients: Literal["auto", "ghost", "vmap", "loop", "micro_batch"] = "auto"
     """where the statistics come from. ghost: exact, norms without per-sample gradients; vmap: exact, per-sample
-    gradients by torch.func; micro_batch: variance between micro-batches; auto: ghost where it can, else vmap"""
+    gradients by torch.func; loop: exact, one backward pass a sample; micro_batch: variance between micro-batches; auto:
+    the first of ghost, vmap and loop that agrees with single samples"""
     test_groups: int = 8
     """least number of micro-batches, over all devices, into which micro_batch cuts a tested batch"""
     max_test_micro_batch_size: int = 256
@@ -204,6 +224,9 @@ class ScheduleOptions:
     """length of the warm-up [steps]"""
     lr_decay_iters: int | None = None
     """the decay ends here [steps]; default: max_iters"""
+    warmup_from: Literal["first", "zero"] = "first"
+    """learning rate of a warm-up's first step. first: learning_rate · batch_size / warmup_samples (or 1 /
+    warmup_iters), as that of the second step; zero: 0, as published, which wastes a batch"""
     milestones: list[int] = field(default_factory=list)
     """where scheduler=multistep multiplies the learning rate by gamma [samples or steps]"""
     gamma: float = 0.1
@@ -298,12 +321,18 @@ class Config(
             UsageError: a value is out of range or options contradict each other.
         """
         self.lr_decay_type = self.lr_decay_type or self.training_type
+        self._expand_paths()
         self._check_ranges()
         self._check_without_effect()
         self._check_batch_sizes()
         self._check_schedules()
-        if self.run_name is not None and (self.run_name in ("", ".", "..") or set(self.run_name) & set("/\\\0")):
-            raise UsageError(f"--run_name='{self.run_name}' must be the name of a folder: one word without '/'")
+        if self.run_name is not None and (self.run_name in ("", ".", "..") or set(self.run_name) & set("/\\$\0")):
+            raise UsageError(f"--run_name='{self.run_name}' must be the name of a folder: one word without '/' or '$'")
+
+    def _expand_paths(self):
+        self.data_dir, self.out_dir = expanded("data_dir", self.data_dir), expanded("out_dir", self.out_dir)
+        if self.resume not in (None, "auto"):
+            self.resume = str(expanded("resume", self.resume))
 
     def _check_ranges(self):
         positive = (
@@ -339,7 +368,11 @@ class Config(
             ("linear_ramp_up_increment", "linear_ramp_up", True),
             ("ramp_up_factor", "ramp_up_type", "factor"),
             ("may_shrink", "ramp_up_type", "goodput"),
-            ("warmup_samples warmup_iters min_lr scheduler lr_decay_samples lr_decay_iters", "decay_lr", True),
+            (
+                "warmup_samples warmup_iters warmup_from min_lr scheduler lr_decay_samples lr_decay_iters",
+                "decay_lr",
+                True,
+            ),
             ("warmup_iters lr_decay_iters", "lr_decay_type", "iter"),
             ("warmup_samples lr_decay_samples", "lr_decay_type", "sample"),
             ("milestones gamma", "scheduler", "multistep"),
@@ -472,6 +505,13 @@ class HelpFormatter(DefaultHelpFormatter):
         return {"<class 'Path'>": "PATH", "dict[str, Any]": "DICT"}.get(words, words.upper())
 
 
+class ConfigFile(ActionConfigFile):
+    """The option `--config`; its path is expanded as every other."""
+
+    def __call__(self, parser, cfg, values, option_string=None):
+        super().__call__(parser, cfg, str(expanded("config", values)), option_string)
+
+
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="main.py",
@@ -481,7 +521,7 @@ def build_parser() -> ArgumentParser:
         exit_on_error=False,
     )
     help_text = "YAML file with options, such as a run's config.yaml; later options override it"
-    parser.add_argument("--config", action="config", metavar="FILE", help=help_text)
+    parser.add_argument("--config", action=ConfigFile, metavar="FILE", help=help_text)
     for topic in Config.__bases__:
         parser.add_class_arguments(topic)
     return parser
@@ -493,6 +533,10 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     Raises:
         UsageError: an unknown option or value, or one that cannot be.
     """
+    for word in sys.argv[1:] if arguments is None else arguments:
+        if any("\udc80" <= letter <= "\udcff" for letter in word):  # how Python keeps bytes that are no letters
+            encoding = sys.getfilesystemencoding()
+            raise UsageError(f"{word} has letters that the encoding {encoding} has not: set PYTHONUTF8=1")
     parser = build_parser()
     try:
         options = parser.parse_args(arguments)
@@ -529,23 +573,28 @@ def parse_or_exit() -> Config:
 
     Needs neither torch nor Fabric: whoever mistypes a word need not wait for them.
     """
+    show_what_can_be_shown()
     try:
-        return parse()
+        config = parse()
+        if problem := environments.missing_launcher(config.devices):
+            raise UsageError(problem)
+        environments.forget_left_overs(config.num_nodes)
+        return config
     except UsageError as error:
-        if rank_by_launcher() == 0:
+        if environments.rank() == 0:
             say_error(str(error))
         else:
             time.sleep(GRACE)  # launchers end all processes when the first one ends: let rank 0 speak before
         sys.exit(REFUSED)
 
 
-def rank_by_launcher() -> int:
-    """The rank that torchrun or srun has given this process; 0 where nothing has."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+def say(line: str) -> None:
+    """A line on standard error, where no run has a log yet."""
+    print(f"main.py: {line}", file=sys.stderr, flush=True)
 
 
 def say_error(line: str) -> None:
-    print(f"main.py: error: {line}", file=sys.stderr, flush=True)
+    say(f"error: {line}")
 
 
 def _explain(message: str) -> str:
@@ -642,4 +691,5 @@ def _values(kind: Any) -> str:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8")  # a file of the project, whatever the terminal is
     print(page(), end="")

@@ -1,5 +1,6 @@
 """Processes: Fabric under every launcher, what the options come to there, agreeing between ranks, ending together."""
 
+import contextlib
 import os
 import shlex
 import signal
@@ -19,13 +20,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.strategies import STRATEGY_REGISTRY, DDPStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from launch import heartbeat
-from launch.options import GRACE, Config, RunError, UsageError, say_error
+from launch.environments import FIRST_PROCESS, launcher, started_by_the_first_process
+from launch.options import GRACE, Config, RunError, UsageError, say, say_error
+from launch.terminals import after
+
+PATIENCE = 10.0
+"""Seconds after which a start that waits for other processes says so."""
+LONG = 5.0
+"""Seconds after which whatever goes on says what it is."""
 
 
 def start_fabric(config: Config) -> Fabric:
@@ -41,16 +49,20 @@ def start_fabric(config: Config) -> Fabric:
     _say_how_gradients_are_averaged(config)
     share_cores()
     launched = launched_size()
-    if not (by_fabric_run or launched):
+    if not launched:
         refuse_too_many_processes(config)
         if config.num_nodes > 1 and not {"MASTER_ADDR", "NODE_RANK"} <= os.environ.keys():
             raise UsageError(
                 f"--num_nodes={config.num_nodes}: start one `fabric run` or torchrun on every node, or use srun "
                 "(docs/running.md, Launching)"
             )
+        if not started_by_the_first_process():
+            os.environ[FIRST_PROCESS] = str(os.getpid())
+    environments = {"torchrun": TorchElasticEnvironment, "srun": SLURMEnvironment, None: LightningEnvironment}
     try:
         if by_fabric_run:
-            fabric = Fabric()
+            with after(PATIENCE, _say_for_whom_it_waits):
+                fabric = Fabric()
         else:
             devices, num_nodes = launched or (config.devices, config.num_nodes)
             fabric = Fabric(
@@ -59,10 +71,12 @@ def start_fabric(config: Config) -> Fabric:
                 devices=devices,
                 num_nodes=num_nodes,
                 precision=config.precision,
+                plugins=environments[launcher()](),  # as found here: Fabric would take left-over variables for one
             )
         _watch(fabric)
         if not by_fabric_run:
-            fabric.launch()
+            with after(PATIENCE, _say_for_whom_it_waits):
+                fabric.launch()
         if fabric.world_size > 1:
             _host_group()
     except (RuntimeError, ValueError, TypeError, MisconfigurationException) as error:
@@ -93,13 +107,34 @@ def _not_started(config: Config, error: Exception) -> UsageError | RunError:
     reason = " ".join(str(error).split()).rstrip("!.")
     if isinstance(error, dist.DistError) or "gloo" in reason.lower():
         return RunError(
-            f"the processes do not reach each other ({reason}): set GLOO_SOCKET_IFNAME (on GPUs NCCL_SOCKET_IFNAME, "
-            "too) to the network interface that connects the machines (`ip addr` lists them)"
+            "the processes do not reach each other: set GLOO_SOCKET_IFNAME (on GPUs NCCL_SOCKET_IFNAME, too) to the "
+            f"network interface that connects the machines; `ip addr` lists them ({reason})"
         )
     remedy = "choose what this machine has, or --accelerator=cpu"
-    if SLURMEnvironment.detect():
-        remedy += "; under srun every task must see all GPUs of its node: give --gpus-per-node, not --gpus-per-task"
-    return UsageError(f"--accelerator={config.accelerator} --devices={config.devices}: {reason}: {remedy}")
+    if launcher() == "srun":
+        remedy += "; every task must see all GPUs of its node: give --gpus-per-node, not --gpus-per-task"
+    return UsageError(f"--accelerator={config.accelerator} --devices={config.devices}: {remedy} ({reason})")
+
+
+def naming_long_work(fabric: Fabric, what: str) -> contextlib.AbstractContextManager:
+    """Where what is inside takes long, the first rank says what it is."""
+    first = fabric.is_global_zero
+    return after(LONG, lambda: say(f"{what} …")) if first else contextlib.nullcontext()
+
+
+def _say_for_whom_it_waits() -> None:
+    """One process on every machine."""
+    env, rank = os.environ, rank_zero_only.rank
+    names = ("SLURM_NTASKS", "SLURM_LOCALID") if launcher() == "srun" else ("WORLD_SIZE", "LOCAL_RANK")
+    size, local_rank = int(env.get(names[0], 1)), int(env.get(names[1], 0))
+    if size == 1 or local_rank:
+        return
+    whom = "rank 0" if rank else "rank 1" if size == 2 else f"ranks 1 to {size - 1}"
+    address = f"{env.get('MASTER_ADDR', '?')}:{env.get('MASTER_PORT', '?')}"
+    say(
+        f"rank {rank} of {size} on {socket.gethostname()} waits for {whom} at {address}: "
+        "have all processes been started, and can they reach this address?"
+    )
 
 
 def share_cores() -> None:
@@ -218,11 +253,11 @@ def set_arithmetic(config: Config) -> None:
 def launched_size() -> tuple[int, int] | None:
     """Processes a node and nodes, where torchrun or srun has started this process; None where nothing has."""
     env = os.environ
-    if "LOCAL_WORLD_SIZE" in env:
+    if launcher() == "torchrun":
         return int(env["LOCAL_WORLD_SIZE"]), int(env["WORLD_SIZE"]) // int(env["LOCAL_WORLD_SIZE"])
-    if SLURMEnvironment.detect():
-        tasks = int(env.get("SLURM_STEP_NUM_TASKS", env["SLURM_NTASKS"]))
-        nodes = int(env.get("SLURM_STEP_NUM_NODES", env["SLURM_NNODES"]))
+    if launcher() == "srun":
+        tasks = int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS", 1))
+        nodes = int(env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_NNODES", 1))
         env["SLURM_NTASKS"], env["SLURM_NTASKS_PER_NODE"] = str(tasks), str(tasks // nodes)  # Fabric insists on both
         return tasks // nodes, nodes
     return None
@@ -306,8 +341,7 @@ _leaving = threading.Event()
 
 def _is_child() -> bool:
     """Started by the first process of this machine, which Fabric made a copy of (and whose exit status counts)."""
-    external = "LOCAL_WORLD_SIZE" in os.environ or SLURMEnvironment.detect()
-    return not external and int(os.environ.get("LOCAL_RANK", 0)) > 0
+    return not launcher() and started_by_the_first_process()
 
 
 def _by_torchrun() -> bool:
@@ -348,12 +382,12 @@ def _ended(status: int) -> str:
 
 
 def report(error: Exception) -> None:
-    """Say in one line why the run ends; with a traceback where nobody has foreseen it."""
+    """Say in one line why the run ends; where nobody has foreseen it, the traceback is kept."""
     rank = rank_zero_only.rank
     if _is_lost_worker(error):
         error = RunError(
-            f"--num_workers: {_first_line(error)} (where memory or shared memory (/dev/shm) ran out, take fewer "
-            "--num_workers or a smaller --batch_ahead)"
+            "--num_workers: where memory or shared memory (/dev/shm) ran out, take fewer --num_workers or a smaller "
+            f"--batch_ahead ({_first_line(error)})"
         )
     several = dist.is_initialized() and dist.get_world_size() > 1
     where = f"rank {rank} on {socket.gethostname()}: " if several else ""
@@ -371,8 +405,29 @@ def report(error: Exception) -> None:
     elif isinstance(error, RunError):
         say_error(f"{where}{error}")
     else:
-        traceback.print_exception(error)
-        say_error(f"{where}{type(error).__name__}: {_first_line(error)}")
+        say_error(f"{where}{_traceback_kept(error)}{type(error).__name__}: {_first_line(error)}")
+
+
+_run_folder: Path | None = None
+
+
+def errors_go_to(folder: Path) -> None:
+    """From now on `report` has a folder for tracebacks."""
+    global _run_folder
+    _run_folder = folder
+
+
+def _traceback_kept(error: Exception) -> str:
+    """Write the traceback to the run's error.log, and say so; on standard error, where there is no folder yet."""
+    lines = "".join(traceback.format_exception(error))
+    heading = f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank_zero_only.rank} on {socket.gethostname()}"
+    try:
+        with open(_run_folder / "error.log", "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{heading}: {shlex.join(sys.argv)}\n{lines}\n")
+    except (OSError, TypeError):  # TypeError: there is none
+        print(lines, end="", file=sys.stderr)
+        return ""
+    return f"see the traceback in {_run_folder / 'error.log'}: "
 
 
 def _is_lost_contact(error: Exception) -> bool:
@@ -426,7 +481,7 @@ def _started_by() -> Sequence[str]:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_text().rstrip("\0").split("\0")
         if sys.orig_argv[-1] in words:  # else it has died, and this is the process that inherits orphans
             return words
-    return ["srun", *sys.orig_argv] if SLURMEnvironment.detect() else sys.orig_argv
+    return ["srun", *sys.orig_argv] if launcher() == "srun" else sys.orig_argv
 
 
 def device_name(device: torch.device) -> str:

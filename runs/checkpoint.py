@@ -25,7 +25,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from launch.options import Config, RunError, UsageError
-from launch.processes import from_first, gathered, together
+from launch.processes import errors_go_to, from_first, gathered, together
 from runs.metrics import Totals
 
 # What may differ between a run and its continuation: where things are, how often something is written, and how a batch
@@ -46,7 +46,7 @@ def replacing(path: Path, mode: str = "wb") -> Iterator[IO]:
     """Write a file whole or not at all: under a temporary name, onto the disk, then renamed."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, mode) as file:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -90,6 +90,7 @@ class Checkpoints:
     def __init__(self, fabric: Fabric, config: Config, folder: Path | None):
         self.fabric, self.config = fabric, config
         self.folder = Path(from_first(fabric, lambda: str(folder.absolute()))) / "checkpoints"
+        errors_go_to(self.folder.parent)
         self.io = fabric.strategy.checkpoint_io = DurableIO()
         self.saved_at = time.monotonic()
         self.saved_step: int | None = None

@@ -27,7 +27,7 @@ from torch.utils.tensorboard.summary import scalar
 from tqdm import tqdm
 
 from launch.options import Config, UsageError
-from launch.processes import resume_command
+from launch.processes import errors_go_to, resume_command
 from runs import figures, reading
 from runs.checkpoint import plain_options, remove_left_overs, replacing, unwritable
 
@@ -104,6 +104,7 @@ class RunLog:
         before = resumed and resumed.absolute().parent.parent
         self.folder = self._make_folder(before)
         self._lock = _locked(self.folder)
+        errors_go_to(self.folder)
         marks = marks or {"files": {}, "seconds": 0.0}
         _rewind(before or self.folder, self.folder, marks["files"])
         self._last_line = time.perf_counter()
@@ -111,7 +112,7 @@ class RunLog:
         (self.folder / "checkpoints").mkdir(exist_ok=True)
         remove_left_overs(self.folder / "checkpoints", resumed)
         self._write_config(world_size)
-        self._csv = open(self.folder / "metrics.csv", "a", newline="")  # noqa: SIM115 (closed by `finish`)
+        self._csv = open(self.folder / "metrics.csv", "a", newline="", encoding="utf-8")  # noqa: SIM115 (closed by `finish`)
         self._writer = csv.DictWriter(self._csv, COLUMNS, restval="")
         if not self._csv.tell():
             self._writer.writeheader()

@@ -35,7 +35,7 @@ def read_metrics(folder: Path, columns: Sequence[str] | None = None) -> dict[str
         ValueError, KeyError: a cell is no number; there is no such column.
         OSError: there is no such file.
     """
-    with open(folder / "metrics.csv", newline="") as file:
+    with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
         rows = csv.reader(file)
         names = next(rows, [])
         table = dict(zip(names, zip(*(row for row in rows if len(row) == len(names)))))
@@ -113,9 +113,10 @@ def read_run(folder: Path) -> Run:
         DamagedRun: a file is missing, cut short or not what a run writes.
     """
     try:
-        options = yaml.load((folder / "config.yaml").read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        text = (folder / "config.yaml").read_text(encoding="utf-8")
+        options = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         summary_file = folder / "summary.json"
-        summary = json.loads(summary_file.read_text()) if summary_file.exists() else {}
+        summary = json.loads(summary_file.read_text(encoding="utf-8")) if summary_file.exists() else {}
         if not (isinstance(options, dict) and {"seed", "model", "dataset", "test"} <= set(options)):
             raise DamagedRun(f"{folder}: config.yaml does not hold the options of a run")
         if not isinstance(summary, dict) or (summary_file.exists() and "status" not in summary):
@@ -130,7 +131,7 @@ def read_run(folder: Path) -> Run:
 @cache
 def _defaults() -> dict[str, Any]:
     """What an option that came later was in earlier runs."""
-    return asdict(Config())
+    return {**asdict(Config()), "warmup_from": "zero"}
 
 
 def _words(error: Exception) -> str:
@@ -204,6 +205,8 @@ def without_effect(options: dict[str, Any]) -> set[str]:
         unused |= {"global_batch_sizes", "samples_stages"}
         if not (options["test"] or options["linear_ramp_up"] or options["seesaw_ramp_up"]):
             unused.add("max_batch_size")
+    if not (options["decay_lr"] and (options["warmup_samples"] or options["warmup_iters"])):
+        unused.add("warmup_from")
     if not options["linear_ramp_up"]:
         unused.add("linear_ramp_up_increment")
     return unused

@@ -1,0 +1,109 @@
+"""What containers, batch systems and shells leave in the environment: taken for what it is, in little time."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from checks.conftest import ROOT, launch
+from launch import environments
+
+# As a real Slurm (22.05) sets them: for a batch script, by salloc, by srun and in the shell of `srun --pty bash`.
+ALLOCATION = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NNODES": "1", "SLURM_NTASKS": "4"}
+BATCH = {**ALLOCATION, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+TASK = {**BATCH, "SLURM_PROCID": "3", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "1"}
+SHELL = {**TASK, "SLURM_JOB_NAME": "bash", "SLURM_PTY_PORT": "34471"}
+TORCHRUN = {
+    "TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1",
+    "MASTER_ADDR": "here", "MASTER_PORT": "1",
+}  # fmt: skip
+QUICK = ["--accelerator=cpu", "--batch_size=32", "--max_samples=64", "--model=logistic", "--run_name=run"]
+
+
+@pytest.mark.parametrize(
+    "env, terminal, expected",
+    [
+        ({}, True, (None, 0)),
+        (TORCHRUN, True, ("torchrun", 3)),
+        ({**TASK, **TORCHRUN}, False, ("torchrun", 3)),
+        (TASK, False, ("srun", 3)),
+        ({**TASK, "SLURM_JOB_NAME": "interactive"}, False, ("srun", 3)),  # srun in such an allocation
+        ({**TASK, "SLURM_STEP_ID": "4294967290"}, True, (None, 0)),  # the shell of salloc's own step
+        (BATCH, False, (None, 0)),
+        (SHELL, True, (None, 0)),
+        (SHELL, False, ("srun", 3)),  # srun within such a shell hands its variables on
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, True, (None, 0)),
+    ],
+)
+def test_who_has_started_this_process(monkeypatch, env, terminal, expected):
+    monkeypatch.setattr(environments, "_has_a_terminal", lambda: terminal)
+    assert (environments.launcher(env), environments.rank(env)) == expected
+
+
+@pytest.mark.parametrize(
+    "env, words",
+    [
+        (BATCH, "Slurm gave this job 4 tasks"),
+        (ALLOCATION, "use srun python main.py"),
+        ({**BATCH, "SLURM_NTASKS": "1"}, ""),
+        ({"SLURM_JOB_ID": "7", "SLURM_NNODES": "2"}, "Slurm gave this job 2 nodes"),
+        ({**ALLOCATION, "SLURM_JOB_NAME": "interactive"}, ""),
+        ({**SHELL}, ""),
+        (TASK, ""),
+        (TORCHRUN, ""),
+        ({"RANK": "1", "WORLD_SIZE": "4"}, "RANK=1 and WORLD_SIZE=4 are set, but neither torchrun nor"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, ""),
+        ({"RANK": "", "WORLD_SIZE": "many"}, ""),
+    ],
+)
+def test_what_was_meant(monkeypatch, env, words):
+    monkeypatch.setattr(environments, "_has_a_terminal", lambda: env is not TASK)
+    assert (
+        (words in environments.missing_launcher("auto", env))
+        if words
+        else not environments.missing_launcher("auto", env)
+    )
+    assert environments.missing_launcher(1, env) == ""
+
+
+@pytest.mark.parametrize(
+    "env, devices",
+    [
+        ({"LOCAL_RANK": "0"}, 2),
+        ({"RANK": "1", "WORLD_SIZE": "1", "LOCAL_RANK": "1", "NODE_RANK": "1", "LT_CLI_USED": "1"}, 1),
+        ({**BATCH, "MASTER_ADDR": "10.255.255.1", "MASTER_PORT": "1"}, 2),
+    ],
+    ids=["container", "one left over", "batch script"],
+)
+def test_left_overs_are_left_alone(tmp_path, env, devices):
+    done = launch(
+        sys.executable, str(ROOT / "main.py"), *QUICK, f"--devices={devices}", cwd=tmp_path, timeout=90, **env
+    )
+    assert done.returncode == 0 and f", {devices} × cpu" in done.stdout, done.stdout + done.stderr
+    assert (tmp_path / "out" / "run" / "summary.json").exists()
+
+
+def test_refused_by_whatever_rank_it_believes_to_have(tmp_path):
+    done = launch(sys.executable, str(ROOT / "main.py"), *QUICK, cwd=tmp_path, RANK="1", WORLD_SIZE="2")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "RANK=1" in done.stderr
+    done = launch(sys.executable, str(ROOT / "main.py"), "--etta=1", cwd=tmp_path, RANK="1", WORLD_SIZE="2")
+    assert done.returncode == 2 and "did you mean 'eta'" in done.stderr
+
+
+@pytest.mark.parametrize("rank, words", [(0, "waits for ranks 1 to 2 at"), (2, "waits for rank 0 at")])
+def test_says_for_whom_it_waits(tmp_path, free_port, rank, words):
+    """One process of three, on a machine of its own, of which the others do not come."""
+    env = {**os.environ, "TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "3", "RANK": str(rank)}
+    env |= {"LOCAL_RANK": "0", "GROUP_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
+    begin = "from launch import processes\nprocesses.PATIENCE = 0.5\nimport main\nmain.main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", begin, *QUICK], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        line = next(line for line in process.stderr if "waits for" in line)
+        assert f"rank {rank} of 3 on {socket.gethostname()} {words} 127.0.0.1:{free_port}" in line
+    finally:
+        process.kill()
+        process.communicate()

@@ -1,0 +1,75 @@
+"""What a run says where it fails without anybody having foreseen it, and while it takes its time."""
+
+import re
+import sys
+
+import pytest
+
+from checks.conftest import ROOT, launch
+
+OWN = """
+import time
+import torch
+import data
+
+class Net(torch.nn.Module):
+    def __init__(self, image_shape, num_classes):
+        super().__init__()
+        self.layer, self.calls = torch.nn.Linear(64, num_classes), 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.training and len(x) == 32 and self.calls > 3:
+            raise ZeroDivisionError("of my own: ηθν")
+        return self.layer(x.flatten(1))
+
+def slowly(data_dir):
+    time.sleep(1.5)
+    return data.digits(data_dir)
+"""
+OPTIONS = ["--accelerator=cpu", "--batch_size=32", "--max_samples=400", "--test=False", "--run_name=run"]
+
+
+@pytest.fixture
+def own(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    return tmp_path
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_unforeseen_errors(own, processes):
+    """The traceback is in the run's folder, on standard error one line with the way there. On two processes each tells
+    of its own, as far as it comes to that before the other one has ended it."""
+    options = [*OPTIONS, "--model=own:Net", f"--devices={processes}", f"--batch_size={32 * processes}"]
+    done = launch(sys.executable, str(ROOT / "main.py"), *options, cwd=own)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if "ZeroDivisionError" in line]
+    assert 1 <= len(lines) <= processes
+    path = own / "out" / "run" / "error.log"
+    found = re.match(
+        r"main\.py: error: (rank \d on .*: )?see the traceback in (.*): ZeroDivisionError: of my own: ηθν", lines[0]
+    )
+    assert (own / found[2]).samefile(path)
+    kept = path.read_text(encoding="utf-8")
+    assert "Traceback (most recent call last)" in kept and 'own.py", line 14, in forward' in kept
+    assert "--model=own:Net" in kept.splitlines()[0]
+
+
+def test_before_there_is_a_folder(own):
+    (own / "own.py").write_text(
+        OWN + "\nNet.__init__ = lambda self, *a: torch.nn.Module.__init__(self)\nNet.named_parameters = 3\n"
+    )
+    done = launch(sys.executable, str(ROOT / "main.py"), *OPTIONS, "--model=own:Net", cwd=own)
+    assert done.returncode in (1, 2) and re.match(r"main\.py: error: ", done.stderr.splitlines()[-1])
+    assert not (own / "out").exists()
+
+
+def test_long_work_is_named(own):
+    begin = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from launch import processes; processes.LONG = 0.5\n"
+    begin += "import main\nraise SystemExit(main.main(sys.argv[1:]))"
+    done = launch(sys.executable, "-c", begin, *OPTIONS, "--dataset=own:slowly", "--model=logistic", cwd=own)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("main.py: reading own:slowly in data …\n") == 1
+    begin = begin.replace("0.5", "60")
+    done = launch(sys.executable, "-c", begin, *OPTIONS, "--model=logistic", "--run_name=quick", cwd=own)
+    assert done.returncode == 0 and "reading" not in done.stderr

@@ -1,0 +1,91 @@
+"""Who has started this process: torchrun (also inside `fabric run`), srun, the program itself, or nobody of these.
+
+Containers and shells carry variables of launchers that are gone or were never asked. Taken at their word, a process
+waits for others that nobody starts.
+"""
+
+import functools
+import os
+from collections.abc import Mapping
+
+BY_TORCHRUN = {"TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR"}
+BY_SRUN = {"SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_JOB_ID"}
+FIRST_SPECIAL_STEP = 0xFFFFFFF0
+"""Slurm's own steps have numbers from here on: the batch script, the shell of an interactive allocation."""
+FIRST_PROCESS = "ADADAGRAD_FIRST_PROCESS"
+"""Names the process that has started others on this machine by itself, for these."""
+
+
+def launcher(env: Mapping[str, str] = os.environ) -> str | None:
+    """ "torchrun" or "srun", where one of them has started this process as one of its tasks."""
+    if env.keys() >= BY_TORCHRUN:
+        return "torchrun"
+    task = env.keys() >= BY_SRUN and not _in_a_shell(env) and int(env["SLURM_STEP_ID"]) < FIRST_SPECIAL_STEP
+    return "srun" if task else None
+
+
+def _in_a_shell(env: Mapping[str, str]) -> bool:
+    """Somebody is at work in `srun --pty bash`. An srun in there hands the variable on, but no terminal."""
+    return "SLURM_PTY_PORT" in env and _has_a_terminal()
+
+
+def _has_a_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
+@functools.cache  # as it was at the start: a parent may be gone when somebody asks again
+def started_by_the_first_process() -> bool:
+    """This process is one of several that `python main.py` has made of itself."""
+    return os.environ.get(FIRST_PROCESS) == str(os.getppid())
+
+
+def rank(env: Mapping[str, str] = os.environ) -> int:
+    """The rank that torchrun or srun has given this process; 0 where nothing has."""
+    variable = {"torchrun": "RANK", "srun": "SLURM_PROCID"}.get(launcher(env))
+    return int(env[variable]) if variable else 0
+
+
+def missing_launcher(devices: int | str, env: Mapping[str, str] = os.environ) -> str:
+    """Why this process should have been started otherwise, "" where it is meant as it is.
+
+    Args:
+        devices: the option. Who names a number means the processes that the program itself starts here.
+    """
+    if launcher(env) or started_by_the_first_process() or devices != "auto":
+        return ""
+    tasks, nodes = _number(env, "SLURM_NTASKS"), _number(env, "SLURM_NNODES")
+    # By these names Lightning, too, tells that somebody is at work in the job and starts what is to be started.
+    interactive = _in_a_shell(env) or env.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    if "SLURM_JOB_ID" in env and max(tasks, nodes) > 1 and not interactive:
+        what = f"{tasks} tasks" if tasks > 1 else f"{nodes} nodes"
+        return f"Slurm gave this job {what}, but srun has started none: use srun python main.py …; or add --devices=1"
+    if "RANK" in env and _number(env, "WORLD_SIZE") > 1:
+        return (
+            f"RANK={env['RANK']} and WORLD_SIZE={env['WORLD_SIZE']} are set, but neither torchrun nor `fabric run` has "
+            "started this process: start it by one of them; or unset both, or add --devices=1"
+        )
+    return ""
+
+
+def _number(env: Mapping[str, str], name: str) -> int:
+    return int(env[name]) if env.get(name, "").isdigit() else 1
+
+
+def forget_left_overs(num_nodes: int) -> None:
+    """Without a launcher, remove what would look like one; to be called before Fabric is imported, which looks, too.
+
+    Args:
+        num_nodes: the option. Where it is larger, the user has named the first machine and this one's number.
+    """
+    if launcher() or started_by_the_first_process():
+        return
+    names = {"LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RUN_ID"}
+    names |= {name for name in os.environ if name.startswith("LT_")}  # `fabric run` works by torchrun
+    if num_nodes == 1:
+        names |= {"NODE_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    for name in names:
+        os.environ.pop(name, None)
