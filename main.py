@@ -116,7 +116,8 @@ class Trainer:
             notices.append("--compile: the first steps wait for the compiler, minutes for a large network")
         with naming_long_work(fabric, "checking the test's statistics on a few samples"):
             self.estimator, told = together(fabric, self.set_up_estimator)
-        size, told_of_size = rehearsal.rehearse(self)
+        with naming_long_work(fabric, "measuring which size of micro-batches is quickest"):
+            size, told_of_size = rehearsal.rehearse(self)
         self.config = config = replace(config, max_micro_batch_size=size)
         marks = self.restore(self.resumed) if self.resumed else None
         self.log = together(fabric, lambda: self.open_log(marks))
@@ -296,8 +297,10 @@ class Trainer:
 
     def test_moments(self) -> tests.Moments:
         scaler = getattr(self.fabric.strategy.precision, "scaler", None)
+        # (get_scale would wait for the device.)
+        scale = scaler.scale(torch.ones((), dtype=torch.float32, device=self.fabric.device)) if scaler else 1.0
         with self.totals.test(), out_of_memory_means(*IN_THE_TEST):
-            return self.estimator.moments(scaler.get_scale() if scaler else 1.0)
+            return self.estimator.moments(scale)
 
     def explain(self, decision: tests.Decision | None) -> None:
         """Say why nothing could be decided; once, until the reason changes."""

@@ -157,8 +157,8 @@ class Watch(TorchDispatchMode):
             if on_device:
                 self.waits[line()] += 1
             return _number(leaves[0].dtype)
-        if on_device and function is torch.ops.aten.equal.default:
-            self.waits[line()] += 1
+        if function in (torch.ops.aten.equal.default, torch.ops.aten.allclose.default):
+            self.waits[line()] += on_device
             return True
         result = function(*args, **kwargs)
         results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]

@@ -152,3 +152,22 @@ def test_overflow_under_a_scaler_decides_nothing():
         (cross_entropy(model(inputs), targets) * float("inf")).backward()
     decision = tests.NormTest(0.1)(estimator.moments(grad_scale=2.0**40))
     assert decision.passed is None and decision.next_batch_size == 12 and "not finite" in decision.reason
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("FIND was unable to find an engine to execute this computation"),
+        torch.distributed.DistBackendError("NCCL error …: Failed to CUDA calloc async 608 bytes"),
+    ],
+)
+def test_out_of_memory_in_all_its_words(error):
+    assert gradients.is_out_of_memory(error)
+    assert not gradients.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

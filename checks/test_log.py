@@ -13,6 +13,7 @@ from tensorboard.plugins import base_plugin
 from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment, list_session_groups
 
 import main
+from checks.conftest import FIXED_CUT
 from runs import log as runlog
 from runs import reading
 
@@ -27,6 +28,7 @@ COLUMNS = (
 def test_a_log_file_gets_lines_while_nothing_is_evaluated(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runlog, "QUIET_SECONDS", 0.0)
     options = ["--model=logistic", "--test_type=ip+orth", "--max_samples=96", "--batch_size=32", "--max_batch_size=32"]
+    options += [FIXED_CUT]
     assert main.main([*options, f"--out_dir={tmp_path}", "--run_name=run", "--accelerator=cpu", "--devices=1"]) == 0
     output = capsys.readouterr()
     first, *lines = output.out.splitlines()

@@ -18,8 +18,9 @@ import main
 from checks.conftest import FIXED_CUT, ROOT, column, launch, train
 from checks.test_data import write_cifar10
 from checks.test_options import PUBLISHED
+from launch import processes
 from launch.interrupts import Interrupts
-from launch.options import Config
+from launch.options import Config, UsageError
 
 BIN = Path(sys.executable).parent
 TINY = ["--accelerator=cpu", "--max_samples=300", "--batch_size=32", "--run_name=run", FIXED_CUT]
@@ -138,6 +139,18 @@ def test_refused_in_one_line(tmp_path, options, words):
     done = launch(sys.executable, "main.py", f"--out_dir={tmp_path}", *options)
     assert done.returncode == 2 and words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_more_devices_than_a_task_sees(monkeypatch):
+    """As under `srun --gpus-per-task=1`: Fabric's own error is none of the usual kinds."""
+    monkeypatch.setattr("lightning.fabric.accelerators.cuda.num_cuda_devices", lambda: 1)
+    monkeypatch.setattr("lightning.fabric.utilities.device_parser._get_all_available_gpus", lambda **_: [0])
+    for variable in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.setenv(variable, "2")
+    monkeypatch.setattr(processes, "launcher", lambda: "srun")
+    config = Config(accelerator="cuda")
+    with pytest.raises(UsageError, match="--gpus-per-node, not --gpus-per-task .*machine only has"):
+        processes.start_fabric(config)
 
 
 def test_divergence(tmp_path):

@@ -67,22 +67,23 @@ class Estimator:
         """
         raise NotImplementedError
 
-    def moments(self, grad_scale: float = 1.0) -> Moments:
+    def moments(self, grad_scale: float | Tensor = 1.0) -> Moments:
         """The moments of all micro-batches observed since the last call, on all ranks. The host waits for the device.
 
         Args:
-            grad_scale: the gradient scaler's factor on the gradients of the training pass.
+            grad_scale: the gradient scaler's factor on the gradients of the training pass; for a tensor nobody waits.
         """
-        samples, groups, sum_norm_sq = sum_over_ranks(self._total(grad_scale)).tolist()
-        mean = self.mean_gradient(samples, grad_scale)
-        inner = [None, None]
+        total = sum_over_ranks(self._total(grad_scale))
+        mean = self.mean_gradient(total[0], grad_scale)
+        numbers = [total, norm_sq(mean.values())[None]]
         if self.inner_products:
-            inner = sum_over_ranks(self.inner_product_sums(mean, grad_scale)).tolist()
-        grad_norm_sq = float(norm_sq(mean.values()))
+            numbers.append(sum_over_ranks(self.inner_product_sums(mean, grad_scale)))
         self._start()
-        return Moments(round(samples), round(groups), grad_norm_sq, sum_norm_sq, inner[1], inner[0])
+        samples, groups, sum_norm_sq, grad_norm_sq, *inner = torch.cat(numbers).tolist()  # the only wait
+        sum_inner, sum_inner_sq = inner or (None, None)
+        return Moments(round(samples), round(groups), grad_norm_sq, sum_norm_sq, sum_inner_sq, sum_inner)
 
-    def _total(self, grad_scale: float) -> Tensor:
+    def _total(self, grad_scale: float | Tensor) -> Tensor:
         """[samples, groups, Σ m_k‖ḡ_k‖²] of this rank."""
         return self.sums
 
@@ -90,13 +91,13 @@ class Estimator:
         self.sums[:2] += samples
         self.sums[2] += norms_sq
 
-    def mean_gradient(self, samples: float, grad_scale: float) -> dict[str, Tensor]:
+    def mean_gradient(self, samples: Tensor, grad_scale: float | Tensor) -> dict[str, Tensor]:
         """ḡ by parameter: here from the sums of an own pass, averaged over the ranks in one exchange."""
         flat = sum_over_ranks(torch.cat([gradient.flatten() for gradient in self.gradient_sum.values()])) / samples
         pieces = flat.split([gradient.numel() for gradient in self.gradient_sum.values()])
         return {name: piece.view_as(self.gradient_sum[name]) for name, piece in zip(self.gradient_sum, pieces)}
 
-    def inner_product_sums(self, mean: dict[str, Tensor], grad_scale: float) -> Tensor:
+    def inner_product_sums(self, mean: dict[str, Tensor], grad_scale: float | Tensor) -> Tensor:
         """[Σ m_k p_k, Σ m_k p_k²] over this rank's groups, float64."""
         raise NotImplementedError
 
@@ -120,14 +121,14 @@ _OUT_OF_MEMORY = re.compile(
 )
 
 
-def training_gradient(parameters: dict[str, nn.Parameter], grad_scale: float) -> dict[str, Tensor]:
+def training_gradient(parameters: dict[str, nn.Parameter], grad_scale: float | Tensor) -> dict[str, Tensor]:
     """ḡ as the training step has it: averaged over the ranks, before clipping."""
 
     def unscaled(parameter: nn.Parameter) -> Tensor:
         if parameter.grad is None:
             return torch.zeros_like(parameter)
         gradient = dense(parameter.grad)
-        return gradient if grad_scale == 1 else gradient / grad_scale
+        return gradient if isinstance(grad_scale, float) and grad_scale == 1 else gradient / grad_scale
 
     return {name: unscaled(parameter) for name, parameter in parameters.items()}
 

@@ -128,18 +128,18 @@ class GhostNorms(OwnPass):
         mode.uncovered |= mode.unseen() & set(found)
         return mode, {name: found.get(name, torch.zeros_like(parameter)) for name, parameter in parameters.items()}
 
-    def _total(self, grad_scale: float) -> Tensor:
+    def _total(self, grad_scale: float | Tensor) -> Tensor:
         if self.in_training_pass:
             self.sums[2] /= grad_scale**2
         self.sums[2] += self.own_norms_sq
         return self.sums
 
-    def mean_gradient(self, samples: float, grad_scale: float) -> dict[str, Tensor]:
+    def mean_gradient(self, samples: Tensor, grad_scale: float | Tensor) -> dict[str, Tensor]:
         if not self.in_training_pass:
             return super().mean_gradient(samples, grad_scale)
         return training_gradient(self.parameters(), grad_scale)
 
-    def inner_product_sums(self, mean: dict[str, Tensor], grad_scale: float) -> Tensor:
+    def inner_product_sums(self, mean: dict[str, Tensor], grad_scale: float | Tensor) -> Tensor:
         """By what the only pass has kept; else p_i = ⟨∇ℓ_i, ḡ⟩ is the derivative of ℓ_i along ḡ, by forward mode."""
         if self.whole:
             mode, loss_scale = self.whole

@@ -61,25 +61,29 @@ class MicroBatchGradients(Estimator):
         """Of several groups at once: a dozen small operations for each would be most of a small network's price."""
         norms = [[row_norms(g) if self.inner_products else g for g in group.values()] for _, group in self.groups]
         rows = [sum(map(len, own)) for own in norms]
-        sizes = self.sums.new_tensor([m for m, _ in self.groups])
+        sizes = self._on_device([m for m, _ in self.groups], self.sums.dtype)
         self.sums[0] += sizes.sum()
         self.sums[1] += len(sizes)
         squares = torch.cat([norm for own in norms for norm in own]).double().square()
-        sizes = sizes.repeat_interleave(torch.tensor(rows, device=sizes.device), output_size=sum(rows))
+        sizes = sizes.repeat_interleave(self._on_device(rows, torch.int64), output_size=sum(rows))
         self.sums[2] += (squares / sizes).sum()
 
-    def _total(self, grad_scale: float) -> Tensor:
+    def _on_device(self, numbers: list[int], dtype: torch.dtype) -> Tensor:
+        """Copied while the host goes on."""
+        return torch.tensor(numbers, dtype=dtype).to(self.sums.device, non_blocking=True)
+
+    def _total(self, grad_scale: float | Tensor) -> Tensor:
         if self.groups:  # a rank may have none
             self._add_norms()
         # ḡ_k = (the loss's gradient) / (m_k · loss_scale · grad_scale)
         self.sums[2] /= (self.loss_scale * grad_scale) ** 2
         return self.sums
 
-    def mean_gradient(self, samples: float, grad_scale: float) -> dict[str, Tensor]:
+    def mean_gradient(self, samples: Tensor, grad_scale: float | Tensor) -> dict[str, Tensor]:
         return training_gradient(self.parameters(), grad_scale)
 
-    def inner_product_sums(self, mean: dict[str, Tensor], grad_scale: float) -> Tensor:
-        sizes = self.sums.new_tensor([m for m, _ in self.groups])
+    def inner_product_sums(self, mean: dict[str, Tensor], grad_scale: float | Tensor) -> Tensor:
+        sizes = self._on_device([m for m, _ in self.groups], self.sums.dtype)
         inner = _inner([group for _, group in self.groups], mean) / (grad_scale * self.loss_scale)  # m_k p_k
         return torch.stack([inner.sum(), (inner.square() / sizes).sum()])
 

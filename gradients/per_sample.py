@@ -124,7 +124,7 @@ class BySample(OwnPass):
             self.observed.append((inputs, targets, *before))
         yield
 
-    def inner_product_sums(self, mean: dict[str, Tensor], grad_scale: float) -> Tensor:
+    def inner_product_sums(self, mean: dict[str, Tensor], grad_scale: float | Tensor) -> Tensor:
         return self._in_memory(lambda: self.inner_products_with(mean, self._again()))
 
     def inner_products_with(self, mean: dict[str, Tensor], again: Iterable) -> Tensor:

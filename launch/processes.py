@@ -107,12 +107,12 @@ def _not_started(config: Config, error: Exception) -> UsageError | RunError:
     reason = " ".join(str(error).split()).rstrip("!.")
     if isinstance(error, dist.DistError) or "gloo" in reason.lower():
         return RunError(
-            f"the processes do not reach each other ({reason}): set GLOO_SOCKET_IFNAME (on GPUs NCCL_SOCKET_IFNAME, "
-            "too) to the network interface that connects the machines (`ip addr` lists them)"
+            "the processes do not reach each other: set GLOO_SOCKET_IFNAME (on GPUs NCCL_SOCKET_IFNAME, too) to the "
+            f"network interface that connects the machines; `ip addr` lists them ({reason})"
         )
     remedy = "choose what this machine has, or --accelerator=cpu"
     if launcher() == "srun":
-        remedy += "; under srun every task must see all GPUs of its node: give --gpus-per-node, not --gpus-per-task"
+        remedy += "; every task must see all GPUs of its node: give --gpus-per-node, not --gpus-per-task"
     return UsageError(f"--accelerator={config.accelerator} --devices={config.devices}: {remedy} ({reason})")
 
 

@@ -1,0 +1,89 @@
+"""On a GPU: what the rest of the suite can only imitate. Skipped where there is none."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+import gradients
+import main
+from benchmarks.cases import resnet18_group_norm
+from checks.conftest import launch
+from checks.test_gradients import assert_matches
+from launch import processes
+from launch.interrupts import Interrupts
+from launch.options import Config
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+OPTIMIZERS = ("adagrad", "adagradnorm", "adam", "adamw", "sgd", "sgdm")
+
+
+def trainer(out_dir: Path, **options) -> main.Trainer:
+    defaults = {"accelerator": "cuda", "devices": 1, "out_dir": out_dir, "run_name": "run", "max_batch_size": 64}
+    config = Config(**{**defaults, "max_micro_batch_size": 64, **options})
+    return main.Trainer(processes.start_fabric(config), config, Interrupts())
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_steps(tmp_path, optimizer):
+    run = trainer(tmp_path, optimizer=optimizer)
+    before = next(run.module.parameters()).clone()
+    run.step()
+    assert not torch.equal(before, next(run.module.parameters()))
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
+def test_half_precision_with_clipping(tmp_path, precision):
+    run = trainer(tmp_path, precision=precision, grad_clip=1.0)
+    for _ in range(30):
+        run.log_step(run.step(), {})
+    run.write_row()
+    assert not run.diverged and all(parameter.isfinite().all() for parameter in run.module.parameters())
+
+
+def test_ghost_equals_vmap_in_double_precision():
+    torch.manual_seed(0)
+    model = resnet18_group_norm((3, 32, 32), 10).double().cuda()
+    inputs, targets = torch.randn(6, 3, 32, 32).double().cuda(), torch.randint(10, (6,)).cuda()
+    ghost, vmap = (
+        gradients.moments(model, cross_entropy, inputs, targets, test_gradients=n) for n in ("ghost", "vmap")
+    )
+    names = ("grad_norm_sq", "sum_norm_sq", "sum_inner_sq")
+    assert_matches(ghost, {name: getattr(vmap, name) for name in names}, rel=1e-9)
+
+
+@pytest.mark.parametrize("test_type, most", [("norm", 1.15), ("ip+orth", 1.3)])
+def test_memory_of_a_tested_step(tmp_path, test_type, most):
+    """ResNet-18 GroupNorm, 4 micro-batches of 32."""
+    options = {"model": "benchmarks.cases:resnet18_group_norm", "dataset": "benchmarks.cases:random_cifar"}
+    options |= {"batch_size": 128, "max_batch_size": 129, "max_micro_batch_size": 32, "test_type": test_type}
+    run, peaks = trainer(tmp_path, **options), {}
+    for testing in (False, False, True):
+        torch.cuda.reset_peak_memory_stats()
+        run.train_step(run.plan(testing), testing)
+        peaks[testing] = torch.cuda.max_memory_allocated()
+    assert peaks[True] <= most * peaks[False]
+
+
+def test_a_plain_step_waits_for_nothing(tmp_path):
+    run = trainer(tmp_path, test=False)
+    run.log_step(run.step(), {})
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_continuation_is_the_same_bit_for_bit(tmp_path):
+    command = [sys.executable, "main.py", "--accelerator=cuda", "--devices=1", "--deterministic=True", "--model=cnn"]
+    command += [f"--out_dir={tmp_path}", "--max_micro_batch_size=64", "--lr_decay_samples=3000", "--test_type=ip+orth"]
+    for name, samples in (("whole", 2000), ("run", 900), ("run", 2000)):
+        done = launch(*command, f"--run_name={name}", f"--max_samples={samples}", "--resume=auto")
+        assert done.returncode == 0, done.stderr
+    weights = [torch.load(tmp_path / name / "model.pt", weights_only=True) for name in ("whole", "run")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"
