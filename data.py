@@ -58,6 +58,7 @@ class DataSet:
             targets → a number for each sample (n,). Default: accuracy.
         num_outputs: what the model's maker is told beside the shape of an input; default: num_classes.
         defaults: a value of max_samples that suits it better than 30 epochs.
+        largest_micro_batch: max_micro_batch_size=auto need not look at larger ones [samples].
     """
 
     train: Dataset
@@ -71,6 +72,7 @@ class DataSet:
     train_metrics: dict[str, Callable[[Any, Any], Tensor]] | None = None
     num_outputs: int | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
+    largest_micro_batch: int | None = None
     example: Any = field(init=False)
     """An input as `train[0]` has it."""
 
@@ -318,6 +320,7 @@ def _text(text: Text, sequence_length: int, max_samples: int | None = None) -> D
         loss=next_token_loss,
         metrics=metrics,
         num_outputs=text.vocab_size,
+        largest_micro_batch=max(1, 2**13 // sequence_length),
         defaults={"max_samples": epoch if max_samples is None else min(epoch, max_samples)},
     )
 

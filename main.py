@@ -68,6 +68,7 @@ class Trainer:
             data_set = together(fabric, lambda: data.load(config.dataset, config.data_dir, **text_options))
         self.loss = together(fabric, lambda: import_object("loss", config.loss) if config.loss else data_set.loss)
         self.samples_per_epoch, self.validation_samples = len(data_set.train), len(data_set.val)
+        self.largest_micro_batch = data_set.largest_micro_batch
         requested_precision = os.environ.get("LT_PRECISION", config.precision)
         self.config = config = together(
             fabric, lambda: processes.resolve(config, fabric, len(data_set.train), data_set.defaults)

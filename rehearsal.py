@@ -37,6 +37,7 @@ def rehearse(trainer) -> tuple[int, list[str]]:
     largest = -(-c.max_batch_size // fabric.world_size)
     size, told = c.max_micro_batch_size, []
     if size == "auto":
+        largest = min(largest, trainer.largest_micro_batch or largest)
         least = min(largest, max(8, trainer.min_micro_batch_size))
         size, rates = batches.quickest(lambda size: samples_per_second(trainer, size), least, largest)
         if not size:

@@ -72,8 +72,7 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
         if self.positions is not None:
-            # For every sample by itself: each has its own gradient of the table.
-            x = x + self.positions(torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens))
+            x = x + self.positions.weight[: tokens.shape[1]]
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x)
