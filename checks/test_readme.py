@@ -32,6 +32,7 @@ DEVICES = "needs the launcher: checks/test_runs.py has all of them, on small run
 SLURM = "needs Slurm: checks/test_slurm.py, where there is one"
 LONG = "takes long: checks/test_expt.py runs expt.sh, and its words are read below"
 MEASURES = "measures for hours: checks/test_benchmarks.py runs the parts on small cases"
+TEXT = "needs a text: test_text_is_prepared_and_learned_from"
 COMMANDS = {
     "make quickstart": "sets up the environment; checks/test_runs.py runs what it runs, `python main.py`",
     "make test": "is what runs this",
@@ -60,6 +61,12 @@ COMMANDS = {
     "python main.py --devices=2 --accelerator=cpu": DEVICES,
     "fabric run main.py --devices=4 --model=resnet18 --dataset=cifar10 --eta=0.5": DEVICES,
     "torchrun --nproc_per_node=4 main.py --model=resnet18 --dataset=cifar10": DEVICES,
+    "torchrun --nnodes=1:4 --nproc_per_node=2 --max-restarts=100 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 main.py"
+    " --run_name=long --resume=auto --checkpoint_minutes=2": "needs machines: checks/test_elastic.py has two agents",
+    "python main.py --dataset=stdlib --model=gpt": "takes minutes: checks/test_text.py, on a small text",
+    "python -m text.prepare book.txt more.txt --out_dir=data/books": TEXT,
+    "python main.py --dataset=tokens --data_dir=data/books --model=gpt --sequence_length=128"
+    " --model_args.layers=2": TEXT,
     "fabric run main.py --num-nodes=2 --node-rank=0 --main-address=HOST --devices=4 …": "needs two machines",
     "fabric run main.py --devices=4 --num_workers=12 --precision=bf16-mixed --optimizer=sgdm"
     " --data_dir=/data/imagenet-ffcv --batch_size=256 --max_test_micro_batch_size=64 --max_micro_batch_size=512"
@@ -89,6 +96,8 @@ COMMANDS = {
 EXAMPLES = (
     "flowers:load",
     "photos:load",
+    "houses:load",
+    "llama:small",
     "tests.NormTest(eta=0.1)",
     "tests.AugmentedInnerProductTest(",
     "control.Goodput(),  # or test=",
@@ -133,7 +142,9 @@ def test_links_and_names_lead_somewhere(page):
             assert anchor in map(slug, re.findall(r"^#+ (.*)", target.read_text(), re.M)), link
     for name in re.findall(r"`(?:python )?([\w./-]+\.(?:py|sh))\b", PAGES[page]):
         within = [ROOT, *(path for path in ROOT.iterdir() if path.is_dir())]
-        assert name in ("flowers.py", "photos.py") or any((folder / name).exists() for folder in within), name
+        assert name in ("flowers.py", "photos.py", "houses.py", "llama.py") or any(
+            (folder / name).exists() for folder in within
+        ), name
     for module in re.findall(r"python -m\s+([\w.]+)", PAGES[page]):
         assert importlib.util.find_spec(module), module
 
@@ -259,8 +270,40 @@ def test_own_data_set_too_large_for_memory(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["val_accuracy"] == 1.0
 
 
+def test_regression_of_ones_own(tmp_path, monkeypatch):
+    example = next(block for block in BLOCKS if "houses:load" in block)
+    (tmp_path / "houses.py").write_text(example)
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, n in (("train", 300), ("val", 60)):
+        features = rng.normal(size=(n, 4))
+        arrays |= {f"x_{split}": features, f"y_{split}": features[:, :1] - 2 * features[:, 1:2]}
+    np.savez(tmp_path / "houses.npz", **arrays)
+    monkeypatch.chdir(tmp_path)
+    words = [*used_by(example, tmp_path), "--test_type=norm", f"--out_dir={tmp_path}", "--run_name=run"]
+    assert main.main([*words, "--accelerator=cpu", "--devices=1", "--max_samples=6000"]) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["val_error"] < 0.5  # 1.8 of the mean
+
+
+def test_text_is_prepared_and_learned_from(folder, tmp_path, monkeypatch):
+    """The commands of docs/text.md, and the model of one's own on the same tokens."""
+    for name in ("book.txt", "more.txt"):
+        (tmp_path / name).write_text("a few words and a few more of them. " * 400)
+    (tmp_path / "text").symlink_to(ROOT / "text")
+    (tmp_path / "launch").symlink_to(ROOT / "launch")
+    folder(*started("python -m text.prepare"))
+    short = "--max_samples=32 --accelerator=cpu --devices=1 --test_type=norm"
+    train(*started("python main.py --dataset=tokens"), f"{short} --run_name=gpt")
+    assert json.loads((tmp_path / "out" / "gpt" / "summary.json").read_text())["val_bits_per_byte"] < 9
+    pytest.importorskip("transformers")
+    example = next(block for block in BLOCKS if "llama:small" in block)
+    (tmp_path / "llama.py").write_text(example)
+    words = [*used_by(example, tmp_path / "data" / "books"), *short.split(), "--sequence_length=16", "--run_name=llama"]
+    assert main.main(words) == 0
+
+
 def test_plain_loop():
-    lines = next(block for block in BLOCKS if EXAMPLES[2] in block)
+    lines = next(block for block in BLOCKS if EXAMPLES[4] in block)
     torch.manual_seed(0)
     names = {"model": torch.nn.Linear(5, 3), "inputs": torch.randn(12, 5), "targets": torch.arange(12) % 3}
     names |= {"torch": torch, "gradients": gradients, "tests": tests}
@@ -269,7 +312,7 @@ def test_plain_loop():
 
 
 def test_whole_loop():
-    lines = next(block for block in BLOCKS if EXAMPLES[3] in block)
+    lines = next(block for block in BLOCKS if EXAMPLES[5] in block)
     torch.manual_seed(0)
     labels = torch.arange(300) % 3
     images = torch.nn.functional.one_hot(labels, 5) + torch.randn(300, 5)
@@ -279,7 +322,7 @@ def test_whole_loop():
 
 
 def test_loop_with_the_controller():
-    lines = next(block for block in BLOCKS if EXAMPLES[4] in block)
+    lines = next(block for block in BLOCKS if EXAMPLES[6] in block)
     torch.manual_seed(0)
     labels = torch.arange(3000) % 3
     images = torch.nn.functional.one_hot(labels, 5) + torch.randn(3000, 5)
