@@ -41,6 +41,9 @@ def rehearse(trainer) -> tuple[int, list[str]]:
         size, rates = batches.quickest(lambda size: samples_per_second(trainer, size), least, largest)
         if not size:
             raise RunError(f"out of memory on the device with {least} samples: take a smaller --model")
+        for n, rate in rates.items():
+            if rate:
+                trainer.controller.step_time.probe(n * fabric.world_size, n / rate)
         measured = ", ".join(f"{n}: {rate:,.0f}" for n, rate in rates.items())
         told = [f"max_micro_batch_size=auto takes {size} (samples/s by size: {measured})"]
     elif fabric.device.type != "cpu" and math.isinf(seconds_of_pass(trainer, min(size, largest))):

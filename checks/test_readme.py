@@ -45,6 +45,8 @@ COMMANDS = {
     "python -m benchmarks.speed --budget=10": MEASURES,
     "python -m benchmarks.calibration --dataset=benchmarks.cases:cifar10_npz": MEASURES,
     "python -m benchmarks.stream": MEASURES,
+    "python -m benchmarks.ratios --repeats=2000 --half_life=5000": MEASURES,
+    "python -m benchmarks.startup": MEASURES,
     "python -m benchmarks.comparison mnist_logistic --data_dir=data": MEASURES,
     "python -m benchmarks.comparison mnist_cnn --data_dir=data": MEASURES,
     "python -m benchmarks.comparison cifar10_cnn --data_dir=data": MEASURES,
@@ -84,8 +86,15 @@ COMMANDS = {
     "python report.py out/comparison/mnist_logistic/final": RUN,
 }
 """Every command of the pages: how it is run here, or why not."""
-EXAMPLES = ("flowers:load", "photos:load", "tests.NormTest(eta=0.1)", "tests.AugmentedInnerProductTest(")
-"""What tells the Python examples from each other; each is run by a test below."""
+EXAMPLES = (
+    "flowers:load",
+    "photos:load",
+    "tests.NormTest(eta=0.1)",
+    "tests.AugmentedInnerProductTest(",
+    "control.Goodput(),  # or test=",
+    "class AdaptiveBatches(",
+)
+"""What tells the Python examples from each other; each is run below, the last one by test_foreign_loop.py."""
 
 
 def commands() -> set[str]:
@@ -267,3 +276,13 @@ def test_whole_loop():
     names = {"model": torch.nn.Linear(5, 3), "images": images, "labels": labels}
     exec(lines, names)
     assert names["decision"].passed is not None and 16 < names["batch_size"] <= 300
+
+
+def test_loop_with_the_controller():
+    lines = next(block for block in BLOCKS if EXAMPLES[4] in block)
+    torch.manual_seed(0)
+    labels = torch.arange(3000) % 3
+    images = torch.nn.functional.one_hot(labels, 5) + torch.randn(3000, 5)
+    names = {"model": torch.nn.Linear(5, 3), "images": images, "labels": labels}
+    exec(lines, names)
+    assert names["controller"].steps == 20 and names["controller"].noise_scale > 0

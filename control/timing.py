@@ -19,27 +19,40 @@ class StepTime:
 
     def __init__(self):
         self.bins: dict[int, deque[tuple[float, float]]] = {}
+        self.probes: list[tuple[float, float]] = []
 
     def observe(self, batch_size: float, seconds: float) -> None:
         """A step (or the mean of several) took so long. All ranks must be given the same numbers."""
         own = self.bins.setdefault(round(2 * math.log2(batch_size)), deque(maxlen=PER_BIN))
         own.append((float(batch_size), float(seconds)))
 
+    def probe(self, batch_size: float, seconds: float) -> None:
+        """A pass that was made to see how long it takes; looked at until real steps of different sizes are there."""
+        self.probes.append((float(batch_size), float(seconds)))
+
     def fit(self) -> tuple[float, float] | None:
         """α [s], β [s/sample]; None where the sizes do not differ enough to tell (by a half of the smallest)."""
-        points = sorted(tuple(_median(values) for values in zip(*own)) for own in self.bins.values())
-        if not points or points[-1][0] < 1.5 * points[0][0]:
-            return None
-        pairs = [(a, b, s, t) for i, (a, s) in enumerate(points) for b, t in points[i + 1 :]]
-        slope = _median([(t - s) / (b - a) for a, b, s, t in pairs], [b - a for a, b, *_ in pairs])
-        slope = max(slope, 1e-12)
-        return max(_median([t - slope * b for b, t in points], [1 / b for b, _ in points]), 0.0), slope
+        steps = [tuple(_median(values) for values in zip(*own)) for own in self.bins.values()]
+        for points in (sorted(steps), sorted(self.probes)):
+            if points and points[-1][0] >= 1.5 * points[0][0]:
+                return _line_through(points)
+        return None
 
     def state_dict(self) -> dict:
-        return {"bins": [[key, [list(pair) for pair in own]] for key, own in self.bins.items()]}
+        bins = [[key, [list(pair) for pair in own]] for key, own in self.bins.items()]
+        return {"bins": bins, "probes": [list(pair) for pair in self.probes]}
 
     def load_state_dict(self, state: dict) -> None:
         self.bins = {key: deque(map(tuple, own), maxlen=PER_BIN) for key, own in state["bins"]}
+        self.probes = [tuple(pair) for pair in state["probes"]]
+
+
+def _line_through(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Intercept and slope, neither negative; the points by rising size."""
+    pairs = [(a, b, s, t) for i, (a, s) in enumerate(points) for b, t in points[i + 1 :]]
+    slope = _median([(t - s) / (b - a) for a, b, s, t in pairs], [b - a for a, b, *_ in pairs])
+    slope = max(slope, 1e-12)
+    return max(_median([t - slope * b for b, t in points], [1 / b for b, _ in points]), 0.0), slope
 
 
 def _median(values: Sequence[float], weights: Sequence[float] | None = None) -> float:

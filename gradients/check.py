@@ -31,6 +31,7 @@ PROBE = 7
 SIZES = (5, 7, 3, 4, 6, 2)
 """Numbers of samples, the best first; one that no dimension of the model's tensors has is taken."""
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
+TINY = 1e-300
 MOST_NUMBERS = 2**26
 """In the gradients of a chunk of samples."""
 
@@ -173,6 +174,7 @@ class Check:
                 self._add_single(*next(singles))
         self.norms_sq = {name: torch.cat(rows) for name, rows in self.reference.norms_sq.items()}
         self.along = {name: torch.cat(rows) for name, rows in self.reference.along.items()}
+        self.total = torch.stack([norms_sq.max() for norms_sq in self.norms_sq.values()]).sum().sqrt()
 
     def _add_single(self, x: Batch, y: Batch) -> None:
         for name, gradient in self.loop.per_sample_gradients(x, y, self.buffers).items():
@@ -204,7 +206,7 @@ class Check:
             return {
                 name
                 for name, buffer in before.items()
-                if name in after and not (after[name].shape == buffer.shape and bool((after[name] == buffer).all()))
+                if name in after and not (after[name].shape == buffer.shape and not bool((after[name] != buffer).any()))
             }
 
     def _judge_loss(self) -> None:
@@ -253,7 +255,7 @@ class Check:
                 if whole.dim() == 0 or whole.shape[1:] != own.shape[1:] or len(whole) != self.n * len(own):
                     return True  # no row of its own: nothing can be said
                 row = whole[i * len(own) : (i + 1) * len(own)]
-                if not torch.allclose(row, own, rtol=tolerance, atol=tolerance * float(whole.abs().max())):
+                if not float((row - own).abs().max() / (whole.abs().max() + TINY)) <= tolerance:
                     return False
         return True
 
@@ -266,25 +268,21 @@ class Check:
 
     def _differs(self, name: str, found: Tensor, expected: Tensor, scale: Tensor | None = None) -> float:
         """How far off these numbers of a parameter are, relative to the largest; 0.0 within rounding."""
-        if not bool(torch.isfinite(found).all()):
-            return math.inf
-        tolerance = self._tolerance()
         scale = expected.abs().max() if scale is None else scale
         # Gradients that are zero but for rounding (a bias in front of a normalisation) cannot be compared.
-        noise = tolerance * 1e-4 * math.sqrt(sum(float(n.max()) for n in self.norms_sq.values()))
-        noise *= float(torch.linalg.vector_norm(real(self.direction[name]).double()))
-        error = float((found - expected).abs().max())
-        if error <= tolerance * float(scale) + noise:
+        length = torch.linalg.vector_norm(real(self.direction[name]).double())
+        error = (found - expected).abs().max()
+        if float(error / (scale + 1e-4 * self.total * length + TINY)) <= self._tolerance():
             return 0.0
-        return error / max(float(scale), 1e-300)
+        return float(error / (scale + TINY)) if not bool((~torch.isfinite(found)).any()) else math.inf
 
     def _difference(self, name: str, norms_sq: Tensor, along: Tensor | None) -> float:
         """Of one parameter: the larger of norms' and products'."""
-        root = math.sqrt(float(self.norms_sq[name].max()))
-        own = [self._differs(name, norms_sq.sqrt(), self.norms_sq[name].sqrt())]
-        if along is not None:
-            length = float(torch.linalg.vector_norm(real(self.direction[name]).double()))
-            scale = torch.tensor(root * length / math.sqrt(max(self.direction[name].numel(), 1)))
+        root = self.norms_sq[name].sqrt()
+        own = [self._differs(name, norms_sq.sqrt(), root)]
+        if along is not None:  # a typical product
+            length = torch.linalg.vector_norm(real(self.direction[name]).double())
+            scale = root.max() * length / math.sqrt(max(self.direction[name].numel(), 1))
             own.append(self._differs(name, along, self.along[name], scale))
         return max(own)
 
@@ -340,8 +338,8 @@ class Check:
         return problem
 
     def _total_differs(self, found: Tensor) -> bool:
-        scale = math.sqrt(sum(float(n.max()) for n in self.norms_sq.values()))
-        return not float((found - sum(self.along.values())).abs().max()) <= 100 * self._tolerance() * scale
+        error = (found - sum(self.along.values())).abs().max() / (self.total + TINY)
+        return not float(error) <= 100 * self._tolerance()
 
 
 def _gradients(loss: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

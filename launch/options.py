@@ -354,6 +354,12 @@ class Config(
         for name in ("global_batch_sizes", "samples_stages", "milestones"):
             for value in getattr(self, name):
                 _require_range(name, value, "a list of positive numbers", lambda value: value > 0)
+        for name in ("eta", "theta", "nu"):  # their squares are needed
+            _require_range(name, getattr(self, name), "from 1e-100 to 1e100", lambda value: 1e-100 <= value <= 1e100)
+        sizes = [("global_batch_sizes", size) for size in self.global_batch_sizes]
+        sizes += [(name, getattr(self, name)) for name in ("batch_size", "max_batch_size", "linear_ramp_up_increment")]
+        for name, size in sizes:
+            _require_range(name, size, "below 2^31", lambda value: value < 2**31)
         for value in self.samples_stages:
             if isinstance(value, str) and not re.fullmatch(r"\d+(\.\d+)?%", value):
                 raise UsageError(f"--samples_stages: '{value}' is neither a number of samples nor a share such as 25%")

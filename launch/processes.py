@@ -71,7 +71,7 @@ def start_fabric(config: Config) -> Fabric:
                 devices=devices,
                 num_nodes=num_nodes,
                 precision=config.precision,
-                plugins=environments[launcher()](),  # as found here: Fabric would take left-over variables for one
+                plugins=environments[launcher()](),  # as found: Fabric would take left-over variables for a launcher
             )
         _watch(fabric)
         if not by_fabric_run:
