@@ -1,6 +1,7 @@
 """Data sets by name or import path: what a data set is, and where the built-in ones come from."""
 
 import contextlib
+import inspect
 import io
 import math
 import os
@@ -9,43 +10,69 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torchvision
 from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset, TensorDataset
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy
 from torchvision.datasets.utils import check_integrity, extract_archive
 
 from imagenet.reading import load as load_imagenet
 from launch.options import UsageError, import_object, in_one_line, nearest
+from text.reading import Text, Windows, read_tokens, standard_library
+
+Loss = Callable[[Any, Any], Tensor]
+"""(outputs, targets) of n samples → their losses (n,), or the mean of these ()."""
 
 
 @dataclass
 class DataSet:
-    """A classification data set.
+    """Training and validation samples, and what a model is to learn from them: its loss and its metrics.
 
     A data set of one's own is a function `(data_dir: Path) -> DataSet`, named by `--dataset=package.module:function`.
+    With `num_classes` it is a set of images to be classified. Else it needs a `loss`, and inputs and targets are
+    tensors or nested tuples, lists and dicts of tensors. Everywhere, inputs that are uint8 (C, H, W) are images and
+    reach the model normalised; floating-point numbers come in the training's precision, whole numbers as they are.
 
     Args:
-        train: training samples. `TensorDataset(images, labels)` with images uint8 (N, C, H, W) and whole labels (N,) is
-            held in the device's memory. Any other map-style data set, in which `train[i]` is an image, uint8
-            (C, H, W), all of one shape, and its label, is read while training goes on, by `num_workers` processes.
+        train: training samples. `TensorDataset(inputs, targets)` is held in the device's memory; images are uint8
+            (N, C, H, W), their labels whole (N,). Any other map-style data set, in which `train[i]` is an input and
+            its target, of one shape each, is read while training goes on, by `num_workers` processes. Where it has
+            `gather(indices)`, which gives inputs and targets of many samples at once, that is used instead.
         val: validation samples, likewise.
         num_classes: labels are 0 … num_classes − 1.
         mean: per-channel mean of the pixels scaled to [0, 1], subtracted from them.
         std: per-channel standard deviation of the pixels scaled to [0, 1], by which they are divided.
         crop_and_flip: augment the training images: zero-padded by 4 and cropped at random, flipped at random.
+        loss: default: cross entropy.
+        metrics: what is measured on the validation samples beside the loss: by name, a `torchmetrics.Metric` of
+            outputs and targets, or a function of the mean loss, such as `math.exp` for a perplexity. The first one
+            says which checkpoint is the best; where there is none, the loss does. Default: accuracy.
+        train_metrics: what is measured on the training samples beside the loss: by name, a function of outputs and
+            targets → a number for each sample (n,). Default: accuracy.
+        num_outputs: what the model's maker is told beside the shape of an input; default: num_classes.
+        defaults: a value of max_samples that suits it better than 30 epochs.
     """
 
     train: Dataset
     val: Dataset
-    num_classes: int
+    num_classes: int | None = None
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     crop_and_flip: bool = False
-    image_shape: tuple[int, int, int] = field(init=False)
-    """Channels, height, width."""
+    loss: Loss | None = None
+    metrics: dict[str, Metric | Callable[[float], float]] | None = None
+    train_metrics: dict[str, Callable[[Any, Any], Tensor]] | None = None
+    num_outputs: int | None = None
+    defaults: dict[str, Any] = field(default_factory=dict)
+    example: Any = field(init=False)
+    """An input as `train[0]` has it."""
 
     def __post_init__(self):
         for name in ("train", "val"):
@@ -53,13 +80,40 @@ class DataSet:
             if not len(samples):
                 raise ValueError(f"{name} has no samples")
             if isinstance(samples, TensorDataset):
-                setattr(self, name, self._checked(name, *samples.tensors))
-        image = self.train[0][0]
-        if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.dim() != 3:
-            raise ValueError(f"train[0] needs an image, uint8 (C, H, W), not {described(image)}")
-        self.image_shape = tuple(image.shape)
+                setattr(self, name, self._checked(name, samples))
+        self.example = self.train[0][0]
+        if self.num_classes is None:
+            self._of_another_task()
+        else:
+            self._of_classification()
+        self.num_outputs = self.num_outputs or self.num_classes
 
-    def _checked(self, name: str, images: Tensor, labels: Tensor) -> TensorDataset:
+    def _of_classification(self) -> None:
+        if not is_image(self.example):
+            raise ValueError(f"train[0] needs an image, uint8 (C, H, W), not {described(self.example)}")
+        self.loss = self.loss or classification_loss
+        if self.metrics is None:
+            # By default the metric looks at what it is given, and the host waits.
+            unchecked = {"average": "micro", "validate_args": False}
+            self.metrics = {"accuracy": MulticlassAccuracy(self.num_classes, **unchecked)}
+            if self.num_classes >= 100:
+                self.metrics["top5_accuracy"] = MulticlassAccuracy(self.num_classes, top_k=5, **unchecked)
+        if self.train_metrics is None:
+            self.train_metrics = {"accuracy": lambda logits, labels: logits.argmax(1) == labels}
+
+    def _of_another_task(self) -> None:
+        if self.loss is None:
+            raise ValueError("it needs num_classes, for images to be classified, or a loss")
+        if self.crop_and_flip and not is_image(self.example):
+            raise ValueError(f"crop_and_flip needs images, uint8 (C, H, W), not {described(self.example)}")
+        self.metrics, self.train_metrics = self.metrics or {}, self.train_metrics or {}
+
+    def _checked(self, name: str, samples: TensorDataset) -> TensorDataset:
+        if len(samples.tensors) != 2:
+            raise ValueError(f"{name} needs two tensors, inputs and targets, not {len(samples.tensors)}")
+        if self.num_classes is None:
+            return samples
+        images, labels = samples.tensors
         if images.dtype != torch.uint8 or images.dim() != 4 or len(images) != len(labels):
             raise ValueError(f"{name} needs uint8 images (N, C, H, W) and N labels, not {described(images)}")
         if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
@@ -69,8 +123,22 @@ class DataSet:
         return TensorDataset(images, labels.long())
 
     @property
-    def in_memory(self) -> bool:
-        return isinstance(self.train, TensorDataset) and isinstance(self.val, TensorDataset)
+    def at_hand(self) -> bool:
+        """Samples are had by their numbers, without anybody reading ahead."""
+        return all(isinstance(s, TensorDataset) or hasattr(s, "gather") for s in (self.train, self.val))
+
+    @property
+    def input_shape(self) -> Any:
+        """Of an input without the batch: a tuple of numbers, (channels, height, width) of an image; nested as it is."""
+        return tree_map(lambda tensor: tuple(torch.as_tensor(tensor).shape), self.example)
+
+
+def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(logits, labels, reduction="none")
+
+
+def is_image(sample: Any) -> bool:
+    return isinstance(sample, Tensor) and sample.dtype == torch.uint8 and sample.dim() == 3
 
 
 def described(image) -> str:
@@ -238,14 +306,53 @@ def _imagenet(data_dir: Path) -> DataSet:
     return DataSet(train, val, num_classes, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
+def _text(text: Text, sequence_length: int, max_samples: int | None = None) -> DataSet:
+    """A sample predicts `sequence_length` tokens; its loss is the mean over them, in nats a token."""
+    windows = [Windows(tokens, sequence_length, text.vocab_size) for tokens in (text.train, text.val)]
+    epoch = len(windows[0])
+    metrics = {"perplexity": perplexity}
+    if text.is_bytes:
+        metrics = {"bits_per_byte": bits, **metrics}
+    return DataSet(
+        *windows,
+        loss=next_token_loss,
+        metrics=metrics,
+        num_outputs=text.vocab_size,
+        defaults={"max_samples": epoch if max_samples is None else min(epoch, max_samples)},
+    )
+
+
+def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy of each sequence, the mean over its tokens: logits (n, T, V), targets (n, T) → (n,), in nats."""
+    return cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape).mean(1)
+
+
+def perplexity(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+def bits(nats: float) -> float:
+    return nats / math.log(2)
+
+
+def _tokens(data_dir: Path, sequence_length: int = 256, vocab_size: int | None = None) -> DataSet:
+    return _text(read_tokens(data_dir, vocab_size), sequence_length)
+
+
+def _stdlib(data_dir: Path, sequence_length: int = 256) -> DataSet:
+    return _text(standard_library(), sequence_length, max_samples=2**13)  # some minutes on two cores
+
+
 _sets = torchvision.datasets
-DATASETS: dict[str, Callable[[Path], DataSet]] = {
+DATASETS: dict[str, Callable[..., DataSet]] = {
     "digits": digits,
     "mnist": _downloadable(_sets.MNIST, _mnist_like),
     "fashion_mnist": _downloadable(_sets.FashionMNIST, _mnist_like),
     "cifar10": _downloadable(_sets.CIFAR10, _cifar_like, 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": _downloadable(_sets.CIFAR100, _cifar_like, 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "imagenet": _imagenet,
+    "tokens": _tokens,
+    "stdlib": _stdlib,
 }
 
 
@@ -280,15 +387,24 @@ def prepare(name: str, data_dir: Path) -> None:
         ) from None
 
 
-def load(name: str, data_dir: Path) -> DataSet:
-    """Read the data set into memory; `prepare` has seen to it that the files are there.
+def load(name: str, data_dir: Path, **options) -> DataSet:
+    """Read the data set; `prepare` has seen to it that the files are there.
+
+    Args:
+        options: what some data sets take beside their folder (`sequence_length`, `vocab_size`); None: not given.
 
     Raises:
-        UsageError: the files cannot be read, or the user's function does not keep the contract.
+        UsageError: the files cannot be read, the user's function does not keep the contract, or an option is given that
+            the data set does not take.
     """
     source = _find(name)
+    taken = inspect.signature(source).parameters
+    given = {option: value for option, value in options.items() if value is not None}
+    if not given.keys() <= taken.keys():
+        option = next(iter(given.keys() - taken.keys()))
+        raise UsageError(f"--{option} is not for --dataset={name}: leave it out, or choose text, such as stdlib")
     try:
-        data_set = source(data_dir)
+        data_set = source(data_dir, **given)
     except UsageError:
         raise
     except Exception as error:
@@ -301,7 +417,7 @@ def load(name: str, data_dir: Path) -> DataSet:
     return data_set
 
 
-def _find(name: str) -> Callable[[Path], DataSet]:
+def _find(name: str) -> Callable[..., DataSet]:
     if ":" in name:
         return import_object("dataset", name)
     if name not in DATASETS:

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_map
 
 import batches
 import data
@@ -43,12 +43,12 @@ import rehearsal
 import tests
 from launch import processes
 from launch.interrupts import Interrupts
-from launch.options import REFUSED, Config, RunError, UsageError
+from launch.options import REFUSED, Config, RunError, UsageError, import_object
 from launch.processes import naming_long_work, together
 from runs import checkpoint
 from runs import log as texts
 from runs.log import RunLog
-from runs.metrics import Progress, Totals, Validation, average_over_ranks
+from runs.metrics import Progress, Totals, Validation, average_over_ranks, sum_over_samples
 
 EXIT_STATUS = {"finished": 0, "failed": 1, "refused": REFUSED, "diverged": 3, "interrupted": os.EX_TEMPFAIL}
 TIME_IS_UP = 85
@@ -62,16 +62,22 @@ class Trainer:
     def __init__(self, fabric: Fabric, config: Config, interrupts: Interrupts):
         self.fabric, self.interrupts = fabric, interrupts
         config, self.resumed = checkpoint.resumption(fabric, config)
+        text_options = {name: getattr(config, name) for name in ("sequence_length", "vocab_size")}
         with naming_long_work(fabric, f"reading {config.dataset} in {config.data_dir}"):
             together(fabric, lambda: fabric.is_global_zero and data.prepare(config.dataset, config.data_dir))
-            data_set = together(fabric, lambda: data.load(config.dataset, config.data_dir))
+            data_set = together(fabric, lambda: data.load(config.dataset, config.data_dir, **text_options))
+        self.loss = together(fabric, lambda: import_object("loss", config.loss) if config.loss else data_set.loss)
         self.samples_per_epoch, self.validation_samples = len(data_set.train), len(data_set.val)
         requested_precision = os.environ.get("LT_PRECISION", config.precision)
-        self.config = config = together(fabric, lambda: processes.resolve(config, fabric, self.samples_per_epoch))
+        self.config = config = together(
+            fabric, lambda: processes.resolve(config, fabric, len(data_set.train), data_set.defaults)
+        )
         together(fabric, lambda: self.resumed and checkpoint.refuse_differences(config, self.resumed))
         fabric.seed_everything(config.seed, verbose=False)  # the same weights on every rank
-        self.module = together(fabric, lambda: models.build(config.model, data_set.image_shape, data_set.num_classes))
-        self.min_micro_batch_size = models.smallest_micro_batch(self.module, data_set.image_shape)
+        shape, outputs = data_set.input_shape, data_set.num_outputs
+        example = None if data_set.num_classes else data_set.example
+        self.module = together(fabric, lambda: models.build(config.model, shape, outputs, config.model_args, example))
+        self.min_micro_batch_size = models.smallest_micro_batch(self.module, shape, example)
         self.couples_samples = gradients.couples_samples(self.module)
         least = self.min_micro_batch_size
         together(fabric, lambda: processes.refuse_single_samples(config, fabric.world_size, least))
@@ -85,6 +91,8 @@ class Trainer:
         arguments = (config.seed, config.shuffle, fabric.device, dtype, config.num_workers, config.batch_ahead)
         with out_of_memory_means("the data set", "take one that is read while training goes on (docs/extending.md)"):
             self.stream = batches.build(data_set, *arguments)
+        if not data_set.num_classes or config.loss:
+            together(fabric, self.refuse_loss)
         if config.strategy == "ddp":
             with naming_long_work(fabric, "looking for parameters that the loss does not use"):
                 together(fabric, self.refuse_unused_parameters)
@@ -92,15 +100,15 @@ class Trainer:
         self.learning_rate = optim.LearningRate(config, config.max_samples)
         self.controller = batches.controller(config, self.learning_rate.decay, optim.is_adaptive(optimizer))
         self.progress = Progress(config.batch_size)
-        self.totals = Totals(fabric.device)
-        self.validation = Validation(data_set.num_classes, fabric.device)
+        self.totals = Totals(fabric.device, data_set.train_metrics)
+        self.validation = Validation(self.loss, data_set.metrics, fabric.device)
         self.log: RunLog | None = None
         self.unwritten: tuple[Callable, dict[str, Any]] | None = None  # a row, but for what the device still computes
         self.diverged = False
         self.agreement = processes.Agreement(fabric)
         self.stop_signal = 0
         notices = []
-        if not (data_set.in_memory or config.num_workers):
+        if not (data_set.at_hand or config.num_workers):
             notices.append("--num_workers=0: the training process itself reads the samples, and waits for them")
         if fabric.device.type == "cpu" and requested_precision.startswith("16"):
             notices.append(f"precision is {config.precision}: {requested_precision} needs a GPU")
@@ -122,7 +130,8 @@ class Trainer:
     def open_log(self, marks: dict[str, Any] | None) -> RunLog | None:
         if not self.fabric.is_global_zero:
             return None
-        log = RunLog(self.config, self.fabric.world_size, self.resumed, marks)
+        measured = [*(f"train_{name}" for name in self.totals.metrics), *self.validation.names]
+        log = RunLog(self.config, self.fabric.world_size, measured, self.resumed, marks)
         if self.resumed:
             log.say(f"resuming from {self.resumed}: step {self.progress.steps:,}, samples {self.progress.samples:,}")
             if warning := self.learning_rate.idle_end():
@@ -131,7 +140,16 @@ class Trainer:
 
     def refuse_unused_parameters(self) -> None:
         with self.fabric.autocast():
-            models.refuse_unused_parameters(self.module, mean_loss, *self.stream.read(range(2)), self.config)
+            models.refuse_unused_parameters(self.module, self.mean_loss, *self.stream.read(range(2)), self.config)
+
+    def refuse_loss(self) -> None:
+        with self.fabric.autocast():
+            models.refuse_loss(self.module, self.loss, *self.stream.read(range(2)), self.config)
+
+    def mean_loss(self, outputs: Any, targets: Any) -> Tensor:
+        """The loss that is differentiated, in the default dtype as in the training pass."""
+        dtype = torch.get_default_dtype()
+        return self.loss(tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, outputs), targets).mean()
 
     def set_up_estimator(self) -> tuple[gradients.Estimator | None, list[str]]:
         """Where the statistics come from, and what the user should be told of them."""
@@ -143,7 +161,7 @@ class Trainer:
             estimator, told = gradients.build(
                 c.test_gradients,
                 self.module,
-                mean_loss,
+                self.mean_loss,
                 bool(test and test.needs_inner_products),
                 c.max_test_micro_batch_size,
                 probe=self.stream.read(range(min(gradients.PROBE, self.samples_per_epoch))),
@@ -245,17 +263,16 @@ class Trainer:
         # DDP averages over ranks: together this is the mean over the global batch, however it was cut.
         loss_scale = fabric.world_size / plan.batch_size
         for i, (inputs, targets) in enumerate(self.stream.take(micro_batches), start=1):
+            n = len(micro_batches[i - 1])
             with (
-                out_of_memory_means(
-                    "a micro-batch", f"lower --max_micro_batch_size (this one has {len(inputs)} samples)"
-                ),
+                out_of_memory_means("a micro-batch", f"lower --max_micro_batch_size (this one has {n} samples)"),
                 fabric.no_backward_sync(self.model, enabled=i < len(micro_batches)),
                 self.observing(testing, inputs, targets, loss_scale, whole=len(micro_batches) == 1),
             ):
-                logits = self.model(inputs)
-                losses = cross_entropy(logits, targets, reduction="none")
-                fabric.backward(losses.sum() * loss_scale)
-            self.totals.add(losses.detach(), logits.detach(), targets, progress.steps)
+                outputs = self.model(inputs)
+                losses = self.loss(outputs, targets)
+                fabric.backward(sum_over_samples(losses, n) * loss_scale)
+            self.totals.add(losses.detach(), outputs, targets, n, progress.steps)
         moments = self.test_moments() if testing else None
         if self.config.grad_clip:
             # A gradient that is not finite is the scaler's business (it skips the step) or shows in the next loss.
@@ -268,7 +285,7 @@ class Trainer:
         return moments
 
     @contextlib.contextmanager
-    def observing(self, testing: bool, inputs: Tensor, targets: Tensor, loss_scale: float, whole: bool):
+    def observing(self, testing: bool, inputs: Any, targets: Any, loss_scale: float, whole: bool):
         """The training pass on a micro-batch, watched by the estimator where the step is tested."""
         if not testing:
             yield
@@ -305,7 +322,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Loss and accuracy over all validation samples, each used once whatever the number of ranks.
+        """Loss and metrics over all validation samples, each used once whatever the number of ranks.
 
         Empty where a signal cuts it off, on any rank: launchers do not wait for the end of a long evaluation.
         """
@@ -341,6 +358,7 @@ class Trainer:
                 "epoch": progress.samples / self.samples_per_epoch,
                 "lr": self.optimizer.param_groups[0]["lr"],
                 "next_batch_size": progress.batch_size,
+                "world_size": self.fabric.world_size,
                 **evaluation,
             },
         )
@@ -450,11 +468,6 @@ def out_of_memory_means(where: str, remedy: str):
         if not gradients.is_out_of_memory(error):
             raise
         raise RunError(f"out of memory on the device in {where}: {remedy}") from None
-
-
-def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """The loss that is differentiated, in the default dtype as in the training pass."""
-    return cross_entropy(logits.to(torch.get_default_dtype()), targets)
 
 
 def run(config: Config) -> int:

@@ -1,15 +1,18 @@
-"""Models by name: two small ones for any image shape, every torchvision classifier, and a user's own."""
+"""Models by name: two small ones for any image shape, every torchvision classifier, a GPT, and a user's own."""
 
 import inspect
 import warnings
+from typing import Any
 
 import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_map
 
 from gradients import Loss, couples_samples, drawing_from, listed, random_states, untouched
 from launch.options import Config, UsageError, import_object, in_one_line, nearest
+from text.gpt import GPT
 
 ImageShape = tuple[int, int, int]
 """Channels, height, width."""
@@ -41,7 +44,7 @@ def cnn(image_shape: ImageShape, num_classes: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(features, num_classes))
 
 
-OWN = {"logistic": logistic, "cnn": cnn}
+OWN = {"logistic": logistic, "cnn": cnn, "gpt": GPT}
 
 
 def names() -> list[str]:
@@ -49,13 +52,22 @@ def names() -> list[str]:
     return [*OWN, *torchvision.models.list_models(module=torchvision.models)]
 
 
-def build(name: str, image_shape: ImageShape, num_classes: int) -> nn.Module:
-    """The model of that name, for images of this shape; weights are random (set the seed before).
+def build(
+    name: str, input_shape: Any, num_outputs: int, arguments: dict[str, Any] | None = None, example: Any = None
+) -> nn.Module:
+    """The model of that name; weights are random (set the seed before).
 
-    An import path `package.module:function` names a function `(image_shape, num_classes) -> nn.Module`.
+    An import path `package.module:function` names a function `(input_shape, num_outputs, **arguments) -> nn.Module`.
+    Where a model's output has `.logits`, these are its output.
+
+    Args:
+        input_shape: of one input, (channels, height, width) of an image; nested as the input is.
+        num_outputs: the number of classes, of tokens, or what else the data set says.
+        arguments: further ones of the model.
+        example: an input, where the samples are not images to be classified; the output is then what the loss takes.
 
     Raises:
-        UsageError: unknown name, or a model that cannot take such images.
+        UsageError: unknown name, arguments that the model does not take, or a model that cannot take such inputs.
     """
     if ":" in name:
         create = import_object("model", name)
@@ -65,41 +77,74 @@ def build(name: str, image_shape: ImageShape, num_classes: int) -> nn.Module:
         create = _torchvision_factory(name)
     else:
         raise UsageError(
-            f"--model={name} is unknown{nearest(name, names())} (logistic, cnn or a torchvision classifier)"
+            f"--model={name} is unknown{nearest(name, names())} (logistic, cnn, gpt or a torchvision classifier)"
         )
-    size = "×".join(map(str, image_shape))
+    images = isinstance(input_shape, tuple) and len(input_shape) == 3
+    if ":" not in name and images == (name == "gpt"):
+        kind, other = ("images", "digits") if name != "gpt" else ("text", "stdlib")
+        raise UsageError(f"--model={name} is for {kind}: choose another one, or such as --dataset={other}")
+    of_shape = f"inputs of shape {input_shape}"
+    if images:
+        of_shape = f"images of {'×'.join(map(str, input_shape))} (channels × height × width)"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torchvision announces changes of its initialisers
-            model = create(image_shape, num_classes)
+            model = create(input_shape, num_outputs, **(arguments or {}))
             if not isinstance(model, nn.Module):
                 raise TypeError(f"it gives {type(model).__name__}, not torch.nn.Module")
-            output_shape = _output_shape(model, (2, *image_shape))
+            example_or_image = torch.zeros(input_shape) if example is None else example
+            output = _dry_output(model, example_or_image, 2)
+            if hasattr(output, "logits"):
+                model.register_forward_hook(lambda module, inputs, output: output.logits)
+                output = output.logits
+            if example is None and not isinstance(output, Tensor):
+                raise TypeError(f"its output is {type(output).__name__}, not a tensor of logits")
     except Exception as error:  # a user's model raises what it likes
+        given = " ".join(f"--model_args.{key}={value}" for key, value in (arguments or {}).items())
         raise UsageError(
-            f"--model={name} does not work on images of {size} (channels × height × width): {in_one_line(error)}: "
+            f"--model={name}{' ' * bool(given)}{given} does not work on {of_shape}: {in_one_line(error)}: "
             "choose another --model or --dataset"
         ) from None
-    if output_shape != (2, num_classes):
+    if example is None and tuple(output.shape) != (2, num_outputs):
         raise UsageError(
-            f"--model={name} gives an output of shape {output_shape} for 2 images, not (2, {num_classes}): "
+            f"--model={name} gives an output of shape {tuple(output.shape)} for 2 images, not (2, {num_outputs}): "
             "choose another --model, or end it in one number for each class"
         )
     return model
 
 
-def smallest_micro_batch(model: nn.Module, image_shape: ImageShape) -> int:
+def smallest_micro_batch(model: nn.Module, input_shape: Any, example: Any = None) -> int:
     """Samples that a training pass needs at least: two where BatchNorm meets maps of a single position, else one."""
     if not couples_samples(model):
         return 1
     try:
-        _output_shape(model, (1, *image_shape), training=True)
+        _dry_output(model, torch.zeros(input_shape) if example is None else example, 1, training=True)
     except Exception as error:  # whatever else is wrong with the model is said where it is trained
         return 2 if "more than 1 value per channel" in str(error) else 1
     return 1
 
 
-def refuse_unused_parameters(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor, config: Config) -> None:
+def refuse_loss(model: nn.Module, loss: Loss, inputs: Any, targets: Any, config: Config) -> None:
+    """Try the loss on two samples.
+
+    Raises:
+        UsageError: it does not work on what the model gives, or gives neither a number for each nor one for all.
+    """
+    name = f"--loss={config.loss}" if config.loss else f"--dataset={config.dataset}: its loss"
+    training = model.training
+    try:
+        with torch.no_grad():
+            losses = loss(model.eval()(inputs), targets)
+    except Exception as error:  # a user's loss raises what it likes
+        raise UsageError(f"{name} does not work on what {config.model} gives: {in_one_line(error)}") from None
+    finally:
+        model.train(training)
+    if not isinstance(losses, Tensor) or tuple(losses.shape) not in ((), (2,)):
+        given = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise UsageError(f"{name} gives {given} for 2 samples: give their losses (2,), or the mean of these ()")
+
+
+def refuse_unused_parameters(model: nn.Module, loss: Loss, inputs: Any, targets: Any, config: Config) -> None:
     """DDP waits for the gradient of every parameter, unless it is told not to.
 
     Raises:
@@ -116,31 +161,40 @@ def refuse_unused_parameters(model: nn.Module, loss: Loss, inputs: Tensor, targe
         )
 
 
-def _output_shape(model: nn.Module, input_shape: tuple[int, ...], training: bool = False) -> tuple[int, ...]:
-    """One forward pass on noise; the model is left as it was, but that lazy layers now have their parameters."""
-    images = torch.rand(input_shape, generator=torch.Generator().manual_seed(0))
+def _dry_output(model: nn.Module, example: Any, n: int, training: bool = False) -> Any:
+    """One forward pass on noise for so many inputs like the example; whole numbers are repeated as they are.
+
+    The model is left as it was, but that lazy layers now have their parameters.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(part: Any) -> Tensor:
+        part = torch.as_tensor(part)
+        if part.is_floating_point() or (part.dtype == torch.uint8 and part.dim() == 3):
+            return torch.rand((n, *part.shape), generator=generator)
+        return part.expand(n, *part.shape)
+
+    inputs = tree_map(noise, example)
     modes = [(module, module.training) for module in model.modules()]
     try:
         with torch.no_grad():
             model.train(training)
             if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
-                model.eval()(images)
+                model.eval()(inputs)
                 model.train(training)
             cpu = torch.device("cpu")
             with untouched(model), drawing_from(random_states(cpu), cpu):
-                output = model(images)
-        if not isinstance(output, Tensor):
-            raise TypeError(f"its output is {type(output).__name__}, not a tensor of logits")
-        return tuple(output.shape)
+                return model(inputs)
     finally:
         for module, mode in modes:
             module.training = mode
 
 
 def _torchvision_factory(name: str):
-    def create(image_shape: ImageShape, num_classes: int) -> nn.Module:
+    def create(image_shape: ImageShape, num_classes: int, **arguments) -> nn.Module:
         builder = torchvision.models.get_model_builder(name)
-        model = builder(weights=None, num_classes=num_classes, **_size_arguments(name, image_shape))
+        arguments = {**_size_arguments(name, image_shape), **arguments}
+        model = builder(weights=None, num_classes=num_classes, **arguments)
         for auxiliary in ("AuxLogits", "aux1", "aux2"):  # no auxiliary heads
             if hasattr(model, auxiliary):
                 setattr(model, auxiliary, None)

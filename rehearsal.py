@@ -8,14 +8,14 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_map
 
 import batches
 import gradients
 from launch import processes
 from launch.options import RunError
 from runs import checkpoint
-from runs.metrics import Mark, Totals
+from runs.metrics import Mark, Totals, sum_over_samples
 
 REPETITIONS = 5
 """At most so many timed passes of a size."""
@@ -77,13 +77,13 @@ def seconds_of_pass(trainer, size: int, in_step: bool = True) -> float:
     """
     fabric, testing = trainer.fabric, in_step and bool(trainer.estimator)
     inputs, targets = trainer.stream.read(range(min(size, 32, trainer.samples_per_epoch)))
-    copies = -(-size // len(targets))
-    inputs, targets = inputs.repeat(copies, 1, 1, 1)[:size], targets.repeat(copies)[:size]
+    inputs, targets = tree_map(lambda part: part[torch.arange(size, device=part.device) % len(part)], (inputs, targets))
 
     def forward_and_backward() -> None:
         observing = trainer.estimator.observe(inputs, targets, 1 / size) if testing else contextlib.nullcontext()
         with fabric.no_backward_sync(trainer.model, enabled=in_step), observing:
-            fabric.backward(cross_entropy(trainer.model(inputs), targets, reduction="sum") / size)
+            losses = trainer.loss(trainer.model(inputs), targets)
+            fabric.backward(sum_over_samples(losses, size) / size)
 
     with undone(trainer):
         seconds = _slowest(trainer, forward_and_backward)
@@ -124,7 +124,7 @@ def undone(trainer) -> Iterator[None]:
             for buffer, before in zip(trainer.module.buffers(), buffers):
                 buffer.copy_(before)
         checkpoint.set_random_states(random_states, device)
-        trainer.totals = Totals(device)
+        trainer.totals = Totals(device, trainer.totals.metrics)
         if trainer.estimator:
             trainer.estimator.forget()
         if device.type == "cuda":

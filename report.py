@@ -48,18 +48,27 @@ COLUMNS = (
     Column("final batch", ",.0f", of_summary("final_batch_size")),
     Column("train loss", ".4f", of_summary("train_loss")),
     Column("val loss", ".4f", of_summary("val_loss")),
-    Column("val accuracy [%]", ".2f", of_summary("val_accuracy"), percent=True),
+)
+SPEED = (
     Column("wall time [s]", ",.1f", of_summary("wall_time")),
     Column("samples/s", ",.0f", of_summary("samples_per_second")),
 )
 
 
-def columns(target: float | None) -> tuple[Column, ...]:
+def of_objective(name: str) -> Column:
+    percent = reading.is_share(name)
+    words = name.replace("_", " ") + " [%]" * percent
+    return Column(words, ".2f" if percent else ".4f", of_summary(name), percent)
+
+
+def columns(groups: Sequence[Group], target: float | None) -> tuple[Column, ...]:
+    objectives = dict.fromkeys(run.objective for entry in groups for run in (*entry.finished, *entry.others))
+    shown = (*COLUMNS, *(of_objective(name) for name in objectives if name != "val_loss"), *SPEED)
     if target is None:
-        return COLUMNS
-    to = f"to {100 * target:g} %"
+        return shown
+    to = f"to {reading.target_in_words(target, next(iter(objectives)))}"
     return (
-        *COLUMNS,
+        *shown,
         Column(f"steps {to}", ",.0f", of_target(target, "step")),
         Column(f"seconds {to}", ",.1f", of_target(target, "seconds")),
     )
@@ -103,7 +112,7 @@ def cell(row: Row, column: Column) -> str:
 
 
 def table(groups: Sequence[Group], style: str, target: float | None) -> str:
-    shown = columns(target)
+    shown = columns(groups, target)
     if style == "csv":
         return csv_table(rows(groups), shown)
     header = ["configuration", "n", *(column.name for column in shown)]
@@ -170,8 +179,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="only runs with this value of an option; may be given several times")  # fmt: skip
     parser.add_argument("--format", choices=("table", "markdown", "csv", "latex"), default="table",
                         help="how the table is written (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--target", type=float, metavar="ACCURACY",
-                        help="also steps and seconds to this validation accuracy, between 0 and 1")  # fmt: skip
+    parser.add_argument("--target", type=float, metavar="VALUE",
+                        help="also steps and seconds to this validation accuracy, between 0 and 1, or to what else "
+                             "the runs are compared by, such as val_loss")  # fmt: skip
     parser.add_argument("--figures", type=Path, metavar="FOLDER",
                         help="write the figures as PNG and PDF into this folder")  # fmt: skip
     return parser.parse_args(arguments)
@@ -184,13 +194,15 @@ def report(options: argparse.Namespace) -> None:
     """
     options.folders = [expanded("folders", folder) for folder in options.folders]
     options.figures = options.figures and expanded("figures", options.figures)
-    if options.target is not None and not 0 < options.target < 1:
-        raise UsageError(f"--target={options.target} must be an accuracy between 0 and 1, such as 0.98")
     found, problems = reading.find(options.folders)
     chosen = reading.choose(found, options.where)
+    objective = None
     if options.figures or options.target is not None:
         chosen, damaged = readable(chosen)
         problems += damaged
+        objective = reading.objective(chosen) if chosen else None
+    if options.target is not None and reading.is_share(objective or "") and not 0 < options.target < 1:
+        raise UsageError(f"--target={options.target} must be an accuracy between 0 and 1, such as 0.98")
     groups, twins = reading.group(chosen)
     for line in problems + twins:
         print(f"passed over: {line}", file=sys.stderr)
@@ -205,7 +217,7 @@ def report(options: argparse.Namespace) -> None:
                 f"--figures: {len(groups)} configurations cannot be told apart in one figure: "
                 f"choose at most {figures.MOST_CONFIGURATIONS} by --where"
             )
-        for file in figures.draw(groups, options.figures, options.target):
+        for file in figures.draw(groups, options.figures, options.target, objective):
             print(file, file=sys.stderr)
 
 

@@ -23,7 +23,7 @@ def build(
     num_workers: int = 0,
     batch_ahead: int = 2,
 ) -> "InMemoryStream | LoadedStream":
-    """The stream of a data set: on the device where its samples are in memory, else by worker processes."""
-    if data_set.in_memory:
+    """The stream of a data set: by number where its samples are at hand, else by worker processes."""
+    if data_set.at_hand:
         return InMemoryStream(data_set, seed, shuffle, device, dtype)
     return LoadedStream(data_set, seed, shuffle, device, dtype, num_workers, batch_ahead)

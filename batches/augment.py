@@ -1,7 +1,10 @@
 """Pixels to network inputs: random crops and flips that depend on the position alone, normalisation on the device."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from batches.order import position_hash
 from data import DataSet
@@ -27,7 +30,8 @@ def crop_and_flip(images: Tensor, positions: Tensor, seed: int, padding: int = 4
 
 
 class Normalise:
-    """uint8 pixels → (pixel/255 − mean)/std in the training's dtype, on the device."""
+    """uint8 pixels → (pixel/255 − mean)/std in the training's dtype, on the device; floating-point numbers in that
+    dtype, too; all else as it is. Of tensors (n, …), or nested tuples, lists and dicts of them."""
 
     def __init__(self, data_set: DataSet, device: torch.device, dtype: torch.dtype):
         self.dtype = dtype
@@ -36,5 +40,17 @@ class Normalise:
             for values in (data_set.mean, data_set.std)
         )
 
-    def __call__(self, images: Tensor) -> Tensor:
-        return images.to(self.dtype).div_(255).sub_(self.mean).div_(self.std)
+    def __call__(self, inputs: Any) -> Any:
+        return tree_map(self._one, inputs)
+
+    def _one(self, tensor: Tensor) -> Tensor:
+        if tensor.dtype == torch.uint8 and tensor.dim() == 4:
+            return tensor.to(self.dtype).div_(255).sub_(self.mean).div_(self.std)
+        return self._cast(tensor)
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+    def targets(self, targets: Any) -> Any:
+        """Of targets no tensor is an image to be normalised."""
+        return tree_map(self._cast, targets)

@@ -5,15 +5,18 @@ import itertools
 import random
 import sys
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from batches.augment import Normalise, crop_and_flip
 from batches.order import SampleOrder, as_tensor, position_hash
 from batches.plan import positions_of_rank
+from batches.stream import Batch
 from data import DataSet, described
 from launch.interrupts import heed_the_parent_alone
 from launch.options import RunError, in_one_line
@@ -46,7 +49,7 @@ class LoadedStream:
         self.val_size = len(data_set.val)
         self.train, self.val = (
             ChunkReader(
-                SeededReader(samples, name, data_set.image_shape, data_set.num_classes),
+                SeededReader(samples, name, data_set),
                 SampleOrder(len(samples), seed, shuffled),
                 seed,
                 num_workers,
@@ -61,57 +64,58 @@ class LoadedStream:
         self.recut: Recut | None = None
         self.next = (0, 1)  # position at which `recut` stands, and the step from each to the next
 
-    def read(self, positions: range) -> tuple[Tensor, Tensor]:
-        """The training samples at these positions, read in this process: inputs (n, C, H, W), targets (n,)."""
-        images, labels = self.train.read(positions)
-        return self._inputs(images.to(self.device), positions), labels.to(self.device)
+    def read(self, positions: range) -> Batch:
+        """The training samples at these positions, read in this process: images (n, C, H, W), labels (n,)."""
+        inputs, targets = tree_map(lambda tensor: tensor.to(self.device), self.train.read(positions))
+        return self._inputs(inputs, positions), self.normalise.targets(targets)
 
-    def take(self, micro_batches: Iterable[range]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Micro-batches of training samples at these positions: inputs (n, C, H, W), targets (n,)."""
+    def take(self, micro_batches: Iterable[range]) -> Iterator[Batch]:
+        """Micro-batches of training samples at these positions."""
         for positions in micro_batches:
             start, step = positions.start, positions.step
             if self.recut is None or (start, step) != self.next:
                 chunks = (range(p, p + CHUNK * step, step) for p in itertools.count(start, CHUNK * step))
                 self.recut = Recut(self.train.chunks(chunks), self.device)
             self.next = (positions[-1] + step, step)
-            images, labels = self.recut.take(len(positions))
-            yield self._inputs(images, positions), labels
+            inputs, targets = self.recut.take(len(positions))
+            yield self._inputs(inputs, positions), self.normalise.targets(targets)
 
-    def _inputs(self, images: Tensor, positions: range) -> Tensor:
+    def _inputs(self, inputs: Any, positions: range) -> Any:
         if self.augment:
-            images = crop_and_flip(images, as_tensor(positions, images.device), self.seed)
-        return self.normalise(images)
+            inputs = crop_and_flip(inputs, as_tensor(positions, self.device), self.seed)
+        return self.normalise(inputs)
 
-    def validation(self, rank: int, world_size: int, micro_batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def validation(self, rank: int, world_size: int, micro_batch_size: int) -> Iterator[Batch]:
         """This rank's share of the validation samples: over all ranks, each exactly once."""
         own = positions_of_rank(0, self.val_size, rank, world_size)
         recut = Recut(self.val.chunks(own[cut : cut + CHUNK] for cut in range(0, len(own), CHUNK)), self.device)
         for cut in range(0, len(own), micro_batch_size):
-            images, labels = recut.take(len(own[cut : cut + micro_batch_size]))
-            yield self.normalise(images), labels
+            inputs, targets = recut.take(len(own[cut : cut + micro_batch_size]))
+            yield self.normalise(inputs), self.normalise.targets(targets)
 
 
 class Recut:
     """Chunks of samples in, any numbers of samples out, in the same order; on the device."""
 
-    def __init__(self, chunks: Iterator[tuple[Tensor, Tensor]], device: torch.device):
+    def __init__(self, chunks: Iterator[Batch], device: torch.device):
         self.chunks, self.device = chunks, device
-        self.rest = (torch.empty(0), torch.empty(0))  # of the last chunk: images and labels
+        self.rest = [torch.empty(0)]  # of the last chunk: the tensors of its inputs and targets
+        self.structure = None  # how these are nested
 
-    def take(self, n: int) -> tuple[Tensor, Tensor]:
+    def take(self, n: int) -> Batch:
         """The next n samples: images uint8 (n, C, H, W), labels int64 (n,)."""
         taken, filled = None, 0
         while filled < n:
             if not len(self.rest[0]):
-                self.rest = next(self.chunks)
+                self.rest, self.structure = tree_flatten(next(self.chunks))
             if taken is None:
                 taken = [torch.empty(n, *t.shape[1:], dtype=t.dtype, device=self.device) for t in self.rest]
             count = min(n - filled, len(self.rest[0]))
             for target, chunk in zip(taken, self.rest):
                 target[filled : filled + count].copy_(chunk[:count], non_blocking=True)
-            self.rest = tuple(chunk[count:] for chunk in self.rest)
+            self.rest = [chunk[count:] for chunk in self.rest]
             filled += count
-        return tuple(taken)
+        return tree_unflatten(taken, self.structure)
 
 
 class ChunkReader:
@@ -149,11 +153,11 @@ class ChunkReader:
             generator=torch.Generator(),  # else making an iterator would draw from the one that dropout draws from
         )
 
-    def read(self, positions: range) -> tuple[Tensor, Tensor]:
+    def read(self, positions: range) -> Batch:
         """The samples at these positions, read in this process: images (n, C, H, W), labels (n,)."""
         return _checked(self.samples.__getitems__(self.requests(positions)))
 
-    def chunks(self, positions: Iterable[range]) -> Iterator[tuple[Tensor, Tensor]]:
+    def chunks(self, positions: Iterable[range]) -> Iterator[Batch]:
         """The samples at these positions, one chunk a range; ends what was being read before."""
         self.positions = positions
         return map(_checked, self.loader)
@@ -182,7 +186,7 @@ def _unchanged(chunk):
     return chunk
 
 
-def _checked(chunk: list[Tensor] | str) -> tuple[Tensor, Tensor]:
+def _checked(chunk: Batch | str) -> Batch:
     if isinstance(chunk, str):
         raise RunError(chunk)
     return tuple(chunk)
@@ -194,17 +198,17 @@ class SeededReader(Dataset):
     So whatever the data set draws (crop, flip, …) is the same on any rank, in any process, before and after a resume.
 
     Args:
-        samples: map-style: `samples[i]` is an image, uint8 (C, H, W), and its label.
+        samples: map-style: `samples[i]` is an input and its target.
         name: of the split, for messages.
-        image_shape: (C, H, W) of every image.
-        num_classes: labels are 0 … num_classes − 1.
+        data_set: says what each sample has to be.
     """
 
-    def __init__(self, samples: Dataset, name: str, image_shape: tuple[int, int, int], num_classes: int):
-        self.samples, self.name, self.image_shape, self.num_classes = samples, name, image_shape, num_classes
+    def __init__(self, samples: Dataset, name: str, data_set: DataSet):
+        self.samples, self.name = samples, name
+        self.input_shape, self.num_classes = data_set.input_shape, data_set.num_classes
 
-    def __getitems__(self, requests: list[tuple[int, int]]) -> list[Tensor] | str:
-        """Images (n, C, H, W) and labels (n,) of these (sample, seed); one line where a sample cannot be read."""
+    def __getitems__(self, requests: list[tuple[int, int]]) -> Batch | str:
+        """Inputs (n, …) and targets (n, …) of these (sample, seed); one line where a sample cannot be read."""
         chunk = []
         with _generators_restored():
             for index, seed in requests:
@@ -216,12 +220,21 @@ class SeededReader(Dataset):
                         f"--dataset: sample {index} of the {self.name} set cannot be read: {in_one_line(error)}: "
                         "repair it or leave it out"
                     )
-        return default_collate(chunk)
+        try:
+            return tree_map(lambda *parts: default_collate(parts), *chunk)
+        except Exception as error:
+            return (
+                f"--dataset: samples of the {self.name} set do not go into one batch: {in_one_line(error)}: "
+                "give all of them the same structure, types and shapes"
+            )
 
-    def _sample(self, index: int) -> tuple[Tensor, int]:
+    def _sample(self, index: int) -> Batch:
+        if self.num_classes is None:
+            inputs, targets = self.samples[index]
+            return inputs, targets
         image, label = self.samples[index]
-        if not isinstance(image, Tensor) or image.dtype != torch.uint8 or tuple(image.shape) != self.image_shape:
-            raise ValueError(f"its image is {described(image)}, not uint8 {self.image_shape}")
+        if not isinstance(image, Tensor) or image.dtype != torch.uint8 or tuple(image.shape) != self.input_shape:
+            raise ValueError(f"its image is {described(image)}, not uint8 {self.input_shape}")
         if not 0 <= label < self.num_classes or int(label) != label:
             raise ValueError(f"its label {label} is none of 0 … {self.num_classes - 1}")
         return image, int(label)

@@ -1,42 +1,56 @@
-"""Micro-batches of exactly the size that is asked for, from a data set that lies in the device's memory."""
+"""Micro-batches of exactly the size that is asked for, from a data set whose samples are had by their numbers: it lies
+in the device's memory, or gathers many samples at once (tokens of a memory-mapped file).
+"""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
+from torch.utils.data import Dataset, TensorDataset
 
 from batches.augment import Normalise, crop_and_flip
 from batches.order import SampleOrder, as_tensor
 from batches.plan import positions_of_rank
 from data import DataSet
 
+Batch = tuple[Any, Any]
+"""Inputs and targets: tensors (n, …), or nested tuples, lists and dicts of them."""
+
 
 class InMemoryStream:
-    """Micro-batches from a data set in the device's memory."""
+    """Micro-batches from a data set in the device's memory, or one that gathers its samples."""
 
     def __init__(self, data_set: DataSet, seed: int, shuffle: bool, device: torch.device, dtype: torch.dtype):
-        self.images, self.labels = (tensor.to(device) for tensor in data_set.train.tensors)
-        self.val_images, self.val_labels = (tensor.to(device) for tensor in data_set.val.tensors)
-        self.order = SampleOrder(len(self.images), seed, shuffle, device)
+        self.train, self.val = (_by_number(samples, device) for samples in (data_set.train, data_set.val))
+        self.val_size, self.device = len(data_set.val), device
+        self.order = SampleOrder(len(data_set.train), seed, shuffle, device)
         self.normalise = Normalise(data_set, device, dtype)
         self.augment, self.seed = data_set.crop_and_flip, seed
 
-    def read(self, positions: range) -> tuple[Tensor, Tensor]:
-        """The training samples at these positions: inputs (n, C, H, W), targets (n,)."""
-        samples = self.order.samples(positions)
-        images = self.images[samples]
+    def read(self, positions: range) -> Batch:
+        """The training samples at these positions: images (n, C, H, W), labels (n,)."""
+        inputs, targets = self.train(self.order.samples(positions))
         if self.augment:
-            images = crop_and_flip(images, as_tensor(positions, images.device), self.seed)
-        return self.normalise(images), self.labels[samples]
+            inputs = crop_and_flip(inputs, as_tensor(positions, self.device), self.seed)
+        return self.normalise(inputs), self.normalise.targets(targets)
 
-    def take(self, micro_batches: Iterable[range]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Micro-batches of training samples at these positions: inputs (n, C, H, W), targets (n,)."""
+    def take(self, micro_batches: Iterable[range]) -> Iterator[Batch]:
+        """Micro-batches of training samples at these positions."""
         return map(self.read, micro_batches)
 
-    def validation(self, rank: int, world_size: int, micro_batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def validation(self, rank: int, world_size: int, micro_batch_size: int) -> Iterator[Batch]:
         """This rank's share of the validation samples: over all ranks, each exactly once."""
-        own = positions_of_rank(0, len(self.val_images), rank, world_size)
+        own = positions_of_rank(0, self.val_size, rank, world_size)
         for cut in range(0, len(own), micro_batch_size):
-            part = own[cut : cut + micro_batch_size]
-            index = slice(part.start, part.stop, part.step)
-            yield self.normalise(self.val_images[index]), self.val_labels[index]
+            inputs, targets = self.val(as_tensor(own[cut : cut + micro_batch_size], self.device))
+            yield self.normalise(inputs), self.normalise.targets(targets)
+
+
+def _by_number(samples: Dataset, device: torch.device) -> Callable[[Tensor], Batch]:
+    """A function: numbers of samples, int64 (n,) on the device → the samples, there."""
+    if isinstance(samples, TensorDataset):
+        inputs, targets = (tensor.to(device) for tensor in samples.tensors)
+        return lambda chosen: (inputs[chosen], targets[chosen])
+    return lambda chosen: tree_map(lambda tensor: tensor.to(device, non_blocking=True), samples.gather(chosen.cpu()))

@@ -54,7 +54,7 @@ def test_digits_are_split_stratified():
     first, second = data.load("digits", Path()), data.load("digits", Path())
     images, labels = first.train.tensors
     assert (len(first.train), len(first.val)) == (1437, 360)
-    assert images.dtype == torch.uint8 and images.max() == 255 and first.image_shape == (1, 8, 8)
+    assert images.dtype == torch.uint8 and images.max() == 255 and first.input_shape == (1, 8, 8)
     assert torch.equal(images, second.train.tensors[0])
     assert labels.bincount().min() >= 139 and first.val.tensors[1].bincount().min() >= 34
 
@@ -64,7 +64,7 @@ def test_mnist_files(tmp_path, name, folder):
     write_mnist(tmp_path, folder)
     data.prepare(name, tmp_path)
     loaded = data.load(name, tmp_path)
-    assert loaded.image_shape == (1, 28, 28) and len(loaded.train) == 20 and len(loaded.val) == 10
+    assert loaded.input_shape == (1, 28, 28) and len(loaded.train) == 20 and len(loaded.val) == 10
     raw = (tmp_path / folder / "raw" / "train-images-idx3-ubyte").read_bytes()[16:]
     assert loaded.train.tensors[0].numpy().tobytes() == raw
     assert loaded.train.tensors[1].tolist() == [i % 10 for i in range(20)]
@@ -74,7 +74,7 @@ def test_cifar_files(tmp_path, monkeypatch):
     first = write_cifar10(tmp_path, monkeypatch)
     data.prepare("cifar10", tmp_path)
     loaded = data.load("cifar10", tmp_path)
-    assert loaded.image_shape == (3, 32, 32) and len(loaded.train) == 20 and loaded.crop_and_flip
+    assert loaded.input_shape == (3, 32, 32) and len(loaded.train) == 20 and loaded.crop_and_flip
     assert torch.equal(loaded.train.tensors[0][:4], torch.from_numpy(first).view(4, 3, 32, 32))
 
 

@@ -15,17 +15,18 @@ ARROWS = {
     "rehearsal": {"batches", "gradients", "runs", "launch"},
     "report": {"runs", "launch"},
     "batches": {"data", "control", "tests", "launch"},
-    "data": {"imagenet", "launch"},
-    "models": {"gradients", "launch"},
+    "data": {"imagenet", "text", "launch"},
+    "models": {"text", "gradients", "launch"},
     "optim": {"launch"},
     "control": {"tests"},
     "gradients": {"tests"},
     "runs": {"launch"},
     "imagenet": {"launch"},
+    "text": {"launch"},
     "launch": set(),
     "tests": set(),
 }
-WITHOUT_FABRIC = ("tests", "control", "batches", "optim", "gradients", "models", "data", "imagenet")
+WITHOUT_FABRIC = ("tests", "control", "batches", "optim", "gradients", "models", "data", "imagenet", "text")
 
 
 def modules(room: str) -> list:

@@ -5,13 +5,21 @@ import math
 import pytest
 import torch
 
+import data
 from runs.metrics import Validation
+
+
+def validation_of(num_classes: int) -> Validation:
+    """As of a data set of images."""
+    samples = torch.utils.data.TensorDataset(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.zeros(2).long())
+    data_set = data.DataSet(samples, samples, num_classes)
+    return Validation(data_set.loss, data_set.metrics, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("num_classes", [99, 100])
 def test_top5_accuracy_from_100_classes_on(num_classes):
     torch.manual_seed(0)
-    validation, hits = Validation(num_classes, torch.device("cpu")), []
+    validation, hits = validation_of(num_classes), []
     for size in (30, 7):
         logits, targets = torch.randn(size, num_classes), torch.randint(num_classes, (size,))
         logits[torch.arange(size), targets] += 1.5
@@ -28,7 +36,7 @@ def test_top5_accuracy_from_100_classes_on(num_classes):
 
 def test_a_loss_that_is_not_a_number_shows():
     """The mean over all samples; a NaN makes it NaN, and is no best loss."""
-    validation, logits = Validation(3, torch.device("cpu")), torch.randn(5, 3)
+    validation, logits = validation_of(3), torch.randn(5, 3)
     validation.update(logits, torch.zeros(5, dtype=torch.int64))
     finite = validation.compute()["val_loss"]
     validation.update(logits, torch.zeros(5, dtype=torch.int64))

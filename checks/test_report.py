@@ -209,9 +209,9 @@ def test_mean_and_band_over_seeds(tmp_path):
 def test_figures_show_every_configuration(mixed):
     found, _ = reading.find([mixed])
     groups, _ = reading.group(found)
-    figure = figures.compare(groups, "seconds")
+    figure = figures.compare(groups, "seconds", "val_accuracy")
     loss, val_loss, accuracy, batch = figure.axes
-    assert [axes.get_ylabel() for axes in figure.axes] == list(figures.COMPARED.values())
+    assert [axes.get_ylabel() for axes in figure.axes] == list(figures.compared("val_accuracy").values())
     assert batch.get_xlabel() == accuracy.get_xlabel() == "training time [s]"
     names = [entry.name for entry in groups]
     assert [line.get_label() for line in accuracy.get_lines() if not line.get_label().startswith("_")] == names
@@ -228,13 +228,13 @@ def test_figures_show_every_configuration(mixed):
 
 def test_pareto_picture(mixed):
     groups, _ = reading.group(reading.find([mixed])[0])
-    figure = figures.pareto(groups, 0.96)
+    figure = figures.pareto(groups, 0.96, "val_accuracy")
     (axes,) = figure.axes
     assert axes.get_xlabel() == "steps to 96 % validation accuracy" and axes.get_xscale() == "log"
     assert [text.get_text() for text in axes.texts] == ["norm test, η = 0.1"]
     assert axes.texts[0].xy == (40, 20)  # the last evaluations of 20, 40 and 60 steps
     assert "constant 64 (0 of 1)" in figure.get_supxlabel()
-    figures.pareto([Group("none", [], [])], 0.5)  # nothing to draw, and no error
+    figures.pareto([Group("none", [], [])], 0.5, "val_accuracy")  # nothing to draw, and no error
 
 
 def test_figures_of_real_runs(tmp_path, capsys):

@@ -52,9 +52,9 @@ def stream_of(n: int, augment: bool = False) -> batches.InMemoryStream:
 def test_normalisation():
     samples = stream_of(4)
     inputs, targets = next(samples.take([range(4)]))
-    expected = (samples.images.double() / 255 - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor(
-        [0.2, 0.3, 0.4]
-    ).view(3, 1, 1)
+    expected = (
+        samples.train(torch.arange(4))[0].double() / 255 - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)
+    ) / torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
     torch.testing.assert_close(inputs, expected, rtol=1e-6, atol=1e-7)
     assert targets.tolist() == [0, 1, 2, 3]
 
@@ -71,7 +71,7 @@ def test_augmentation_belongs_to_the_position_not_to_the_cut():
 def test_validation_uses_every_sample_once(world_size):
     samples = stream_of(11)
     seen = [x for rank in range(world_size) for inputs, _ in samples.validation(rank, world_size, 3) for x in inputs]
-    expected = samples.normalise(samples.val_images)
+    expected = samples.normalise(samples.val(torch.arange(11))[0])
     assert sorted(x.sum().item() for x in seen) == sorted(x.sum().item() for x in expected) and len(seen) == 11
 
 

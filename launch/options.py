@@ -68,7 +68,8 @@ class DataOptions:
     """Data"""
 
     dataset: str = "digits"
-    """digits, mnist, fashion_mnist, cifar10, cifar100, imagenet, or an import path package.module:function"""
+    """digits, mnist, fashion_mnist, cifar10, cifar100, imagenet, tokens (train.bin and val.bin in data_dir), stdlib
+    (Python's own sources, as bytes), or an import path package.module:function"""
     data_dir: Path = Path("data")
     """folder of the data sets; official archives there are unpacked, what is missing is downloaded into it"""
     shuffle: bool = True
@@ -78,6 +79,13 @@ class DataOptions:
     training process reads"""
     batch_ahead: int = 2
     """chunks of 32 samples that each worker process reads ahead"""
+    sequence_length: int | None = None
+    """text: tokens that a sample predicts; it is a window of one more; default: 256"""
+    vocab_size: int | None = None
+    """text: number of different tokens; default: as meta.json in data_dir says"""
+    loss: str | None = None
+    """import path package.module:function of the loss, (outputs, targets) → the samples' losses (n,) or their mean;
+    default: the data set's own"""
 
 
 @dataclass
@@ -85,7 +93,11 @@ class ModelOptions:
     """Model"""
 
     model: str = "cnn"
-    """logistic, cnn, any torchvision classifier (resnet18, vit_b_16, …), or an import path package.module:function"""
+    """logistic, cnn, any torchvision classifier (resnet18, vit_b_16, …), gpt for text, or an import path
+    package.module:function"""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """further arguments of the model, as --model_args.NAME=VALUE; gpt has layers, heads, width, dropout, mlp,
+    positions, tied, bias"""
     compile: bool = False
     """compile the model by torch.compile"""
 
@@ -183,8 +195,8 @@ class OptimizerOptions:
 
     optimizer: str = "adam"
     """adagrad, adagradnorm, adam, adamw, sgd, sgdm, any torch.optim class, or an import path package.module:Class"""
-    learning_rate: float = 0.01
-    """learning rate; with decay_lr=True its peak"""
+    learning_rate: float | None = None
+    """learning rate; with decay_lr=True its peak; default: 0.01; of tokens and stdlib 0.002"""
     weight_decay: float | None = None
     """weight decay; default: the optimizer's own, 5e-4 for sgdm"""
     momentum: float | None = None
@@ -240,7 +252,7 @@ class DurationOptions:
     training_type: Literal["sample", "iter"] = "sample"
     """end after max_samples or after max_iters"""
     max_samples: int | None = None
-    """length of the run [samples]; default: 30 epochs"""
+    """length of the run [samples]; default: 30 epochs; of tokens, one; of stdlib, 8192 samples"""
     max_iters: int = 1000
     """length of the run with training_type=iter [steps]"""
     seed: int = 42
@@ -288,11 +300,11 @@ class CheckpointOptions:
     """Checkpoints"""
 
     checkpoint_interval: int = 0
-    """save a checkpoint every so many steps, too; 0: by the clock, when the validation accuracy is best, at the end"""
+    """save a checkpoint every so many steps, too; 0: by the clock, when an evaluation is the best, at the end"""
     checkpoint_minutes: float = 10.0
     """save a checkpoint after so many minutes without one [min]; 0: not by the clock"""
     keep_checkpoints: int = 2
-    """keep so many of the newest checkpoints, and the one with the best validation accuracy"""
+    """keep so many of the newest checkpoints, and the one with the best evaluation"""
     resume: str | None = None
     """auto: go on from the newest whole checkpoint of the run's folder, start where there is none (needs run_name);
     or a run's folder or checkpoint to go on from; default: start a new run"""
@@ -321,6 +333,8 @@ class Config(
             UsageError: a value is out of range or options contradict each other.
         """
         self.lr_decay_type = self.lr_decay_type or self.training_type
+        if self.learning_rate is None:
+            self.learning_rate = 0.002 if self.dataset in ("tokens", "stdlib") else 0.01
         self._expand_paths()
         self._check_ranges()
         self._check_without_effect()
@@ -339,7 +353,7 @@ class Config(
             "batch_size max_batch_size max_micro_batch_size max_test_micro_batch_size gradient_accumulation_steps "
             "eta theta nu test_interval test_groups learning_rate max_lr gamma max_samples max_iters devices num_nodes "
             "log_interval linear_ramp_up_increment lr_decay_samples lr_decay_iters batch_ahead keep_checkpoints "
-            "timeout_minutes batch_size_multiple growth_interval patience"
+            "timeout_minutes batch_size_multiple growth_interval patience sequence_length vocab_size"
         )
         not_negative = (
             "num_workers weight_decay grad_clip min_lr warmup_samples warmup_iters eval_interval momentum seed "

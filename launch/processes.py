@@ -161,15 +161,18 @@ def strategy_name(fabric: Fabric) -> str:
     return "ddp_find_unused_parameters_true" if finds_unused else "ddp"
 
 
-def resolve(config: Config, fabric: Fabric, training_samples: int) -> Config:
+def resolve(config: Config, fabric: Fabric, training_samples: int, defaults: dict[str, Any]) -> Config:
     """The options as they take effect: defaults that depend on the data, and the devices that Fabric really uses.
+
+    Args:
+        defaults: values that suit the data set better than the general ones, where the options say nothing.
 
     Raises:
         UsageError: the options do not fit the data or the devices.
     """
-    world_size, effective = fabric.world_size, {}
-    if config.max_samples is None:
-        effective["max_samples"] = 30 * training_samples
+    world_size = fabric.world_size
+    general = {"max_samples": 30 * training_samples}
+    effective = {name: value for name, value in (general | defaults).items() if getattr(config, name) is None}
     if config.stagewise_ramp_up:
         sizes = config.global_batch_sizes
         effective["batch_size"] = sizes[0]

@@ -2,32 +2,33 @@
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from runs.reading import Group, Run, read_metrics
+from runs.reading import Group, Run, in_words, is_share, read_metrics, target_in_words
 
-PANELS = (
-    ("loss", {"train": "train_loss", "validation": "val_loss"}),
-    ("accuracy", {"train": "train_accuracy", "validation": "val_accuracy"}),
-    ("batch size", {"batch size": "batch_size"}),
-    ("learning rate", {"learning rate": "lr"}),
-)
+
+def panels(columns: Iterable[str]) -> list[tuple[str, dict[str, str]]]:
+    """Of a run's curves: title, and name → column; loss, the metric that stands first, batch size and learning rate."""
+    columns = list(columns)
+    found = [("loss", {"train": "train_loss", "validation": "val_loss"})]
+    if name := next((name for name in columns if name.startswith("val_") and name != "val_loss"), None):
+        lines = {"train": name.replace("val_", "train_", 1), "validation": name}
+        found.append(
+            (name[4:].replace("_", " "), {line: column for line, column in lines.items() if column in columns})
+        )
+    return [*found, ("batch size", {"batch size": "batch_size"}), ("learning rate", {"learning rate": "lr"})]
+
+
 COLORS = {"train": "tab:blue", "validation": "tab:orange", "batch size": "tab:green", "learning rate": "tab:purple"}
 POINTS = 400
 """A training curve of more points is drawn as means over so many stretches; the eye sees no more."""
 
 AXES = {"step": "steps", "samples": "samples", "seconds": "training time [s]"}
 FILES = {"step": "against_steps", "samples": "against_samples", "seconds": "against_time"}
-COMPARED = {
-    "train_loss": "training loss",
-    "val_loss": "validation loss",
-    "val_accuracy": "validation accuracy",
-    "batch_size": "batch size [samples]",
-}
 COMPARED_POINTS = 100
 """As `POINTS`, where many curves share a panel."""
 MOST_CONFIGURATIONS = 20
@@ -37,7 +38,7 @@ PRINT = {"font.size": 8, "legend.fontsize": 7.5, "axes.linewidth": 0.6, "pdf.fon
 
 
 def curves(folder: Path) -> None:
-    """Draw `curves.png` in a run's folder: loss, accuracy, batch size and learning rate against samples and steps."""
+    """Draw `curves.png` in a run's folder: loss, metric, batch size and learning rate against samples and steps."""
     from matplotlib.figure import Figure
 
     metrics = read_metrics(folder)
@@ -45,9 +46,10 @@ def curves(folder: Path) -> None:
         return
     figure = Figure(figsize=(15, 6.6), layout="constrained")
     figure.suptitle(folder.name)
-    rows = figure.subplots(2, len(PANELS), sharey="col")
+    shown = panels(metrics)
+    rows = figure.subplots(2, len(shown), sharey="col")
     for row, (column, label) in zip(rows, (("samples", "samples"), ("step", "steps"))):
-        for axes, (title, lines) in zip(row, PANELS):
+        for axes, (title, lines) in zip(row, shown):
             for name, values in lines.items():
                 _draw(axes, name, [(x, y) for x, y in zip(metrics[column], metrics[values]) if y is not None])
             _finish(axes, label, title, legend=len(lines) > 1)
@@ -103,16 +105,16 @@ def style(index: int) -> dict:
     }
 
 
-def draw(groups: Sequence[Group], folder: Path, target: float | None) -> list[Path]:
+def draw(groups: Sequence[Group], folder: Path, target: float | None, objective: str) -> list[Path]:
     """Write `FILES` and, with a target, `pareto` as PNG and PDF; gives the files' paths."""
     from matplotlib import rc_context
 
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     with rc_context(PRINT):
-        figures = {name: compare(groups, axis) for axis, name in FILES.items()}
+        figures = {name: compare(groups, axis, objective) for axis, name in FILES.items()}
         if target is not None:
-            figures["pareto"] = pareto(groups, target)
+            figures["pareto"] = pareto(groups, target, objective)
         for name, figure in figures.items():
             for suffix in ("png", "pdf"):
                 files.append(folder / f"{name}.{suffix}")
@@ -158,15 +160,24 @@ def over_seeds(runs: Sequence[Run], axis: str, column: str, log: bool) -> Curve 
     return Curve(grid, np.mean(values, axis=0), np.min(values, axis=0), np.max(values, axis=0))
 
 
-def compare(groups: Sequence[Group], axis: str):
-    """Losses, accuracy and batch size of each configuration against `axis`: a line over seeds, a band from the smallest
-    to the largest. Runs that did not finish are thin lines that end in a cross."""
+def compared(objective: str) -> dict[str, str]:
+    """The columns that configurations are compared by, and their names."""
+    columns = {"train_loss": "training loss", "val_loss": "validation loss", objective: in_words(objective)}
+    return columns | {"batch_size": "batch size [samples]"}
+
+
+def compare(groups: Sequence[Group], axis: str, objective: str):
+    """Losses, objective and batch size of each configuration against `axis`: a line over seeds, a band from smallest
+    to largest. Runs that did not finish are thin lines that end in a cross."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5.4 + 0.16 * math.ceil(len(groups) / 2)), layout="constrained")
     ends = [run.metrics[axis][-1] for entry in groups for run in entry.finished]
     log = axis != "samples" and bool(ends) and max(ends) > 10 * min(ends) > 0  # else the short ones cannot be seen
-    for axes, (column, label) in zip(figure.subplots(2, 2, sharex=True).flat, COMPARED.items()):
+    panels, columns = figure.subplots(2, 2, sharex=True).flat, compared(objective)
+    for axes in panels[len(columns) :]:  # where the validation loss is the objective
+        axes.remove()
+    for axes, (column, label) in zip(panels, columns.items()):
         ends = []
         for i, entry in enumerate(groups):
             if curve := over_seeds(entry.finished, axis, column, log):
@@ -197,7 +208,7 @@ def _scales(axes, log: bool, column: str, ends: Sequence[float]) -> None:
     axes.xaxis.set_major_formatter(_short)
     axes.grid(alpha=0.25, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
-    if column == "val_accuracy":
+    if is_share(column):
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         if ends:  # the ends decide; the first evaluations would flatten them
             lowest = min(ends) - max(0.04, 1.5 * (max(ends) - min(ends)))
@@ -225,8 +236,8 @@ def _legend(figure, groups: Sequence[Group]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, handlelength=3.5)
 
 
-def pareto(groups: Sequence[Group], target: float):
-    """Steps and seconds to the target accuracy, mean and range over seeds, and the front of the best trade-offs.
+def pareto(groups: Sequence[Group], target: float, objective: str):
+    """Steps and seconds to the target, mean and range over seeds, and the front of the best trade-offs.
 
     Configurations of which not every finished run gets there are named below the picture.
     """
@@ -234,8 +245,9 @@ def pareto(groups: Sequence[Group], target: float):
 
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
-    axes.set_xlabel(f"steps to {100 * target:g} % validation accuracy")
-    axes.set_ylabel(f"training time to {100 * target:g} % [s]")
+    goal = target_in_words(target, objective)
+    axes.set_xlabel(f"steps to {goal} {in_words(objective)}")
+    axes.set_ylabel(f"training time to {goal} [s]")
     places, missing = [], []
     for i, entry in enumerate(groups):
         reached = [run.reached(target) for run in entry.finished]
@@ -252,7 +264,7 @@ def pareto(groups: Sequence[Group], target: float):
         _decorate_pareto(axes)
         _name_points(axes, places)
     if missing:
-        words = f"Not at {100 * target:g} % in every run: {'; '.join(missing)}"
+        words = f"Not at {goal} in every run: {'; '.join(missing)}"
         figure.supxlabel(textwrap.fill(words, 130), fontsize=7, x=0.01, ha="left")
     return figure
 

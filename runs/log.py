@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,20 +32,17 @@ from runs import figures, reading
 from runs.checkpoint import plain_options, remove_left_overs, replacing, unwritable
 
 COLUMNS = """
-    step samples epoch train_loss train_accuracy val_loss val_accuracy val_top5_accuracy lr
+    step samples epoch train_loss METRICS lr
     batch_size micro_batch_size gradient_accumulation_steps
     variance variance_inner_product variance_orthogonality grad_norm_sq batch_noise_scale noise_scale
     lr_factor next_batch_size
-    step_time test_time samples_per_second
+    world_size step_time test_time samples_per_second
 """.split()  # noqa: SIM905
+"""Of metrics.csv; in the place of METRICS stand those of the data set, train_… and val_…."""
 
-# Column → the tag that the paper's code used for it, under sample/ (against samples) and step/ (against steps).
+# Column → the tag that the paper's code used for it, under sample/ (against samples) and step/ (against steps). What a
+# data set measures, train_NAME and val_NAME, is train/NAME and val/NAME.
 TAGS = {
-    "train_loss": "train/loss",
-    "train_accuracy": "train/accuracy",
-    "val_loss": "val/loss",
-    "val_accuracy": "val/accuracy",
-    "val_top5_accuracy": "val/top5_accuracy",
     "lr": "lr",
     "batch_size": "batch_size",
     "micro_batch_size": "micro_batch_size",
@@ -92,6 +89,7 @@ class RunLog:
     Args:
         config: the options in effect.
         world_size: number of processes.
+        measured: columns of metrics.csv for what the data set measures, train_… and val_….
         resumed: the checkpoint that the run goes on from; None for a new run.
         marks: `mark` as it was at that checkpoint.
 
@@ -99,8 +97,15 @@ class RunLog:
         UsageError: the folder exists already, cannot be made, or another process writes into it.
     """
 
-    def __init__(self, config: Config, world_size: int, resumed: Path | None = None, marks: dict | None = None):
-        self.config = config
+    def __init__(
+        self,
+        config: Config,
+        world_size: int,
+        measured: Sequence[str],
+        resumed: Path | None = None,
+        marks: dict | None = None,
+    ):
+        self.config, self.measured = config, measured
         before = resumed and resumed.absolute().parent.parent
         self.folder = self._make_folder(before)
         self._lock = _locked(self.folder)
@@ -112,9 +117,14 @@ class RunLog:
         (self.folder / "checkpoints").mkdir(exist_ok=True)
         remove_left_overs(self.folder / "checkpoints", resumed)
         self._write_config(world_size)
-        self._csv = open(self.folder / "metrics.csv", "a", newline="", encoding="utf-8")  # noqa: SIM115 (closed by `finish`)
-        self._writer = csv.DictWriter(self._csv, COLUMNS, restval="")
-        if not self._csv.tell():
+        self._csv = open(self.folder / "metrics.csv", "a+", newline="", encoding="utf-8")  # noqa: SIM115 (closed by `finish`)
+        self._csv.seek(0)
+        header = next(csv.reader(self._csv), None)  # a run that goes on keeps its columns
+        self._csv.seek(0, os.SEEK_END)
+        at = COLUMNS.index("METRICS")
+        columns = header or [*COLUMNS[:at], *measured, *COLUMNS[at + 1 :]]
+        self._writer = csv.DictWriter(self._csv, columns, restval="", extrasaction="ignore")
+        if not header:
             self._writer.writeheader()
         threading.excepthook = _handed_on(threading.excepthook)
         self._tensorboard = TensorBoardLogger(config.out_dir, self.folder.name, version="")
@@ -187,15 +197,18 @@ class RunLog:
             f"step {row['step']:>6,}  samples {row['samples']:>10,}  batch {row['batch_size']:>7,}  "
             f"train loss {row['train_loss']:.4f}  {row['samples_per_second']:,.0f} samples/s"
         )
+        of_training = [name for name in self.measured if name.startswith("train_")]
+        words = (f"{name.removeprefix('train_')} {reading.written(name, row[name], 1)}" for name in of_training)
         self._bar.set_postfix_str(
-            f"batch {row['batch_size']}, loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.1%}",
-            refresh=False,
+            ", ".join([f"batch {row['batch_size']}, loss {row['train_loss']:.4f}", *words]), refresh=False
         )
 
     def _write_events(self, row: dict[str, Any]) -> None:
         """One event an axis: an event for every number costs a small network a tenth of its step."""
         for axis, at in (("sample", row["samples"]), ("step", row["step"])):
-            metrics = {f"{axis}/{tag}": row[name] for name, tag in TAGS.items() if row.get(name) is not None}
+            measured = {name: name.replace("_", "/", 1) for name in ("train_loss", *self.measured)}
+            tags = {**measured, **TAGS}
+            metrics = {f"{axis}/{tag}": row[name] for name, tag in tags.items() if row.get(name) is not None}
             if axis == "sample":
                 metrics["sample/step"] = row["step"]
                 metrics |= {f"sample/{name}": getattr(self.config, name) for name in ("eta", "theta", "nu")}
@@ -266,11 +279,9 @@ class RunLog:
     def _log_hyperparameters(self, summary: dict[str, Any]) -> None:
         """The options and what came of them, for TensorBoard's view HParams."""
         options = {name: value for name, value in plain_options(self.config).items() if value is not None}
-        names = (
-            "val_accuracy val_loss best_val_accuracy best_val_loss train_loss steps samples mean_batch_size "
-            "final_batch_size wall_time samples_per_second"
-        )
-        results = {f"final/{name}": summary[name] for name in names.split() if summary[name] is not None}
+        of_training = "train_loss steps samples mean_batch_size final_batch_size wall_time samples_per_second"
+        names = [*(name for name in summary if name.startswith(("val_", "best_val_"))), *of_training.split()]
+        results = {f"final/{name}": summary[name] for name in names if summary[name] is not None}
         self._tensorboard.log_hyperparams({**options, "status": summary["status"]}, results, summary["steps"])
 
 
@@ -388,18 +399,18 @@ def introduction(c: Config, parameters: int, training_samples: int, world_size: 
 
 def evaluation_text(row: dict[str, Any]) -> str:
     """An evaluation in one line."""
-    return (
-        f"step {row['step']:>6,}  samples {row['samples']:>10,}  batch {row['batch_size']:>7,}  "
-        f"train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  val accuracy {row['val_accuracy']:.2%}"
-    )
+    at = f"step {row['step']:>6,}  samples {row['samples']:>10,}  batch {row['batch_size']:>7,}"
+    losses = f"train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}"
+    others = (name for name in row if name.startswith("val_") and name not in ("val_loss", "val_top5_accuracy"))
+    return "  ".join([at, losses, *(f"{name.replace('_', ' ')} {reading.written(name, row[name])}" for name in others)])
 
 
 def summary_text(summary: dict[str, Any], folder: Path) -> str:
     """One screen at the end of a run."""
+    name = summary["objective"]
+    last, best = (reading.written(name, summary[key]) for key in (name, f"best_{name}"))
     rows = {
-        "validation accuracy": f"{summary['val_accuracy']:.2%} (best {summary['best_val_accuracy']:.2%})"
-        if summary["val_accuracy"] is not None
-        else "-",
+        reading.in_words(name): "-" if summary[name] is None else f"{last} (best {best})",
         "steps": f"{summary['steps']:,}",
         "samples": f"{summary['samples']:,}",
         "batch size": f"mean {summary['mean_batch_size']:,.1f}, final {summary['final_batch_size']:,}",

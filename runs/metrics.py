@@ -10,9 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import cross_entropy
-from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
+from torch.utils._pytree import tree_leaves
+from torchmetrics import MeanMetric, Metric
 
 
 @dataclass
@@ -22,7 +21,7 @@ class Progress:
     batch_size: int
     steps: int = 0
     samples: int = 0
-    best_step: int | None = None  # the checkpoint with the best validation accuracy
+    best_step: int | None = None  # the checkpoint with the best validation metric
     undecided: str = ""  # why the last test decided nothing
     notices: list[str] = field(default_factory=list)
     cut_off: dict[str, Any] = field(default_factory=dict)  # what `step` gave, where a signal cut the evaluation off
@@ -100,11 +99,20 @@ def _sum(pairs: list[tuple[Mark, Mark]]) -> float:
     return sum(end.seconds_since(start) for start, end in pairs)
 
 
-class Totals:
-    """Loss, accuracy and time since the last row; kept on the device, so that no step waits for the host."""
+def sum_over_samples(losses: Tensor, n: int) -> Tensor:
+    """Σ ℓ_i of n samples, (): from their losses (n,) or the mean of these ()."""
+    return losses.sum() if losses.dim() else losses * n
 
-    def __init__(self, device: torch.device):
-        self.device = device
+
+class Totals:
+    """Loss, metrics and time since the last row; kept on the device, so that no step waits for the host.
+
+    Args:
+        metrics: by name, a function of outputs and targets → a number for each sample (n,).
+    """
+
+    def __init__(self, device: torch.device, metrics: dict[str, Callable[[Any, Any], Tensor]]):
+        self.device, self.metrics = device, metrics
         self.span = Span(Mark(device))
         self.timed: tuple[float, float] | None = (
             None  # mean batch size and seconds a step of the last span that is past
@@ -113,7 +121,8 @@ class Totals:
         self._clear()
 
     def _clear(self) -> None:
-        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, samples
+        # loss, metrics, samples
+        self.sums = torch.zeros(2 + len(self.metrics), dtype=torch.float64, device=self.device)
         self.not_finite_at = torch.full((), math.inf, dtype=torch.float64, device=self.device)
 
     def start_clock(self) -> None:
@@ -150,10 +159,12 @@ class Totals:
         yield
         self.span.tests.append((start, Mark(self.device)))
 
-    def add(self, losses: Tensor, logits: Tensor, targets: Tensor, step: int) -> None:
-        loss = losses.double().sum()
-        correct = (logits.argmax(1) == targets).sum()
-        self.sums += torch.stack([loss, correct, torch.full_like(loss, len(targets))])
+    @torch.no_grad()
+    def add(self, losses: Tensor, outputs: Any, targets: Any, n: int, step: int) -> None:
+        """A micro-batch of n samples; their losses (n,), or the mean of these ()."""
+        loss = sum_over_samples(losses.double(), n)
+        measured = [metric(outputs, targets).sum() for metric in self.metrics.values()]
+        self.sums += torch.stack([loss, *measured, torch.full_like(loss, n)])
         at = torch.where(torch.isfinite(loss), math.inf, float(step))
         self.not_finite_at = torch.minimum(self.not_finite_at, at)
         self.span.steps.add(step)
@@ -170,15 +181,15 @@ class Totals:
         self._clear()
 
         def statistics() -> tuple[dict[str, float], int | None, tuple[float, float] | None]:
-            losses, corrects, counts, not_finite, seconds_before = zip(*reading.by_rank())
+            *sums, counts, not_finite, seconds_before = zip(*reading.by_rank())
             end.wait()
             seconds, samples, at = span.seconds(end), sum(counts), min(not_finite)
             if not is_first:  # the first step of a process makes things that later ones find
                 self.timed = samples / len(span.steps), seconds / len(span.steps)
+            means = {f"train_{name}": sum(of_ranks) / samples for name, of_ranks in zip(("loss", *self.metrics), sums)}
             return (
                 {
-                    "train_loss": sum(losses) / samples,
-                    "train_accuracy": sum(corrects) / samples,
+                    **means,
                     "step_time": seconds / len(span.steps),
                     "test_time": span.test_seconds() / len(span.steps),
                     "samples_per_second": samples / seconds,
@@ -191,44 +202,66 @@ class Totals:
 
 
 class Validation:
-    """Loss and accuracy over the validation samples, and the best of them so far; sums run over all ranks."""
+    """Loss and metrics over the validation samples, and the best of them so far; sums run over all ranks.
 
-    def __init__(self, num_classes: int, device: torch.device):
-        # By default the metrics look at what they are given: losses that are NaN they leave out, and the host waits.
-        unchecked = {"average": "micro", "validate_args": False}
-        self.metrics = {
-            "val_loss": MeanMetric(nan_strategy="disable").set_dtype(torch.float64).to(device),
-            "val_accuracy": MulticlassAccuracy(num_classes, **unchecked).to(device),
-        }
-        if num_classes >= 100:
-            self.metrics["val_top5_accuracy"] = MulticlassAccuracy(num_classes, top_k=5, **unchecked).to(device)
+    Args:
+        loss: (outputs, targets) → the samples' losses (n,), or their mean ().
+        metrics: by name, a Metric of outputs and targets, or a function of the mean loss. The first decides which
+            evaluation is the best; where there is none, the loss does.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[Any, Any], Tensor],
+        metrics: dict[str, Metric | Callable[[float], float]],
+        device: torch.device,
+    ):
+        self.loss = loss
+        # By default it would leave out losses that are NaN.
+        self.mean_loss = MeanMetric(nan_strategy="disable").set_dtype(torch.float64).to(device)
+        named = {f"val_{name}": metric for name, metric in metrics.items()}
+        self.metrics = {name: metric.to(device) for name, metric in named.items() if isinstance(metric, Metric)}
+        self.of_loss = {name: function for name, function in named.items() if name not in self.metrics}
+        self.names = ("val_loss", *named)
+        self.objective = next(iter(named), "val_loss")
+        first = self.metrics.get(self.objective)
+        self.larger_is_better = first is not None and first.higher_is_better is not False
         self.history: list[dict[str, float]] = []
 
-    def update(self, logits: Tensor, targets: Tensor) -> None:
-        self.metrics["val_loss"].update(cross_entropy(logits, targets, reduction="none"))
-        for name in self.metrics.keys() - {"val_loss"}:
-            self.metrics[name].update(logits, targets)
+    def update(self, outputs: Any, targets: Any) -> None:
+        losses = self.loss(outputs, targets)
+        self.mean_loss.update(losses if losses.dim() else losses.expand(len(tree_leaves(targets)[0])))
+        for metric in self.metrics.values():
+            metric.update(outputs, targets)
 
     def compute(self) -> dict[str, float]:
         """The metrics of what was seen since the last call, on all ranks. Waits for the device."""
-        evaluation = {name: float(metric.compute()) for name, metric in self.metrics.items()}
-        for metric in self.metrics.values():
+        measured = {
+            name: float(metric.compute()) for name, metric in {"val_loss": self.mean_loss, **self.metrics}.items()
+        }
+        measured |= {name: of(measured["val_loss"]) for name, of in self.of_loss.items()}
+        for metric in (self.mean_loss, *self.metrics.values()):
             metric.reset()
-        self.history.append(evaluation)
-        return evaluation
+        self.history.append({name: measured[name] for name in self.names})
+        return self.history[-1]
 
     def is_best(self) -> bool:
-        """The last accuracy is above all before it."""
-        *before, last = (evaluation["val_accuracy"] for evaluation in self.history)
-        return last > max(before, default=-math.inf)
+        """The last evaluation is better than all before it."""
+        *before, last = (evaluation[self.objective] for evaluation in self.history)
+        if self.larger_is_better:
+            return last > max(before, default=-math.inf)
+        return last < min((value for value in before if not math.isnan(value)), default=math.inf)
 
-    def results(self) -> dict[str, float | None]:
+    def results(self) -> dict[str, Any]:
         """Last and best values, as summary.json has them; None where nothing was evaluated."""
         last = self.history[-1] if self.history else {}
+        values = [e[self.objective] for e in self.history if math.isfinite(e[self.objective])]
         return {
-            **{name: last.get(name) for name in self.metrics},
-            "best_val_accuracy": max((e["val_accuracy"] for e in self.history), default=None),
+            **{name: last.get(name) for name in self.names},
+            f"best_{self.objective}": (max if self.larger_is_better else min)(values, default=None),
             "best_val_loss": min((e["val_loss"] for e in self.history if math.isfinite(e["val_loss"])), default=None),
+            "objective": self.objective,
+            "larger_is_better": self.larger_is_better,
         }
 
 

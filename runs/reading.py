@@ -24,6 +24,23 @@ TEST_PARAMETERS = {"norm": ("eta",), "ip": ("theta",), "ip+orth": ("theta", "nu"
 TEST_OPTIONS = {entry.name for entry in fields(TestOptions)} - {"test"}
 
 
+def written(column: str, value: float | None, digits: int = 2) -> str:
+    """A measured value for people: an accuracy in percent, all else as a number; of a column such as val_accuracy."""
+    if value is None:
+        return "-"
+    return f"{value:.{digits}%}" if is_share(column) else f"{value:.4f}"
+
+
+def is_share(column: str) -> bool:
+    """Between 0 and 1, and shown in percent."""
+    return column.endswith("accuracy")
+
+
+def in_words(column: str) -> str:
+    """val_bits_per_byte as "validation bits per byte"."""
+    return column.replace("val_", "validation ", 1).replace("_", " ")
+
+
 class DamagedRun(Exception):
     """A run's folder that cannot be read; says what is wrong with it."""
 
@@ -84,15 +101,29 @@ class Run:
         return self.summary.get("status", "unfinished")
 
     @cached_property
+    def objective(self) -> str:
+        """The column of metrics.csv by which evaluations are compared: the summary's, or the first that measures."""
+        if "objective" in self.summary:
+            return self.summary["objective"]
+        with open(self.folder / "metrics.csv", newline="") as file:
+            columns = [name for name in next(csv.reader(file), []) if name.startswith("val_")]
+        return next((name for name in columns if name != "val_loss"), "val_loss" if columns else "val_accuracy")
+
+    @property
+    def larger_is_better(self) -> bool:
+        """Of the objective."""
+        return self.summary.get("larger_is_better", is_share(self.objective))
+
+    @cached_property
     def metrics(self) -> dict[str, list[float | None]]:
         """The columns that reports use, and `seconds`; read at the first use.
 
         Raises:
             DamagedRun: metrics.csv cannot be read.
         """
-        columns = ("step", "samples", "train_loss", "val_loss", "val_accuracy", "batch_size", "step_time")
+        columns = ("step", "samples", "train_loss", "val_loss", "batch_size", "step_time")
         try:
-            metrics = read_metrics(self.folder, columns)
+            metrics = read_metrics(self.folder, list({*columns, self.objective}))
         except (OSError, ValueError, KeyError) as error:
             raise DamagedRun(f"{self.folder}: metrics.csv cannot be read ({_words(error)})") from None
         if not metrics:
@@ -100,11 +131,27 @@ class Run:
         return {**metrics, "seconds": seconds(metrics)}
 
     def reached(self, target: float) -> dict[str, float] | None:
-        """Steps, samples and seconds at the first evaluation with this validation accuracy; None if never."""
-        for i, accuracy in enumerate(self.metrics["val_accuracy"]):
-            if accuracy is not None and accuracy >= target:
+        """Steps, samples and seconds at the first evaluation that reaches this objective; None if never."""
+        for i, value in enumerate(self.metrics[self.objective]):
+            if value is not None and (value >= target if self.larger_is_better else value <= target):
                 return {name: self.metrics[name][i] for name in ("step", "samples", "seconds")}
         return None
+
+
+def objective(runs: Sequence[Run]) -> str:
+    """What all of these runs are compared by.
+
+    Raises:
+        UsageError: not all by the same.
+    """
+    found = sorted({run.objective for run in runs})
+    if len(found) != 1:
+        raise UsageError(f"runs are compared by {' and '.join(found)}: choose some by --where, such as dataset=NAME")
+    return found[0]
+
+
+def target_in_words(target: float, column: str) -> str:
+    return f"{100 * target:g} %" if is_share(column) else f"{target:g}"
 
 
 def read_run(folder: Path) -> Run:

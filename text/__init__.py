@@ -1,0 +1,1 @@
+"""Text: token files and how they are written, the standard library's sources as bytes, a small GPT."""
