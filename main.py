@@ -447,6 +447,7 @@ class Trainer:
         return {
             **self.validation.results(),
             **progress.results(),
+            **self.controller.findings(),
             "best_checkpoint": progress.best_step and self.checkpoints.path(progress.best_step).name,
             "world_size": self.fabric.world_size,
             "device": processes.device_name(self.fabric.device),

@@ -63,6 +63,7 @@ def trainer_of(case: Case, test_gradients: str | None, test_type: str, out_dir: 
         dataset=f"benchmarks.cases:{case.dataset}",
         batch_size=case.batch_size,
         max_batch_size=case.batch_size + 1,
+        max_micro_batch_size=case.batch_size,  # both kinds of steps are to be cut alike, whatever is quickest here
         max_samples=10**9,
         test=test_gradients is not None,
         test_gradients=test_gradients or "auto",
@@ -109,7 +110,7 @@ def measure(case: Case, method: str, test_type: str, budget: float) -> dict:
         def step(tested: bool, cut: bool) -> None:
             moments = trainer.train_step(trainer.plan(testing=cut), testing=tested)
             if moments:
-                trainer.test(moments)
+                trainer.controller.test(moments)
 
         steps = {"plain": lambda: step(tested=False, cut=False)}
         if method in OURS:

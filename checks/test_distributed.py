@@ -133,3 +133,45 @@ def test_the_measured_size_leaves_no_trace(tmp_path):
     assert type(yaml.safe_load((auto.folder / "config.yaml").read_text())["max_micro_batch_size"]) is int
     assert column(auto, "batch_size") == column(fixed, "batch_size") and column(fixed, "batch_size")[-1] > 16
     assert column(auto, "train_loss") == pytest.approx(column(fixed, "train_loss"), rel=1e-9)
+
+
+class OtherOnOneRank(torch.nn.Module):
+    """On rank 1 a batch gives each sample what is another one's: there `ghost` is wrong."""
+
+    def __init__(self, rank: int):
+        super().__init__()
+        torch.manual_seed(0)
+        self.rank, self.layer = rank, torch.nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.layer(x)
+        return x.prelu(x.new_ones(3)) if self.rank == 0 or len(x) == 1 else x.flip(0) * 1.5
+
+
+def take_an_estimator(rank: int, world_size: int, port: int, queue) -> None:
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
+    inputs = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)).double()
+    targets = torch.arange(5) % 3
+    model = OtherOnOneRank(rank).double()
+    answers = []
+    for name in ("auto", "ghost"):
+        try:
+            estimator, told = gradients.build(name, model, cross_entropy, True, 5, (inputs, targets))
+            answers.append(f"{type(estimator).__name__}: {told}")
+        except ValueError as error:
+            answers.append(str(error))
+    queue.put((rank, answers))
+    torch.distributed.destroy_process_group()
+
+
+def test_all_ranks_take_the_same_estimator(free_port):
+    """What one rank's check refuses is refused on all, with words there, too."""
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    mp.spawn(take_an_estimator, (2, free_port, queue), nprocs=2)
+    (_, ours), (_, theirs) = sorted(queue.get(timeout=60) for _ in range(2))
+    assert ours[0].startswith("PerSampleGradients") and "it fails on another process" in ours[0]
+    assert theirs[0].startswith("PerSampleGradients") and "off those of single samples" in theirs[0]
+    assert all("choose test_gradients=auto or loop" in answers[1] for answers in (ours, theirs))

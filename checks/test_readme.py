@@ -46,8 +46,6 @@ COMMANDS = {
     "python -m benchmarks.speed --budget=10": MEASURES,
     "python -m benchmarks.calibration --dataset=benchmarks.cases:cifar10_npz": MEASURES,
     "python -m benchmarks.stream": MEASURES,
-    "python -m benchmarks.ratios --repeats=2000 --half_life=5000": MEASURES,
-    "python -m benchmarks.startup": MEASURES,
     "python -m benchmarks.comparison mnist_logistic --data_dir=data": MEASURES,
     "python -m benchmarks.comparison mnist_cnn --data_dir=data": MEASURES,
     "python -m benchmarks.comparison cifar10_cnn --data_dir=data": MEASURES,

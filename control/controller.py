@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from control.coupling import LearningRateScaling
-from control.sizes import Adaptive, Constant, Found, Goodput, Growth, Linear, Seesaw, Stagewise
+from control.sizes import Adaptive, Constant, Found, Goodput, Growth, Linear, Seesaw, Stagewise, quickest_batch
 from control.smoothing import Smoothing
 from control.timing import StepTime
 from tests import Decision, Moments, Statistics, Test
@@ -77,9 +77,13 @@ class Controller:
         self.decision = self.test(decided_by) if self.test else None
         return self.decision
 
-    def step(self) -> Next:
-        """The present batch has been used; what comes next."""
-        self.samples, self.steps = self.samples + self.batch_size, self.steps + 1
+    def step(self, taken: int | None = None) -> Next:
+        """The present batch has been used; what comes next.
+
+        Args:
+            taken: samples that were really used, where a loop ends a batch early.
+        """
+        self.samples, self.steps = self.samples + (taken or self.batch_size), self.steps + 1
         measured = self.samples_measured == self.samples
         decision, self.decision = self.decision, None
         step_time = self.step_time.fit() if measured and self.rule.timed else None
@@ -103,6 +107,15 @@ class Controller:
         """P = α/β [samples]: the batch whose samples take as long as the fixed part of a step; None where not known."""
         fit = self.step_time.fit()
         return fit[0] / fit[1] if fit else None
+
+    def findings(self) -> dict[str, float | None]:
+        """What the run has found out of its gradients and its hardware [samples each]; None where it is not known."""
+        known = self.noise_scale is not None and self.knee is not None
+        return {
+            "noise_scale": self.noise_scale,
+            "knee": self.knee,
+            "quickest_batch_size": quickest_batch(self.noise_scale, self.step_time.fit()) if known else None,
+        }
 
     def state_dict(self) -> dict:
         """Plain numbers, lists and dicts, for a checkpoint."""

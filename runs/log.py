@@ -414,7 +414,17 @@ def summary_text(summary: dict[str, Any], folder: Path) -> str:
         "steps": f"{summary['steps']:,}",
         "samples": f"{summary['samples']:,}",
         "batch size": f"mean {summary['mean_batch_size']:,.1f}, final {summary['final_batch_size']:,}",
+        "quickest batch": quickest_text(summary),
         "wall time": f"{summary['wall_time']:.1f} s on {summary['world_size']} × {summary['device']}",
         "run folder": str(folder),
     }
+    rows = {name: value for name, value in rows.items() if value}
     return "\n".join([f"\n{summary['status']}", *(f"  {name:<20} {value}" for name, value in rows.items())])
+
+
+def quickest_text(summary: dict[str, Any]) -> str:
+    """Whether larger batches save time on this hardware; "" where it is not known."""
+    noise_scale, knee, best = (summary[name] for name in ("noise_scale", "knee", "quickest_batch_size"))
+    if best is None:
+        return ""
+    return f"about {best:,}: noise scale {noise_scale:,.0f}, knee {knee:,.0f}; above that batches do not save time here"
