@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import lru_cache
@@ -56,8 +56,6 @@ def start_fabric(config: Config) -> Fabric:
                 f"--num_nodes={config.num_nodes}: start one `fabric run` or torchrun on every node, or use srun "
                 "(docs/running.md, Launching)"
             )
-        if not started_by_the_first_process():
-            os.environ[FIRST_PROCESS] = str(os.getpid())
     environments = {"torchrun": TorchElasticEnvironment, "srun": SLURMEnvironment, None: LightningEnvironment}
     try:
         if by_fabric_run:
@@ -75,7 +73,7 @@ def start_fabric(config: Config) -> Fabric:
             )
         _watch(fabric)
         if not by_fabric_run:
-            with after(PATIENCE, _say_for_whom_it_waits):
+            with after(PATIENCE, _say_for_whom_it_waits), _naming_the_first_process():
                 fabric.launch()
         if fabric.world_size > 1:
             _host_group()
@@ -120,6 +118,19 @@ def naming_long_work(fabric: Fabric, what: str) -> contextlib.AbstractContextMan
     """Where what is inside takes long, the first rank says what it is."""
     first = fabric.is_global_zero
     return after(LONG, lambda: say(f"{what} …")) if first else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _naming_the_first_process() -> Iterator[None]:
+    """To the processes that are started inside; others that this one starts later are none of them."""
+    if started_by_the_first_process():
+        yield
+        return
+    os.environ[FIRST_PROCESS] = str(os.getpid())
+    try:
+        yield
+    finally:
+        del os.environ[FIRST_PROCESS]
 
 
 def _say_for_whom_it_waits() -> None:
