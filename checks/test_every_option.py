@@ -69,6 +69,8 @@ NUMBERS = {
 OWN = {  # what a type does not tell
     "dataset": [f"{HERE}:tiny", f"{HERE}:streamed", "digits", "mnst", f"{HERE}:none", "no.such:thing", ":", ""],
     "model": ["logistic", f"{HERE}:with_batch_norm", "resnt18", f"{HERE}:tiny", "no.such:thing", ""],
+    "model_args": ["{}", "{nonsense: 1}", "3"],
+    "loss": ["torch.nn.functional:cross_entropy", f"{HERE}:tiny", "no.such:thing", ""],
     "optimizer": ["sgd", "sgdm", "adam", "adagrad", "adagradnorm", "RMSprop", "LBFGS", "Rprop", "torch.optim:SGD", ""],
     "optimizer_args": ["{}", "{eps: 1.0e-3}", "{nonsense: 1}", "{eps: many}", "3", "{lr: -1}"],
     "data_dir": ["data", "/dev/null/x", "$NOWHERE_AT_ALL/x", "~nobody_at_all/x", ""],

@@ -8,6 +8,7 @@ import pytest
 from checks.conftest import ROOT, launch
 
 OWN = """
+import os
 import time
 import torch
 import data
@@ -15,11 +16,10 @@ import data
 class Net(torch.nn.Module):
     def __init__(self, image_shape, num_classes):
         super().__init__()
-        self.layer, self.calls = torch.nn.Linear(64, num_classes), 0
+        self.layer = torch.nn.Linear(64, num_classes)
 
     def forward(self, x):
-        self.calls += 1
-        if self.training and len(x) == 32 and self.calls > 3:
+        if os.path.exists("out/run/metrics.csv"):  # training has begun
             raise ZeroDivisionError("of my own: ηθν")
         return self.layer(x.flatten(1))
 

@@ -240,7 +240,8 @@ def load(data_dir):
 
 
 @pytest.mark.parametrize(
-    "rank, said", [(0, "sample 100 of the training set cannot be read"), (1, "--num_workers: DataLoader worker")]
+    "rank, said",
+    [(0, "sample 100 of the training set cannot be read"), (1, "--num_workers: where memory or shared memory")],
 )
 def test_a_rank_that_cannot_read_ends_the_run(tmp_path, rank, said):
     """An error of the data set on rank 0, a killed worker process of rank 1: one clear line, on any rank, no hang."""

@@ -285,11 +285,11 @@ class Net(torch.nn.Module):
 @pytest.mark.parametrize("where", ["test", "training"])
 def test_out_of_memory(tmp_path, where):
     """Real limits. A sample's gradients are 3 MB; activations of a training batch of 1,400 are 100 MB a tensor."""
-    middle, megabytes, batch = (10_000, 200, 256) if where == "test" else (20_000, 150, 1400)
+    middle, megabytes, batch = (10_000, 350, 256) if where == "test" else (20_000, 150, 1400)
     (tmp_path / "hungry.py").write_text(HUNGRY.replace("MIDDLE", str(middle)).replace("MEGABYTES", str(megabytes)))
     options = ["--model=hungry:Net", f"--out_dir={tmp_path}", "--run_name=run", "--accelerator=cpu", "--devices=1"]
     options += [f"--batch_size={batch}", f"--max_samples={3 * batch}", FIXED_CUT]
-    options += ["--test_gradients=vmap"] if where == "test" else ["--test=False"]
+    options += ["--test_gradients=vmap", "--test_type=norm"] if where == "test" else ["--test=False"]
     done = launch(sys.executable, str(ROOT / "main.py"), *options, cwd=tmp_path)
     if where == "test":
         assert done.returncode == 0, done.stdout + done.stderr

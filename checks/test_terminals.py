@@ -51,7 +51,14 @@ def test_help_and_experiments(tmp_path, encoding):
 def test_a_run_and_its_report(tmp_path, encoding):
     """In a folder with a name of its own, too."""
     (folder := tmp_path / "Maße").mkdir()
-    options = ["--accelerator=cpu", "--batch_size=16", "--max_samples=60", "--run_name=a", "--model=logistic"]
+    options = [
+        "--accelerator=cpu",
+        "--batch_size=16",
+        "--max_samples=60",
+        "--run_name=a",
+        "--model=logistic",
+        "--eta=1",
+    ]
     status, text = run([sys.executable, str(ROOT / "main.py"), *options], folder, encoding)
     assert status == 0 and "(norm test, eta = 1), adam, 1 x cpu" in text
     options = ["out", "--format=latex"]

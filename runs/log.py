@@ -427,4 +427,6 @@ def quickest_text(summary: dict[str, Any]) -> str:
     noise_scale, knee, best = (summary[name] for name in ("noise_scale", "knee", "quickest_batch_size"))
     if best is None:
         return ""
+    if knee > 100 * noise_scale:
+        return f"{10 * noise_scale:,.0f} or more: noise scale {noise_scale:,.0f}, samples cost next to nothing"
     return f"about {best:,}: noise scale {noise_scale:,.0f}, knee {knee:,.0f}; above that batches do not save time here"
