@@ -171,3 +171,28 @@ def test_overflow_under_a_scaler_decides_nothing():
 def test_out_of_memory_in_all_its_words(error):
     assert gradients.is_out_of_memory(error)
     assert not gradients.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+@pytest.mark.parametrize("pieces", [(11,), (4, 5, 2)])
+@pytest.mark.parametrize("test_gradients", ["ghost", "vmap", "loop", "micro_batch"])
+def test_products_with_all_other_samples(test_gradients, pieces):
+    """Σ m_k q_k² by the definition, q_k = ⟨ḡ_k, the mean of all samples outside group k⟩; a scaled loss."""
+    model, (inputs, targets) = small_net(), batch(11)
+    vectors = oracle.gradient_vectors(model, cross_entropy, inputs, targets)
+    probe = (inputs[: gradients.PROBE], targets[: gradients.PROBE])
+    estimator, _ = gradients.build(test_gradients, model, cross_entropy, True, 3, probe, in_training_pass=True)
+    model.zero_grad()
+    for piece in torch.arange(11).split(list(pieces)):
+        with estimator.observe(inputs[piece], targets[piece], 1 / 11, whole=len(pieces) == 1):
+            (cross_entropy(model(inputs[piece]), targets[piece], reduction="sum") / 11 * 4).backward()
+    moments = estimator.moments(grad_scale=4.0)
+    groups = torch.arange(11).split(list(pieces) if test_gradients == "micro_batch" else 1)
+    expected = 0.0
+    for group in groups:
+        others = torch.tensor([i for i in range(11) if i not in group.tolist()], dtype=torch.int64)
+        if len(others):
+            expected += len(group) * float(vectors[group].mean(0) @ vectors[others].mean(0)) ** 2
+    if len(groups) > 1:
+        assert moments.sum_leave_one_out_sq == pytest.approx(expected, rel=1e-9)
+        of_products = moments.statistics(unbiased=True).variance_inner_product
+        assert of_products is not None and of_products >= 0

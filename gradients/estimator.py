@@ -51,6 +51,7 @@ class Estimator:
         # [samples, groups, Σ m_k‖ḡ_k‖²]
         self.sums = torch.zeros(3, dtype=torch.float64, device=next(self.model.parameters()).device)
         self.gradient_sum: dict[str, Tensor] = {}
+        self.norms_sq: list[Tensor] = []  # ‖g_i‖² of the samples in order, where inner products are measured
 
     def forget(self) -> None:
         """Drop what was observed since the last call of `moments`."""
@@ -77,19 +78,25 @@ class Estimator:
         mean = self.mean_gradient(total[0], grad_scale)
         numbers = [total, norm_sq(mean.values())[None]]
         if self.inner_products:
-            numbers.append(sum_over_ranks(self.inner_product_sums(mean, grad_scale)))
+            products, norms_sq, sizes = self.products(mean, grad_scale)
+            apart = (total[0] * products - sizes * norms_sq) / (total[0] - sizes)
+            weighted = (products, products.square(), apart.square())
+            numbers.append(sum_over_ranks(torch.stack([(sizes * values).sum() for values in weighted])))
         self._start()
         samples, groups, sum_norm_sq, grad_norm_sq, *inner = torch.cat(numbers).tolist()  # the only wait
-        sum_inner, sum_inner_sq = inner or (None, None)
-        return Moments(round(samples), round(groups), grad_norm_sq, sum_norm_sq, sum_inner_sq, sum_inner)
+        sum_inner, sum_inner_sq, sum_apart_sq = inner or (None, None, None)
+        return Moments(round(samples), round(groups), grad_norm_sq, sum_norm_sq, sum_inner_sq, sum_inner, sum_apart_sq)
 
     def _total(self, grad_scale: float | Tensor) -> Tensor:
         """[samples, groups, Σ m_k‖ḡ_k‖²] of this rank."""
         return self.sums
 
-    def _add(self, samples: int, norms_sq: Tensor) -> None:
-        self.sums[:2] += samples
-        self.sums[2] += norms_sq
+    def _add(self, norms_sq: Tensor) -> None:
+        """The ‖g_i‖² of a micro-batch's samples, float64 (n,)."""
+        self.sums[:2] += len(norms_sq)
+        self.sums[2] += norms_sq.sum()
+        if self.inner_products:
+            self.norms_sq.append(norms_sq)
 
     def mean_gradient(self, samples: Tensor, grad_scale: float | Tensor) -> dict[str, Tensor]:
         """ḡ by parameter: here from the sums of an own pass, averaged over the ranks in one exchange."""
@@ -97,8 +104,13 @@ class Estimator:
         pieces = flat.split([gradient.numel() for gradient in self.gradient_sum.values()])
         return {name: piece.view_as(self.gradient_sum[name]) for name, piece in zip(self.gradient_sum, pieces)}
 
-    def inner_product_sums(self, mean: dict[str, Tensor], grad_scale: float | Tensor) -> Tensor:
-        """[Σ m_k p_k, Σ m_k p_k²] over this rank's groups, float64."""
+    def products(self, mean: dict[str, Tensor], grad_scale: float | Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
+        """p_k, ‖ḡ_k‖² and m_k of this rank's groups in order, float64 (K,); here single samples."""
+        nothing = [self.sums.new_zeros(0)]  # a rank may have none
+        return self.inner_products_with(mean, grad_scale), torch.cat(self.norms_sq or nothing), 1.0
+
+    def inner_products_with(self, mean: dict[str, Tensor], grad_scale: float | Tensor) -> Tensor:
+        """p_i of this rank's samples in order, float64 (n,)."""
         raise NotImplementedError
 
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -62,7 +62,7 @@ class GhostNorms(OwnPass):
             with GhostMode(self.parameters(), inputs, self.expansions, keep) as mode:
                 yield
             mode.uncovered |= {name for name in mode.unseen() if _mark(self.parameters()[name].grad) != marks[name]}
-            self._add(count(inputs), mode.norms_sq().sum() / loss_scale**2)
+            self._add(mode.norms_sq() / loss_scale**2)
             uncovered = self.uncovered | mode.uncovered
             if mode.is_complete and not uncovered:
                 self.whole = mode, loss_scale
@@ -74,21 +74,21 @@ class GhostNorms(OwnPass):
                 mode, gradient = self.backward(*chunk, before[1], is_whole)
                 self.whole = (mode, 1.0) if mode.is_complete and not uncovered else None
                 uncovered.update(mode.uncovered)
-                return mode.norms_sq().sum(), gradient
+                return mode.norms_sq(), gradient
 
             self._observe_in_chunks(norms_and_gradient, inputs, targets, before)
             yield
         if uncovered:
             self.whole = None
-            self.own_norms_sq += self._norms_sq_of(uncovered, inputs, targets, before[1])
+            self.own_norms_sq.append((len(self.norms_sq) - 1, self._norms_sq_of(uncovered, inputs, targets, before[1])))
 
     def _norms_sq_of(self, names: set[str], inputs: Batch, targets: Batch, buffers: dict[str, Tensor]) -> Tensor:
-        """Σ‖g_i‖² over these parameters, by the first reference that can; NaN, with a line, where none can."""
+        """‖g_i‖² over these parameters (n,), by the first reference that can; NaN, with a line, where none can."""
 
         def by(reference: BySample) -> Tensor:
             chunks = reference._chunks(inputs, targets)
             own = (reference.per_sample_gradients(*chunk, buffers, only=names) for chunk in chunks)
-            return sum(norms_sq(gradients).sum() for gradients in own)
+            return torch.cat([norms_sq(gradients) for gradients in own])
 
         while self.references:
             reference = self.references[0]
@@ -103,11 +103,11 @@ class GhostNorms(OwnPass):
             f"the test decides nothing where {listed(sorted(names))} take part: no per-sample gradients of them "
             f"({first_line(failure[1])})"
         )
-        return self.sums.new_tensor(math.nan)
+        return self.sums.new_full((count(inputs),), math.nan)
 
     def _start(self) -> None:
         super()._start()
-        self.own_norms_sq = self.sums.new_zeros(())
+        self.own_norms_sq: list[tuple[int, Tensor]] = []  # of uncovered parameters: number of the micro-batch, (n,)
         self.whole: tuple[GhostMode, float] | None = None  # the only pass of the step, and its loss_scale
 
     def backward(
@@ -131,7 +131,11 @@ class GhostNorms(OwnPass):
     def _total(self, grad_scale: float | Tensor) -> Tensor:
         if self.in_training_pass:
             self.sums[2] /= grad_scale**2
-        self.sums[2] += self.own_norms_sq
+            self.norms_sq = [norms_sq / grad_scale**2 for norms_sq in self.norms_sq]
+        for number, own in self.own_norms_sq:
+            self.sums[2] += own.sum()
+            if self.inner_products:
+                self.norms_sq[number] = self.norms_sq[number] + own
         return self.sums
 
     def mean_gradient(self, samples: Tensor, grad_scale: float | Tensor) -> dict[str, Tensor]:
@@ -139,16 +143,15 @@ class GhostNorms(OwnPass):
             return super().mean_gradient(samples, grad_scale)
         return training_gradient(self.parameters(), grad_scale)
 
-    def inner_product_sums(self, mean: dict[str, Tensor], grad_scale: float | Tensor) -> Tensor:
+    def inner_products_with(self, mean: dict[str, Tensor], grad_scale: float | Tensor) -> Tensor:
         """By what the only pass has kept; else p_i = ⟨∇ℓ_i, ḡ⟩ is the derivative of ℓ_i along ḡ, by forward mode."""
         if self.whole:
             mode, loss_scale = self.whole
             scale = loss_scale * grad_scale if self.in_training_pass else 1.0
-            inner = mode.inner_products(mean) / scale
-            return torch.stack([inner.sum(), inner.square().sum()])
+            return mode.inner_products(mean) / scale
         if self.forward_mode:
             try:
-                return self._in_memory(lambda: self._forward_mode_sums(mean))
+                return self._in_memory(lambda: self._by_forward_mode(mean))
             except (NotImplementedError, RuntimeError) as error:
                 if is_out_of_memory(error):
                     raise
@@ -161,23 +164,20 @@ class GhostNorms(OwnPass):
             reference = self.references[0]
             reference.max_micro_batch_size = self.max_micro_batch_size
             try:
-                return self._in_memory(lambda: reference.inner_products_with(mean, self._again()))  # noqa: B023
+                return self._in_memory(lambda: reference.inner_products_of(mean, self._again()))  # noqa: B023
             except Exception as error:  # a model raises what it likes
                 if is_out_of_memory(error):
                     raise
                 failure = self.references.pop(0), error
         self.notify(f"the test decides nothing: no inner products ({first_line(failure[1])})")
-        return self.sums.new_full((2,), math.nan)
+        return torch.cat(self.norms_sq) * math.nan
 
     def _can_halve(self) -> bool:
         return super()._can_halve() and not self.in_training_pass
 
-    def _forward_mode_sums(self, mean: dict[str, Tensor]) -> Tensor:
-        sums = self.sums.new_zeros(2)
-        for inputs, targets, buffers in self._again():
-            inner = self.along(mean, inputs, targets, buffers)
-            sums += torch.stack([inner.sum(), inner.square().sum()])
-        return sums
+    def _by_forward_mode(self, mean: dict[str, Tensor]) -> Tensor:
+        products = [self.along(mean, *chunk) for chunk in self._again()]
+        return torch.cat(products or [self.sums.new_zeros(0)])
 
     def along(self, direction: dict[str, Tensor], inputs: Batch, targets: Batch, buffers: dict[str, Tensor]) -> Tensor:
         """The derivative of every sample's loss along a direction (by parameter), by forward mode: float64 (n,)."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gradients.contributions import at_least_single
-from gradients.estimator import BLOCK, Estimator, dense, row_norms, training_gradient
+from gradients.estimator import BLOCK, Estimator, dense, norm_sq, row_norms, training_gradient
 from gradients.samples import Batch, count
 
 
@@ -82,10 +82,17 @@ class MicroBatchGradients(Estimator):
     def mean_gradient(self, samples: Tensor, grad_scale: float | Tensor) -> dict[str, Tensor]:
         return training_gradient(self.parameters(), grad_scale)
 
-    def inner_product_sums(self, mean: dict[str, Tensor], grad_scale: float | Tensor) -> Tensor:
+    def products(self, mean: dict[str, Tensor], grad_scale: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         sizes = self._on_device([m for m, _ in self.groups], self.sums.dtype)
-        inner = _inner([group for _, group in self.groups], mean) / (grad_scale * self.loss_scale)  # m_k p_k
-        return torch.stack([inner.sum(), (inner.square() / sizes).sum()])
+        scaled = sizes * grad_scale * self.loss_scale  # of what is kept over ḡ_k
+        groups = [group for _, group in self.groups]
+        if not groups:
+            return sizes, sizes, sizes
+        return (
+            _inner(groups, mean) / scaled,
+            torch.stack([norm_sq(group.values()) for group in groups]) / scaled**2,
+            sizes,
+        )
 
 
 def _merged(groups: list[tuple[int, dict[str, Tensor]]]) -> tuple[int, dict[str, Tensor]]:

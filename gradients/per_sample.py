@@ -56,19 +56,19 @@ class OwnPass(Estimator):
         return chunks(self.max_micro_batch_size, inputs, targets)
 
     def _observe_in_chunks(self, measure: Callable, inputs: Batch, targets: Batch, before: tuple) -> None:
-        """Add a micro-batch by `measure`: a chunk → Σ‖g_i‖², Σ g_i by parameter."""
+        """Add a micro-batch by `measure`: a chunk → ‖g_i‖² (n,), Σ g_i by parameter."""
 
         def measure_all() -> tuple[Tensor, dict[str, Tensor]]:
-            norms_sq, total = self.sums.new_zeros(()), {}
+            norms_sq, total = [], {}
             with drawing_from(before[0], self.device):
                 for chunk in self._chunks(inputs, targets):
                     of_chunk, gradients = measure(chunk)
-                    norms_sq += of_chunk
+                    norms_sq.append(of_chunk)
                     total = added(total, gradients)
-            return norms_sq, total
+            return torch.cat(norms_sq), total
 
         norms_sq, gradients = self._in_memory(measure_all)
-        self._add(count(inputs), norms_sq)
+        self._add(norms_sq)
         self.gradient_sum = added(self.gradient_sum, gradients)
 
     def _in_memory(self, work: Callable[[], Result]) -> Result:
@@ -117,24 +117,23 @@ class BySample(OwnPass):
 
         def norms_and_gradient(chunk: tuple[Batch, Batch]) -> tuple[Tensor, dict[str, Tensor]]:
             gradients = self.per_sample_gradients(*chunk, before[1])
-            return norms_sq(gradients).sum(), {name: gradient.sum(0) for name, gradient in gradients.items()}
+            return norms_sq(gradients), {name: gradient.sum(0) for name, gradient in gradients.items()}
 
         self._observe_in_chunks(norms_and_gradient, inputs, targets, before)
         if self.inner_products:
             self.observed.append((inputs, targets, *before))
         yield
 
-    def inner_product_sums(self, mean: dict[str, Tensor], grad_scale: float | Tensor) -> Tensor:
-        return self._in_memory(lambda: self.inner_products_with(mean, self._again()))
+    def inner_products_with(self, mean: dict[str, Tensor], grad_scale: float | Tensor) -> Tensor:
+        return self._in_memory(lambda: self.inner_products_of(mean, self._again()))
 
-    def inner_products_with(self, mean: dict[str, Tensor], again: Iterable) -> Tensor:
-        """[Σ p_i, Σ p_i²] by the per-sample gradients themselves."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self.sums.device)
+    def inner_products_of(self, mean: dict[str, Tensor], again: Iterable) -> Tensor:
+        """p_i by the per-sample gradients themselves, float64 (n,)."""
+        products = [self.sums.new_zeros(0)]
         for inputs, targets, buffers in again:
             gradients = self.per_sample_gradients(inputs, targets, buffers)
-            inner = sum(rowwise(g) @ real(mean[name]).flatten().double() for name, g in gradients.items())
-            sums += torch.stack([inner.sum(), inner.square().sum()])
-        return sums
+            products.append(sum(rowwise(g) @ real(mean[name]).flatten().double() for name, g in gradients.items()))
+        return torch.cat(products)
 
 
 class PerSampleGradients(BySample):
