@@ -3,7 +3,8 @@
 python report.py out/                                            the table
 python report.py out/ --where model=cnn --where eta=0.1          of some runs
 python report.py out/ --format=latex > table.tex                 or markdown, csv
-python report.py out/ --target=0.98 --figures=figures/           also steps and seconds to 98 %; and the figures
+python report.py out/ --target=0.98 --figures=figures/           also samples, steps, seconds to 98 %; and the figures
+python report.py out/ --target=0.98 --knee=100,3000              also the modelled time on hardware with these knees
 """
 
 import argparse
@@ -42,6 +43,21 @@ def of_target(target: float, name: str) -> Callable[[Run], float | None]:
     return lambda run: (run.reached(target) or {}).get(name)
 
 
+def modelled(knee: float, target: float | None) -> Callable[[Run], float | None]:
+    """samples + knee · steps, to the target or to the end: the time on hardware with that knee, in samples of a device
+    that is busy throughout (a step of b samples takes as long as knee + b of them)."""
+
+    def value(run: Run) -> float | None:
+        if target is not None:
+            end = run.reached(target) or {}
+            steps, samples = end.get("step"), end.get("samples")
+        else:
+            steps, samples = run.summary.get("steps"), run.summary.get("samples")
+        return None if steps is None or samples is None else samples + knee * steps
+
+    return value
+
+
 COLUMNS = (
     Column("steps", ",.0f", of_summary("steps")),
     Column("mean batch", ",.0f", of_summary("mean_batch_size")),
@@ -61,16 +77,18 @@ def of_objective(name: str) -> Column:
     return Column(words, ".2f" if percent else ".4f", of_summary(name), percent)
 
 
-def columns(groups: Sequence[Group], target: float | None) -> tuple[Column, ...]:
+def columns(groups: Sequence[Group], target: float | None, knees: Sequence[float] = ()) -> tuple[Column, ...]:
     objectives = dict.fromkeys(run.objective for entry in groups for run in (*entry.finished, *entry.others))
     shown = (*COLUMNS, *(of_objective(name) for name in objectives if name != "val_loss"), *SPEED)
     if target is None:
-        return shown
+        return (*shown, *(Column(f"samples + {knee:g}·steps", ",.0f", modelled(knee, None)) for knee in knees))
     to = f"to {reading.target_in_words(target, next(iter(objectives)))}"
     return (
         *shown,
+        Column(f"samples {to}", ",.0f", of_target(target, "samples")),
         Column(f"steps {to}", ",.0f", of_target(target, "step")),
         Column(f"seconds {to}", ",.1f", of_target(target, "seconds")),
+        *(Column(f"samples + {knee:g}·steps {to}", ",.0f", modelled(knee, target)) for knee in knees),
     )
 
 
@@ -111,8 +129,8 @@ def cell(row: Row, column: Column) -> str:
     return text if len(values) == len(row.members) else f"{text} ({len(values)} of {len(row.members)})"
 
 
-def table(groups: Sequence[Group], style: str, target: float | None) -> str:
-    shown = columns(groups, target)
+def table(groups: Sequence[Group], style: str, target: float | None, knees: Sequence[float] = ()) -> str:
+    shown = columns(groups, target, knees)
     if style == "csv":
         return csv_table(rows(groups), shown)
     header = ["configuration", "n", *(column.name for column in shown)]
@@ -170,6 +188,14 @@ def readable(chosen: Sequence[Run]) -> tuple[list[Run], list[str]]:
     return good, damaged
 
 
+def knees(text: str) -> tuple[float, ...]:
+    """P,P,…, each positive."""
+    values = tuple(float(part) for part in text.split(","))
+    if not all(0 < value < float("inf") for value in values):
+        raise argparse.ArgumentTypeError(f"'{text}' needs positive numbers of samples, such as 30,300")
+    return values
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -180,8 +206,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--format", choices=("table", "markdown", "csv", "latex"), default="table",
                         help="how the table is written (default: %(default)s)")  # fmt: skip
     parser.add_argument("--target", type=float, metavar="VALUE",
-                        help="also steps and seconds to this validation accuracy, between 0 and 1, or to what else "
-                             "the runs are compared by, such as val_loss")  # fmt: skip
+                        help="also samples, steps and seconds to this validation accuracy, between 0 and 1, or to what "
+                             "else the runs are compared by, such as val_loss")  # fmt: skip
+    parser.add_argument("--knee", type=knees, default=(), metavar="P[,P…]",
+                        help="also the modelled time samples + P · steps, to the target if there is one, else to the "
+                             "end, on hardware where a step costs as much as P samples beside its own")  # fmt: skip
     parser.add_argument("--figures", type=Path, metavar="FOLDER",
                         help="write the figures as PNG and PDF into this folder")  # fmt: skip
     return parser.parse_args(arguments)
@@ -210,7 +239,7 @@ def report(options: argparse.Namespace) -> None:
         raise UsageError("none of the runs can be read: see the lines above")
     if options.format in ("table", "markdown"):
         print(caption(chosen, groups), end="\n\n")
-    print(table(groups, options.format, options.target))
+    print(table(groups, options.format, options.target, options.knee))
     if options.figures:
         if len(groups) > figures.MOST_CONFIGURATIONS:
             raise UsageError(

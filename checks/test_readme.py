@@ -88,6 +88,7 @@ COMMANDS = {
     "python report.py out/ --where model=cnn --where eta=0.1": RUN,
     "python report.py out/ --format=latex > table.tex": RUN,
     "python report.py out/ --target=0.98 --figures=figures/": RUN,
+    "python report.py out/ --target=0.98 --knee=100,3000": RUN,
     "python report.py out/comparison/mnist_logistic/final": RUN,
 }
 """Every command of the pages: how it is run here, or why not."""

@@ -34,7 +34,14 @@ def write_run(folder, status="finished", steps=20, accuracy=0.9, **options):
             validation = (0.1, accuracy * step / steps) if step % 5 == 0 else ("", "")
             writer.writerow([step, step * 10, step / 10, 1 / step, *validation, 10, 0.5])
     if status != "unfinished":
-        summary = {"status": status, "steps": steps, "mean_batch_size": 10.0, "final_batch_size": 10, "wall_time": 1.0}
+        summary = {
+            "status": status,
+            "steps": steps,
+            "samples": 10 * steps,
+            "mean_batch_size": 10.0,
+            "final_batch_size": 10,
+            "wall_time": 1.0,
+        }
         summary |= {"val_accuracy": accuracy, "val_loss": 0.1, "train_loss": 0.2, "samples_per_second": 20.0}
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder
@@ -92,7 +99,21 @@ def test_steps_and_seconds_to_a_target(mixed, capsys):
     norm = next(row for row in rows if row["status"] == "finished" and "norm" in row["configuration"])
     assert norm["steps to 97 % n"] == "2"  # seed 1 comes to 0.96
     assert float(norm["steps to 97 %"]) == 50 and float(norm["seconds to 97 %"]) == 25  # at steps 40 and 60
+    assert float(norm["samples to 97 %"]) == 500  # of 10 a step
     assert "50 ± 14 (2 of 3)" in report_on(capsys, mixed, "--target=0.97").out
+
+
+def test_modelled_time_for_a_knee(mixed, capsys):
+    """samples + P · steps, to the target where there is one, else to the end: by hand from 10 samples a step."""
+    rows = list(csv.DictReader(io.StringIO(report_on(capsys, mixed, "--format=csv", "--knee=30,100").out)))
+    norm = next(row for row in rows if row["status"] == "finished" and "norm" in row["configuration"])
+    assert float(norm["samples + 30·steps"]) == 40 * (10 + 30) and float(norm["samples + 100·steps"]) == 40 * 110
+    rows = list(csv.DictReader(io.StringIO(report_on(capsys, mixed, "--format=csv", "--knee=30", "--target=0.97").out)))
+    norm = next(row for row in rows if row["status"] == "finished" and "norm" in row["configuration"])
+    assert float(norm["samples + 30·steps to 97 %"]) == 50 * (10 + 30)
+    with pytest.raises(SystemExit):
+        report.main([str(mixed), "--knee=0"])
+    assert "positive numbers of samples" in capsys.readouterr().err
 
 
 def test_choosing_by_option(mixed, capsys):
@@ -226,6 +247,24 @@ def test_figures_show_every_configuration(mixed):
     assert len(set(styles)) == len(styles)
 
 
+def test_trade_off_joins_the_constants(tmp_path):
+    """Steps against samples to the target, a point a configuration; constant batches in the order of their steps."""
+    for i, (batch_size, steps) in enumerate(((64, 40), (16, 60), (256, 20))):
+        write_run(tmp_path / str(i), seed=1, test=False, batch_size=batch_size, steps=steps, accuracy=0.9)
+    write_run(tmp_path / "norm", seed=1, eta=0.1, steps=30, accuracy=0.9)
+    groups, _ = reading.group(reading.find([tmp_path])[0])
+    (axes,) = figures.trade_off(groups, 0.9, "val_accuracy").axes
+    (line,) = [line for line in axes.lines if len(line.get_xdata()) == 3]
+    assert list(line.get_xdata()) == [20, 40, 60] and list(line.get_ydata()) == [200, 400, 600]
+    assert axes.get_xlabel().startswith("steps to 90 %") and axes.get_ylabel() == "samples to 90 %"
+
+
+def test_noise_scale_of_earlier_runs_is_not_drawn(mixed):
+    """Their column of that name had V/‖ḡ‖² of one batch."""
+    (run, *_), _ = reading.find([mixed / "norm1"])
+    assert set(run.metrics["noise_scale"]) == {None}
+
+
 def test_pareto_picture(mixed):
     groups, _ = reading.group(reading.find([mixed])[0])
     figure = figures.pareto(groups, 0.96, "val_accuracy")
@@ -242,7 +281,11 @@ def test_figures_of_real_runs(tmp_path, capsys):
         assert main.main([*TINY, *options, f"--out_dir={tmp_path / 'out'}", f"--run_name={name}"]) == 0
     capsys.readouterr()
     told = report_on(capsys, tmp_path / "out", f"--figures={tmp_path / 'figures'}", "--target=0.3")
-    expected = {f"{name}.{suffix}" for name in (*figures.FILES.values(), "pareto") for suffix in ("png", "pdf")}
+    expected = {
+        f"{name}.{suffix}"
+        for name in (*figures.FILES.values(), "pareto", "trade_off", "noise_scale")
+        for suffix in ("png", "pdf")
+    }
     files = {file.name: file for file in (tmp_path / "figures").iterdir()}
     assert set(files) == expected and len(told.err.splitlines()) == len(expected)
     assert all(file.stat().st_size > 5_000 for file in files.values())

@@ -106,15 +106,19 @@ def style(index: int) -> dict:
 
 
 def draw(groups: Sequence[Group], folder: Path, target: float | None, objective: str) -> list[Path]:
-    """Write `FILES` and, with a target, `pareto` as PNG and PDF; gives the files' paths."""
+    """Write `FILES`, `noise_scale` where it was measured and, with a target, `pareto` and `trade_off`, as PNG and PDF;
+    gives the files' paths."""
     from matplotlib import rc_context
 
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     with rc_context(PRINT):
         figures = {name: compare(groups, axis, objective) for axis, name in FILES.items()}
+        if measured := [entry for entry in groups if any(any(run.metrics["noise_scale"]) for run in entry.finished)]:
+            figures["noise_scale"] = noise_scale(measured)
         if target is not None:
             figures["pareto"] = pareto(groups, target, objective)
+            figures["trade_off"] = trade_off(groups, target, objective)
         for name, figure in figures.items():
             for suffix in ("png", "pdf"):
                 files.append(folder / f"{name}.{suffix}")
@@ -226,18 +230,56 @@ def _short(value: float, _) -> str:
     return EngFormatter(sep="")(value) if abs(value) >= 1000 else f"{value:g}"
 
 
-def _legend(figure, groups: Sequence[Group]) -> None:
+def _legend(figure, groups: Sequence[Group], markers: bool = True) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], linewidth=1.2, label=entry.name, **style(i)) for i, entry in enumerate(groups)]
-    if any(entry.others for entry in groups):
+    looks = [style(i) if markers else {"color": style(i)["color"]} for i in range(len(groups))]
+    handles = [Line2D([], [], linewidth=1.2, label=entry.name, **look) for entry, look in zip(groups, looks)]
+    if markers and any(entry.others for entry in groups):
         handles.append(Line2D([], [], color="0.3", linewidth=0.6, marker="x", markersize=6, label="did not finish"))
     columns = 2 if max(len(entry.name) for entry in groups) <= 65 else 1
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, handlelength=3.5)
 
 
 def pareto(groups: Sequence[Group], target: float, objective: str):
-    """Steps and seconds to the target, mean and range over seeds, and the front of the best trade-offs.
+    """Steps and seconds to the target, and the front of the best trade-offs."""
+    figure, axes, places = _to_the_target(groups, target, objective, "seconds", "training time to {} [s]")
+    front = [p for p in sorted(places) if not any(q[0] <= p[0] and q[1] < p[1] for q in places)]
+    if front:
+        axes.plot(*zip(*[p[:2] for p in front]), color="0.6", linewidth=1, zorder=0, drawstyle="steps-post")
+    return figure
+
+
+def trade_off(groups: Sequence[Group], target: float, objective: str):
+    """Steps and samples to the target; the constant batches are joined by a line."""
+    figure, axes, places = _to_the_target(groups, target, objective, "samples", "samples to {}")
+    constants = sorted(place for place in places if place[2].startswith("constant"))
+    if len(constants) > 1:
+        axes.plot(*zip(*[place[:2] for place in constants]), color="0.6", linewidth=1, zorder=0)
+    return figure
+
+
+def noise_scale(groups: Sequence[Group]):
+    """Noise scale (thick) and batch size (thin) of each configuration against samples: its first finished run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.6 + 0.16 * math.ceil(len(groups) / 2)), layout="constrained")
+    axes = figure.subplots()
+    for i, entry in enumerate(groups):
+        run, look = entry.finished[0], {"color": style(i)["color"]}
+        for column, width in (("noise_scale", 1.4), ("batch_size", 0.6)):
+            axes.plot(*points(run, "samples", column), linewidth=width, **look)
+    axes.set(yscale="log", xlabel="samples", ylabel="noise scale (thick) and batch size [samples]")
+    axes.xaxis.set_major_formatter(_short)
+    axes.yaxis.set_major_formatter(_short)
+    axes.grid(alpha=0.25, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    _legend(figure, groups, markers=False)
+    return figure
+
+
+def _to_the_target(groups: Sequence[Group], target: float, objective: str, quantity: str, label: str):
+    """Steps and another quantity to the target, mean and range over seeds: figure, axes, and (x, y, name) of each.
 
     Configurations of which not every finished run gets there are named below the picture.
     """
@@ -247,7 +289,7 @@ def pareto(groups: Sequence[Group], target: float, objective: str):
     axes = figure.subplots()
     goal = target_in_words(target, objective)
     axes.set_xlabel(f"steps to {goal} {in_words(objective)}")
-    axes.set_ylabel(f"training time to {goal} [s]")
+    axes.set_ylabel(label.format(goal))
     places, missing = [], []
     for i, entry in enumerate(groups):
         reached = [run.reached(target) for run in entry.finished]
@@ -255,18 +297,16 @@ def pareto(groups: Sequence[Group], target: float, objective: str):
             missing.append(f"{entry.name} ({len(reached) - reached.count(None)} of {len(reached)})")
         if not reached or None in reached:
             continue
-        (x, x_range), (y, y_range) = (_mean_and_range([r[name] for r in reached]) for name in ("step", "seconds"))
+        (x, x_range), (y, y_range) = (_mean_and_range([r[name] for r in reached]) for name in ("step", quantity))
         axes.errorbar(x, y, y_range, x_range, **style(i) | {"linestyle": "none", "markersize": 6}, elinewidth=0.8)
         places.append((x, y, entry.name))
-    front = [p for p in sorted(places) if not any(q[0] <= p[0] and q[1] < p[1] for q in places)]
-    if front:
-        axes.plot(*zip(*[p[:2] for p in front]), color="0.6", linewidth=1, zorder=0, drawstyle="steps-post")
+    if places:
         _decorate_pareto(axes)
         _name_points(axes, places)
     if missing:
         words = f"Not at {goal} in every run: {'; '.join(missing)}"
         figure.supxlabel(textwrap.fill(words, 130), fontsize=7, x=0.01, ha="left")
-    return figure
+    return figure, axes, places
 
 
 def _mean_and_range(values: Sequence[float]) -> tuple[float, list[list[float]]]:

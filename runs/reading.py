@@ -45,8 +45,11 @@ class DamagedRun(Exception):
     """A run's folder that cannot be read; says what is wrong with it."""
 
 
-def read_metrics(folder: Path, columns: Sequence[str] | None = None) -> dict[str, list[float | None]]:
-    """The columns (default: all) of a run's metrics.csv; empty cells are None.
+def read_metrics(
+    folder: Path, columns: Sequence[str] | None = None, optional: Sequence[str] = ()
+) -> dict[str, list[float | None]]:
+    """The columns (default: all) of a run's metrics.csv; empty cells are None, and so are those of optional columns
+    that are not there.
 
     Raises:
         ValueError, KeyError: a cell is no number; there is no such column.
@@ -56,8 +59,11 @@ def read_metrics(folder: Path, columns: Sequence[str] | None = None) -> dict[str
         rows = csv.reader(file)
         names = next(rows, [])
         table = dict(zip(names, zip(*(row for row in rows if len(row) == len(names)))))
-    wanted = columns or list(table)
-    return {name: [float(cell) if cell else None for cell in table[name]] for name in wanted} if table else {}
+    if not table:
+        return {}
+    wanted = [*(columns or table), *optional]
+    table |= {name: ("",) * len(next(iter(table.values()))) for name in optional if name not in table}
+    return {name: [float(cell) if cell else None for cell in table[name]] for name in wanted}
 
 
 def seconds(metrics: dict[str, list[float | None]]) -> list[float]:
@@ -123,11 +129,13 @@ class Run:
         """
         columns = ("step", "samples", "train_loss", "val_loss", "batch_size", "step_time")
         try:
-            metrics = read_metrics(self.folder, list({*columns, self.objective}))
+            metrics = read_metrics(self.folder, list({*columns, self.objective}), ("noise_scale", "batch_noise_scale"))
         except (OSError, ValueError, KeyError) as error:
             raise DamagedRun(f"{self.folder}: metrics.csv cannot be read ({_words(error)})") from None
         if not metrics:
             raise DamagedRun(f"{self.folder}: metrics.csv has no rows")
+        if not any(metrics.pop("batch_noise_scale")):  # earlier runs meant that one by the name
+            metrics["noise_scale"] = [None] * len(metrics["step"])
         return {**metrics, "seconds": seconds(metrics)}
 
     def reached(self, target: float) -> dict[str, float] | None:
