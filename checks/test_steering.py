@@ -1,0 +1,95 @@
+"""The batch size and the learning rate as a whole run has them: rules, monitor, resuming in the middle."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import main
+
+TINY = ["--model=logistic", "--accelerator=cpu", "--devices=1", "--max_micro_batch_size=256", "--eval_interval=1000"]
+TIMES = {"step_time", "test_time", "samples_per_second"}
+
+
+def run(out_dir: Path, name: str, *options: str) -> list[dict[str, str]]:
+    """The rows of a run, without times."""
+    assert main.main([*TINY, f"--out_dir={out_dir}", f"--run_name={name}", *options]) == 0
+    with open(out_dir / name / "metrics.csv", newline="") as file:
+        return [{key: value for key, value in row.items() if key not in TIMES} for row in csv.DictReader(file)]
+
+
+def weights(out_dir: Path, name: str) -> dict[str, torch.Tensor]:
+    return torch.load(out_dir / name / "model.pt", weights_only=True)
+
+
+def numbers(rows: list[dict[str, str]], column: str) -> list[float]:
+    return [float(row[column]) for row in rows]
+
+
+SMOOTHED = ["--eta=1", "--statistics=unbiased", "--smoothing=300", "--lr_scaling=adascale", "--max_growth=2"]
+SMOOTHED += ["--patience=2", "--growth_interval=2", "--batch_size_multiple=4", "--optimizer=sgd", "--decay_lr=False"]
+
+
+def test_resumed_in_the_middle_of_smoothing_and_patience(tmp_path):
+    """Bit for bit the run that was never stopped: rows and weights."""
+    options = [*SMOOTHED, "--training_type=iter", "--checkpoint_interval=7", "--keep_checkpoints=9"]
+    whole = run(tmp_path, "whole", *options, "--max_iters=24")
+    first = tmp_path / "whole" / "checkpoints" / "step-00000007.pt"
+    again = run(tmp_path, "again", *options, "--max_iters=24", f"--resume={first}")
+    assert again == whole and len(whole) == 24
+    sizes = numbers(whole, "batch_size")
+    assert sizes[-1] > sizes[7] and all(size % 4 == 0 for size in sizes)
+    assert max(numbers(whole, "lr_factor")) > 1 and any(row["noise_scale"] for row in whole)
+    assert all(
+        torch.equal(a, b) for a, b in zip(weights(tmp_path, "whole").values(), weights(tmp_path, "again").values())
+    )
+
+
+@pytest.mark.parametrize("extra", [[], ["--monitor_interval=2"]], ids=["plain", "monitored"])
+def test_monitor_leaves_no_trace(tmp_path, extra):
+    """The same statistics in runs without a test; the weights are bit for bit those without it."""
+    common = ["--test=False", "--batch_size=32", "--max_samples=640"]
+    plain = run(tmp_path, "plain", *common)
+    watched = run(tmp_path, "watched", *common, *extra)
+    assert all(
+        torch.equal(a, b) for a, b in zip(weights(tmp_path, "plain").values(), weights(tmp_path, "watched").values())
+    )
+    assert [bool(row["variance"]) for row in watched] == [bool(extra) and i % 2 == 0 for i in range(20)]
+    assert numbers(plain, "train_loss") == numbers(watched, "train_loss")
+
+
+def test_seesaw_and_its_learning_rate(tmp_path):
+    """b = b₀ · peak/rate of the schedule, and the rate times √(b/b₀), never above max_lr."""
+    rows = run(
+        tmp_path, "seesaw", "--test=False", "--seesaw_ramp_up=True", "--scheduler=linear", "--max_samples=4000",
+        "--learning_rate=0.1", "--batch_size=16", "--max_batch_size=256", "--max_lr=0.09",
+    )  # fmt: skip
+    sizes, samples, rates = (numbers(rows, name) for name in ("batch_size", "samples", "lr"))
+    assert sizes[0] == 16 and sizes[-1] == 256
+    before = 0.0
+    for size, at, rate in zip(sizes, samples, rates):
+        left = 1 - before / 4000
+        assert abs(size - min(max(16 / left, 16), 256)) <= 1 if left > 0 else True
+        assert rate == pytest.approx(min(0.1 * left * (size / 16) ** 0.5, 0.09), rel=1e-9)
+        before = at
+
+
+def test_stages_at_shares_of_the_run(tmp_path):
+    rows = run(
+        tmp_path, "late", "--test=False", "--stagewise_ramp_up=True", "--global_batch_sizes=[10,20,40]",
+        "--samples_stages=[60%,20%,20%]", "--max_samples=1000", "--lr_scaling=linear",
+    )  # fmt: skip
+    assert [row["batch_size"] for row in rows] == ["10"] * 60 + ["20"] * 10 + ["40"] * 5
+    assert numbers(rows, "lr_factor") == [1.0] * 60 + [2.0] * 10 + [4.0] * 5
+
+
+def test_goodput_says_what_it_has_found(tmp_path, capsys):
+    rows = run(tmp_path, "steady", "--batch_size=16", "--max_samples=20000", "--recipe=steady")
+    sizes = numbers(rows, "batch_size")
+    assert sizes[0] == 16 and all(b <= 2 * a for a, b in zip(sizes, sizes[1:])) and sizes == sorted(sizes)
+    assert sizes[-1] > 16  # at the least it has tried another size
+    summary = json.loads((tmp_path / "steady" / "summary.json").read_text())
+    assert summary["noise_scale"] > 0 and summary["knee"] >= 0 and summary["quickest_batch_size"] >= 1
+    assert "quickest batch" in capsys.readouterr().out
