@@ -24,7 +24,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchvision.datasets.utils import check_integrity, extract_archive
 
 from imagenet.reading import load as load_imagenet
-from launch.options import UsageError, import_object, in_one_line, nearest
+from launch.names import unknown
+from launch.options import UsageError, import_object, in_one_line
 from text.reading import Text, Windows, read_tokens, standard_library
 
 Loss = Callable[[Any, Any], Tensor]
@@ -424,5 +425,5 @@ def _find(name: str) -> Callable[..., DataSet]:
     if ":" in name:
         return import_object("dataset", name)
     if name not in DATASETS:
-        raise UsageError(f"--dataset={name} is unknown{nearest(name, list(DATASETS))} (known: {', '.join(DATASETS)})")
+        raise UsageError(unknown("dataset", name))
     return DATASETS[name]

@@ -11,7 +11,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
 from gradients import Loss, couples_samples, drawing_from, listed, random_states, untouched
-from launch.options import Config, UsageError, import_object, in_one_line, nearest
+from launch.names import unknown
+from launch.options import Config, UsageError, import_object, in_one_line
 from text.gpt import GPT
 
 ImageShape = tuple[int, int, int]
@@ -76,9 +77,7 @@ def build(
     elif name in names():
         create = _torchvision_factory(name)
     else:
-        raise UsageError(
-            f"--model={name} is unknown{nearest(name, names())} (logistic, cnn, gpt or a torchvision classifier)"
-        )
+        raise UsageError(unknown("model", name))
     images = isinstance(input_shape, tuple) and len(input_shape) == 3
     if ":" not in name and images == (name == "gpt"):
         kind, other = ("images", "digits") if name != "gpt" else ("text", "stdlib")

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launch.options import Config, UsageError, import_object, nearest
+from launch.names import nearest, unknown
+from launch.options import Config, UsageError, import_object
 
 NAMES = {
     "adagrad": torch.optim.Adagrad,
@@ -141,9 +142,7 @@ def _find_class(name: str) -> type[torch.optim.Optimizer]:
         if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and key != "Optimizer"
     }
     if name not in available:
-        raise UsageError(
-            f"--optimizer={name} is unknown{nearest(name, list(available))} (known: {', '.join(available)})"
-        )
+        raise UsageError(unknown("optimizer", name))
     return available[name]
 
 

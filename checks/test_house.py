@@ -88,7 +88,9 @@ def test_design_page_has_the_same_arrows():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--print_config"], ["--etta=1"], ["--batch_size=0"], ["--linear_ramp_up=True"]]
+    "arguments",
+    [["--help"], ["--print_config"], ["--etta=1"], ["--batch_size=0"], ["--linear_ramp_up=True"]]
+    + [["--model=resnt18"], ["--dataset=minst"], ["--optimizer=adamm"]],
 )
 def test_words_are_answered_without_torch(arguments):
     """Seen from inside: the modules that are loaded when the program has said what it has to say."""

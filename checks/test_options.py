@@ -102,6 +102,9 @@ REFUSED = [
     ("--test=False --stagewise_ramp_up=True --linear_ramp_up=True --global_batch_sizes=[8]", "choose one"),
     ("--test=False --stagewise_ramp_up=True --global_batch_sizes=[8,9] --samples_stages=[5]", "give as many"),
     ("--test=False --stagewise_ramp_up=True --global_batch_sizes=[8,0]", "positive"),
+    ("--model=resnt18", "did you mean 'resnet18'?"),
+    ("--dataset=minst", "did you mean 'mnist'?"),
+    ("--optimizer=adamm", "did you mean 'adam'?"),
     ("--max_growth=1", "--max_growth must be larger than 1"),
     ("--max_growth=1.1 --batch_size=2 --eta=1", "the next size is 3, which is more"),
     ("--max_growth=2 --batch_size_multiple=64", "the next size is 64, which is more"),
@@ -225,3 +228,26 @@ def test_paths_that_lead_nowhere(monkeypatch, word, words):
     monkeypatch.delenv("NOWHERE", raising=False)
     with pytest.raises(UsageError, match=re.escape(words)):
         config.parse([word])
+
+
+def test_names_are_known_without_an_import():
+    """What launch/names.py reads from the sources is what the packages and this program's own tables have."""
+    import torch
+    import torchvision
+
+    import data
+    import models
+    import optim
+    from launch import names
+
+    assert sorted(names.torchvision_models()) == sorted(torchvision.models.list_models(module=torchvision.models))
+    own = {
+        name
+        for name, value in vars(torch.optim).items()
+        if isinstance(value, type) and value is not torch.optim.Optimizer
+    }
+    assert set(names.torch_optimizers()) == {
+        name for name in own if issubclass(getattr(torch.optim, name), torch.optim.Optimizer)
+    }
+    assert tuple(data.DATASETS) == names.DATA_SETS and set(names.MODELS) == set(models.OWN)
+    assert set(names.OPTIMIZERS) == set(optim.NAMES)

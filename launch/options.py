@@ -5,7 +5,6 @@ line and YAML files (`--config run.yaml`; `--print_config` writes one).
 """
 
 import argparse
-import difflib
 import importlib
 import math
 import os
@@ -22,6 +21,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from launch import environments
+from launch.names import nearest, unknown
 from launch.terminals import show_what_can_be_shown
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -336,6 +336,7 @@ class Config(
         if self.learning_rate is None:
             self.learning_rate = 0.002 if self.dataset in ("tokens", "stdlib") else 0.01
         self._expand_paths()
+        self._check_names()
         self._check_ranges()
         self._check_without_effect()
         self._check_batch_sizes()
@@ -347,6 +348,11 @@ class Config(
         self.data_dir, self.out_dir = expanded("data_dir", self.data_dir), expanded("out_dir", self.out_dir)
         if self.resume not in (None, "auto"):
             self.resume = str(expanded("resume", self.resume))
+
+    def _check_names(self):
+        for option in ("model", "dataset", "optimizer"):
+            if problem := unknown(option, getattr(self, option)):
+                raise UsageError(problem)
 
     def _check_ranges(self):
         positive = (
@@ -502,13 +508,6 @@ def _require_range(name: str, value, words: str, holds) -> None:
         return
     if not (math.isfinite(value) and holds(value)):
         raise UsageError(f"--{name} must be {words}, not {value}")
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """ "; did you mean 'resnet18'?", or nothing where no known name is close."""
-    lower = {entry.lower(): entry for entry in reversed(known)}
-    close = difflib.get_close_matches(name.lower(), lower, n=1)
-    return f"; did you mean '{lower[close[0]]}'?" if close else ""
 
 
 class HelpFormatter(DefaultHelpFormatter):

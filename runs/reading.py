@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from launch.options import CheckpointOptions, Config, TestOptions, UsageError, nearest
+from launch.names import nearest
+from launch.options import CheckpointOptions, Config, TestOptions, UsageError
 
 FILES = ("config.yaml", "metrics.csv", "summary.json")
 NOT_COMPARED = {"seed", "run_name", "recipe", "out_dir", "data_dir", "num_workers", "batch_ahead"}
