@@ -92,6 +92,20 @@ class SmallResNet(nn.Sequential):
         )
 
 
+def mlp(image_shape: models.ImageShape, num_classes: int) -> nn.Module:
+    """Pixels, 256, 256, classes."""
+    pixels = image_shape[0] * image_shape[1] * image_shape[2]
+    layers = (
+        nn.Flatten(),
+        nn.Linear(pixels, 256),
+        nn.ReLU(),
+        nn.Linear(256, 256),
+        nn.ReLU(),
+        nn.Linear(256, num_classes),
+    )
+    return nn.Sequential(*layers)
+
+
 def small_resnet_batch_norm(image_shape: models.ImageShape, num_classes: int) -> nn.Module:
     return SmallResNet(image_shape[0], num_classes, nn.BatchNorm2d)
 
