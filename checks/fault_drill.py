@@ -13,6 +13,7 @@ import csv
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -104,44 +105,49 @@ def _run(options: Sequence[str]) -> None:
         sys.exit(main.main([*OPTIONS, *options]))
 
 
-def wait_for_rows(process: multiprocessing.Process, folder: Path) -> None:
-    while process.is_alive() and not (folder / "metrics.csv").exists():
-        time.sleep(0.001)
+def rows_written(folder: Path) -> int:
+    table = folder / "metrics.csv"
+    return table.read_text().count("\n") if table.exists() else 0
 
 
-def kill(process: multiprocessing.Process, folder: Path, seconds: float, while_saving: bool) -> str:
-    """SIGKILL after so many seconds of the run, or when a checkpoint is half written; says what was hit."""
-    wait_for_rows(process, folder)
-    until = time.monotonic() + seconds
-    while process.is_alive() and time.monotonic() < until:
+def half_written(folder: Path) -> bool:
+    return bool(list((folder / "checkpoints").glob("*.tmp")))
+
+
+def kill(process: multiprocessing.Process, folder: Path, rows: int, while_saving: bool) -> str:
+    """SIGKILL once metrics.csv has so many lines, or a checkpoint is half written after that; says what was hit."""
+    while process.is_alive() and rows_written(folder) < rows:
         time.sleep(0.001)
-    while while_saving and process.is_alive() and not list((folder / "checkpoints").glob("*.tmp")):
-        pass
+    while while_saving and process.is_alive():
+        if half_written(folder):
+            # The write takes milliseconds and may be over before the kill arrives: stop it, and look again.
+            os.kill(process.pid, signal.SIGSTOP)
+            if half_written(folder):
+                break
+            os.kill(process.pid, signal.SIGCONT)
     alive = process.is_alive()
     process.kill()
     process.join()
     if not alive:
         return "after its end"
-    if list((folder / "checkpoints").glob("*.tmp")):
+    if half_written(folder):
         return "while saving"
     return "with checkpoints" if list((folder / "checkpoints").glob("*.pt")) else "before a checkpoint"
 
 
 def drill(rounds: int, seed: int, out_dir: Path) -> bool:
     """All rounds; True where every one ended as the undisturbed run did."""
-    draw, lengths, hits, good = random.Random(seed), {}, {}, 0
+    draw, hits, good = random.Random(seed), {}, 0
     for name, options in TESTS.items():
         process = start(*options, f"--out_dir={out_dir}", f"--run_name={name}")
-        wait_for_rows(process, out_dir / name)
-        began = time.monotonic()
         process.join()
         assert process.exitcode == 0, f"the undisturbed run ended with status {process.exitcode}"
-        lengths[name] = time.monotonic() - began
     for number in range(rounds):
         name, run = list(TESTS)[number % len(TESTS)], f"round-{number}"
         options = [*TESTS[name], f"--out_dir={out_dir}", f"--run_name={run}"]
         first = start(*options)
-        hit = kill(first, out_dir / run, draw.uniform(0, 0.6 * lengths[name]), while_saving=number % 2 == 1)
+        rows = draw.randint(1, max(1, int(0.6 * rows_written(out_dir / name))))
+        hit = kill(first, out_dir / run, rows, while_saving=number % 2 == 1)
         second = start(*options)
         second.join()
         found = differences(out_dir / name, out_dir / run) if second.exitcode == 0 else [f"status {second.exitcode}"]
