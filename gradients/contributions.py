@@ -9,6 +9,7 @@ Notation: n samples, T positions, I and O features; all norms are squared and fl
 
 import math
 from collections.abc import Iterable
+from enum import Enum
 from itertools import product
 
 import torch
@@ -43,16 +44,53 @@ def per_sample_row_norms(per_sample: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=2)
 
 
+def _sums_of_products(first: Tensor, second: Tensor) -> Tensor:
+    """Σ_s first[t, s] · second[t, s] of every sample: (n, T, S) twice → (n, T)."""
+    return (at_least_single(first) * at_least_single(second)).sum(2)
+
+
 def _sum_of_products(first: Tensor, second: Tensor) -> Tensor:
     """Σ_ts first[t, s] · second[t, s] of every sample: (n, T, S) twice → float64 (n,)."""
-    return (at_least_single(first) * at_least_single(second)).sum(2).sum(1, dtype=torch.float64)
+    return _sums_of_products(first, second).sum(1, dtype=torch.float64)
+
+
+def _end_to_end(parts: Iterable[Tensor], dim: int = 0) -> Tensor:
+    """One after the other; a single one is not copied."""
+    parts = list(parts)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+class Part(Enum):
+    """What numbers (n, R) say of the samples' squared norms."""
+
+    GRADIENTS = "their squares add up; as they come, R may be large"
+    NORMS = "their squares add up"
+    TERMS = "they add up"
+
+
+Parts = tuple[Part, Tensor]
+
+
+def total_norms_sq(parts: Iterable[Parts]) -> Tensor:
+    """The squared norms of all parts together, float64 (n,): few kernels, however many parts there are."""
+    by_kind: dict[Part, list[Tensor]] = {kind: [] for kind in Part}
+    for kind, numbers in parts:
+        by_kind[kind].append(numbers)
+    if gradients := by_kind[Part.GRADIENTS]:
+        by_kind[Part.NORMS].append(torch.linalg.vector_norm(_end_to_end(gradients, 1), dim=1, keepdim=True))
+    totals = []
+    if by_kind[Part.NORMS]:
+        totals.append(_end_to_end(by_kind[Part.NORMS], 1).double().square().sum(1))
+    if by_kind[Part.TERMS]:
+        totals.append(_end_to_end(by_kind[Part.TERMS], 1).sum(1, dtype=torch.float64))
+    return sum(totals[1:], start=totals[0])
 
 
 class Contribution:
     """What one use of a parameter gives to its per-sample gradients.
 
-    `norms_sq()` and `inner_products(direction)` → float64 (n,); `instantiate(chunk)` → the gradients of a slice of the
-    samples, (m, *shape).
+    `norms_sq()` and `inner_products(direction)` → float64 (n,); `parts()` → what `total_norms_sq` makes of it, together
+    with other parameters' parts; `instantiate(chunk)` → the gradients of a slice of the samples, (m, *shape).
     """
 
     numbers_per_sample: int
@@ -62,17 +100,16 @@ class Contribution:
     def instantiate(self, chunk: slice) -> Tensor:
         raise NotImplementedError
 
-    def row_norms(self) -> Tensor | None:
-        """Norms whose squares add up to the samples' (n, R), where these come at once; they are ended together."""
-        return None
+    def parts(self) -> Parts:
+        return Part.NORMS, _end_to_end(per_sample_row_norms(self.instantiate(chunk)) for chunk in self.chunks())
 
     def norms_sq(self) -> Tensor:
-        return torch.cat([per_sample_norms_sq(self.instantiate(chunk)) for chunk in self.chunks()])
+        return total_norms_sq([self.parts()])
 
     def inner_products(self, direction: Tensor) -> Tensor:
         """With `direction`, of the parameter's shape."""
         gradients = (self.instantiate(chunk) for chunk in self.chunks())
-        return torch.cat([(rows.reshape(len(rows), -1) @ direction.flatten()).double() for rows in gradients])
+        return _end_to_end((rows.reshape(len(rows), -1) @ direction.flatten()).double() for rows in gradients)
 
     def chunks(self, numbers_per_sample: int | None = None) -> Iterable[slice]:
         size = _per_chunk(numbers_per_sample or self.numbers_per_sample, self.device)
@@ -80,7 +117,10 @@ class Contribution:
 
 
 class Direct(Contribution):
-    """Per-sample gradients that are small enough to be at hand: (n, *shape)."""
+    """Per-sample gradients that are small enough to be at hand: (n, *shape), at least single precision."""
+
+    # Vectors of up to so many numbers (biases, weights of norms) wait for each other: one norm for all of them.
+    SMALL = 2**13
 
     def __init__(self, gradients: Tensor):
         self.gradients, self.n, self.device = gradients, len(gradients), gradients.device
@@ -89,8 +129,10 @@ class Direct(Contribution):
     def instantiate(self, chunk: slice) -> Tensor:
         return self.gradients[chunk]
 
-    def row_norms(self) -> Tensor:
-        return per_sample_row_norms(self.gradients)
+    def parts(self) -> Parts:
+        if self.gradients.dim() == 2 and self.numbers_per_sample <= self.SMALL and not self.gradients.is_complex():
+            return Part.GRADIENTS, self.gradients
+        return Part.NORMS, per_sample_row_norms(self.gradients)
 
     def inner_products(self, direction: Tensor) -> Tensor:
         return self.gradients.reshape(self.n, -1).double() @ direction.flatten().double()
@@ -113,17 +155,14 @@ class OuterProducts(Contribution):
     def instantiate(self, chunk: slice) -> Tensor:
         return torch.bmm(at_least_single(self.B[chunk]).mT, at_least_single(self.x[chunk]))
 
-    def row_norms(self) -> Tensor | None:
-        if self.x.shape[1] != 1:
-            return None
-        return per_sample_row_norms(self.x[:, 0]) * per_sample_row_norms(self.B[:, 0])
-
-    def norms_sq(self) -> Tensor:
+    def parts(self) -> Parts:
+        if self.x.shape[1] == 1:
+            return Part.NORMS, per_sample_row_norms(self.x[:, 0]) * per_sample_row_norms(self.B[:, 0])
         if self.instantiate_cost < self.gram_cost:
-            return super().norms_sq()
+            return super().parts()
         # ‖Σ_t B_t x_tᵀ‖² = Σ_ts ⟨x_t, x_s⟩⟨B_t, B_s⟩
         grams = ((torch.bmm(a, a.mT), torch.bmm(b, b.mT)) for a, b in self._gram_chunks())
-        return torch.cat([_sum_of_products(gram_x, gram_B) for gram_x, gram_B in grams])
+        return Part.TERMS, _end_to_end(_sums_of_products(gram_x, gram_B) for gram_x, gram_B in grams)
 
     def _gram_chunks(self):
         chunks = self.chunks(self.gram_numbers)
@@ -133,7 +172,7 @@ class OuterProducts(Contribution):
         """⟨Σ_t B_t x_tᵀ, D⟩ = Σ_t ⟨B_t, D x_t⟩"""
         direction = direction.reshape(self.B.shape[2], -1).mT
         chunks = self.chunks(self.x.shape[1] * (self.x.shape[2] + 2 * self.B.shape[2]))
-        return torch.cat([_sum_of_products(at_least_single(self.x[c]) @ direction, self.B[c]) for c in chunks])
+        return _end_to_end(_sum_of_products(at_least_single(self.x[c]) @ direction, self.B[c]) for c in chunks)
 
 
 class Convolution(Contribution):
@@ -183,10 +222,11 @@ class Convolution(Contribution):
         )
         return gradient.view(m, *self.weight_shape)
 
-    def norms_sq(self) -> Tensor:
+    def parts(self) -> Parts:
         if self.groups > 1 or self.instantiate_cost < self.gram_cost:
-            return super().norms_sq()
-        return torch.cat([self._gram_norms_sq(self.x[c], self.B[c]) for c in self.chunks(self.gram_numbers)])
+            return super().parts()
+        chunks = self.chunks(self.gram_numbers)
+        return Part.TERMS, _end_to_end(self._gram_terms(self.x[chunk], self.B[chunk]) for chunk in chunks)
 
     def inner_products(self, direction: Tensor) -> Tensor:
         """⟨B, x ∗ D⟩: the convolution with the direction in the place of the weight."""
@@ -196,8 +236,8 @@ class Convolution(Contribution):
         )
         return _sum_of_products(along.flatten(2), self.B.flatten(2))
 
-    def _gram_norms_sq(self, x: Tensor, B: Tensor) -> Tensor:
-        """Σ_ts ⟨B_t, B_s⟩ ⟨patch_t, patch_s⟩ over output positions t, s.
+    def _gram_terms(self, x: Tensor, B: Tensor) -> Tensor:
+        """Σ_s ⟨B_t, B_s⟩ ⟨patch_t, patch_s⟩ over output positions s: (n, T).
 
         The Gram matrix of the patches is the sum, over the kernel's offsets δ, of the Gram matrix of the pixels seen
         from t + δ and s + δ: one small product over pixels and |kernel| additions instead of a product over patches.
@@ -210,8 +250,9 @@ class Convolution(Contribution):
             windows = [self._window(axis, offset, x, B) for axis, offset in enumerate(offsets)]
             if all(seen.stop > seen.start for seen, _ in windows):
                 out, seen = (tuple(window[i] for window in windows) for i in (0, 1))
-                patches[(slice(None), *out, *out)] += pixels[(slice(None), *seen, *seen)]
-        return _sum_of_products(patches.flatten(2), gram_B.flatten(2))
+                patches[(slice(None), *out, *out)].add_(pixels[(slice(None), *seen, *seen)])
+        positions = math.prod(outputs)
+        return _sums_of_products(patches.view(n, positions, positions), gram_B.view(n, positions, positions))
 
     def _window(self, axis: int, offset: int, x: Tensor, B: Tensor) -> tuple[slice, slice]:
         """Along one axis: the outputs whose tap at this offset lies inside the input, and the inputs it sees."""
@@ -235,13 +276,13 @@ class EmbeddingRows(Contribution):
         table = B.new_zeros(len(B), self.num_rows, B.shape[2])
         return table.scatter_add_(1, self.indices[chunk].unsqueeze(-1).expand_as(B), B)
 
-    def norms_sq(self) -> Tensor:
+    def parts(self) -> Parts:
         def gram(chunk: slice) -> Tensor:
             same_row = self.indices[chunk].unsqueeze(1) == self.indices[chunk].unsqueeze(2)
             B = at_least_single(self.B[chunk])
-            return (torch.bmm(B, B.mT) * same_row).sum(2).sum(1, dtype=torch.float64)
+            return (torch.bmm(B, B.mT) * same_row).sum(2)
 
-        return torch.cat([gram(chunk) for chunk in self.chunks(2 * self.indices.shape[1] ** 2)])
+        return Part.TERMS, _end_to_end(gram(chunk) for chunk in self.chunks(2 * self.indices.shape[1] ** 2))
 
     def inner_products(self, direction: Tensor) -> Tensor:
         return _sum_of_products(direction[self.indices], self.B)
@@ -274,15 +315,14 @@ def norms_sq_of_sum(uses: list[Contribution], shape: torch.Size) -> Tensor:
     """Each sample's ‖Σ of its gradients‖² over several uses of one parameter of this shape: float64 (n,)."""
     uses = _joined(uses)
     if len(uses) == 1:
-        rows = uses[0].row_norms()
-        return uses[0].norms_sq() if rows is None else rows.double().square().sum(1)
+        return uses[0].norms_sq()
     kinds = {type(use) for use in uses}
     if len(uses) == 2 and kinds == {EmbeddingRows, OuterProducts}:
         table, layer = uses if isinstance(uses[0], EmbeddingRows) else reversed(uses)
         return norms_sq_of_sum([table], shape) + norms_sq_of_sum([layer], shape) + 2 * _cross(table, layer)
     chunks = uses[0].chunks(sum(use.numbers_per_sample for use in uses))
     sums = (sum(use.instantiate(chunk).reshape(-1, *shape) for use in uses) for chunk in chunks)
-    return torch.cat([per_sample_norms_sq(gradients) for gradients in sums])
+    return _end_to_end(per_sample_norms_sq(gradients) for gradients in sums)
 
 
 def _joined(uses: list[Contribution]) -> list[Contribution]:
@@ -311,4 +351,5 @@ def _cross(table: EmbeddingRows, layer: OuterProducts) -> Tensor:
         return _sum_of_products(seen, torch.bmm(x, B.mT))
 
     positions = table.indices.shape[1] * layer.x.shape[1]
-    return torch.cat([of(chunk) for chunk in table.chunks(3 * positions + table.B[0].numel() + layer.x[0].numel())])
+    numbers = 3 * positions + table.B[0].numel() + layer.x[0].numel()
+    return _end_to_end(of(chunk) for chunk in table.chunks(numbers))

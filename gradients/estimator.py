@@ -161,16 +161,22 @@ def first_line(error: Exception, most: int = 160) -> str:
     return words if len(words) <= most else f"{words[:most]}…"
 
 
-BLOCK = 2**16
-"""Numbers in a stretch of an inner product."""
+BLOCK = 2**18
+"""Numbers in a stretch of a norm or of an inner product: single precision adds up so many without harm."""
 
 
-def row_norms(tensor: Tensor) -> Tensor:
-    """‖row‖ of every row of the first dimension; of a vector, its norm."""
+def stretches(tensor: Tensor) -> list[Tensor]:
+    """Its numbers, at least in single precision, at most `BLOCK` of them at a time."""
     tensor = at_least_single(tensor)
-    return torch.linalg.vector_norm(tensor.flatten(1) if tensor.dim() > 1 else tensor.reshape(1, -1), dim=1)
+    return [tensor] if tensor.numel() <= BLOCK else list(tensor.flatten().split(BLOCK))
+
+
+def norms(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Norms () whose squares add up to that of all of them as one vector: a kernel or two for all tensors."""
+    pieces = [piece for tensor in tensors for piece in stretches(tensor)]
+    return list(torch._foreach_norm(pieces)) if pieces else []
 
 
 def norm_sq(tensors: Iterable[Tensor]) -> Tensor:
     """The squared norm of all of them as one vector, float64 ()."""
-    return torch.cat([row_norms(tensor) for tensor in tensors]).double().square().sum()
+    return torch.stack(norms(tensors)).double().square().sum()

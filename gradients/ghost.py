@@ -19,7 +19,16 @@ from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 
-from gradients.contributions import Contribution, Direct, PulledBack, at_least_single, norms_sq_of_sum
+from gradients.contributions import (
+    Contribution,
+    Direct,
+    Part,
+    Parts,
+    PulledBack,
+    at_least_single,
+    norms_sq_of_sum,
+    total_norms_sq,
+)
 from gradients.estimator import is_out_of_memory
 from gradients.rules import EXPANSIONS, OF_FIRST_ALONE, PICKS, RULES, VIEWS
 from gradients.samples import count, leaves
@@ -58,8 +67,7 @@ class GhostMode(TorchFunctionMode):
         self._keep, self._contributions, self._all_kept = keep, [], keep
         self._uses: Counter[str] = Counter()
         self._shared: dict[str, list[Contribution]] = defaultdict(list)
-        self._row_norms: list[tuple[str, Tensor]] = []
-        self._norms_sq: list[tuple[str, Tensor]] = []
+        self._parts: list[tuple[str, Parts]] = []
         for tensor in leaves(inputs):
             self._mark(tensor, BY_SAMPLE)
 
@@ -202,7 +210,7 @@ class GhostMode(TorchFunctionMode):
             if self._keep:
                 own = self._remember(name, own)
             if self._uses[name] == 1:
-                self._collect(name, own)
+                self._parts.append((name, own.parts()))
                 continue
             # The gradient is the sum over the uses: cross terms count. What leads to a use will be gone by then.
             self._shared[name].append(own.at_hand() if isinstance(own, PulledBack) else own)
@@ -219,15 +227,9 @@ class GhostMode(TorchFunctionMode):
             self._contributions.append((name, own))
         return own
 
-    def _collect(self, name: str, own: Contribution) -> None:
-        rows = own.row_norms()
-        if rows is None:
-            self._norms_sq.append((name, own.norms_sq()))
-        else:
-            self._row_norms.append((name, rows))
-
     def _end_shared(self, name: str) -> None:
-        self._norms_sq.append((name, norms_sq_of_sum(self._shared.pop(name), self.parameters[name].shape)))
+        norms_sq = norms_sq_of_sum(self._shared.pop(name), self.parameters[name].shape)
+        self._parts.append((name, (Part.TERMS, norms_sq.unsqueeze(1))))
 
     def norms_sq(self, name: str | None = None) -> Tensor:
         """Every sample's, float64 (n,), as the backward pass had the gradients (a scaled loss gives scaled norms).
@@ -235,14 +237,10 @@ class GhostMode(TorchFunctionMode):
         Of one parameter where it is named, else over all that are covered.
         """
         counts = (lambda own: own == name) if name else (lambda own: own not in self.uncovered)
-        whole = [norms_sq for own, norms_sq in self._norms_sq if counts(own)]
-        rows = [rows for own, rows in self._row_norms if counts(own)]
-        if rows:  # one small kernel for all
-            whole.append(torch.cat(rows, 1).double().square().sum(1))
-        if not whole:
-            device = next(iter(self.parameters.values())).device
-            return torch.zeros(self.n, dtype=torch.float64, device=device)
-        return torch.stack(whole).sum(0)
+        if parts := [parts for own, parts in self._parts if counts(own)]:
+            return total_norms_sq(parts)
+        device = next(iter(self.parameters.values())).device
+        return torch.zeros(self.n, dtype=torch.float64, device=device)
 
     @property
     def is_complete(self) -> bool:

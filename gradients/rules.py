@@ -79,7 +79,7 @@ def _convolution(mode: GhostMode, function, input, weight, bias=None, stride=1, 
         return Convolution(inputs, B, weight.shape, stride, padding, dilation, groups)
 
     mode.use(output, weight, weight_gradient)
-    mode.use(output, bias, lambda B: Direct(at_least_single(B).flatten(2).sum(2).view(n, k, -1).sum(1)))
+    mode.use(output, bias, lambda B: Direct(_over_maps(at_least_single(B).flatten(2).sum(2), n)))
     return output
 
 
@@ -148,19 +148,27 @@ def _group_norm(mode: GhostMode, function, input, num_groups, weight=None, bias=
     if not mode.rows_by_sample(input):
         mode._give_up([tensor for tensor in (weight, bias) if tensor is not None])
         return output
-    x, n = input.detach(), mode.n
+    x, n, channels = input.detach(), mode.n, input.shape[1]
+    sums: list[Tensor] = []  # Σ_t B_t, (n·k, C), which the weight leaves to the bias
+
+    def of_sample(gradients: Tensor) -> Direct:
+        return Direct(_over_maps(gradients, n))
 
     def weight_gradient(B: Tensor) -> Contribution:
-        maps, B = (at_least_single(tensor).reshape(len(x), x.shape[1], -1) for tensor in (x, B))
+        maps, B = (at_least_single(tensor).reshape(len(x), channels, -1) for tensor in (x, B))
         # The statistics by the kernel that the layer itself uses: many times as fast as torch.var_mean on CPU.
         _, mean, scale = torch.native_group_norm(maps, None, None, *maps.shape, num_groups, eps)
-        mean, scale = (t.repeat_interleave(x.shape[1] // num_groups, 1) for t in (mean, scale))
+        sums.append(B.sum(2))
         # Σ_t B_t (x_t − mean)·scale, without a normalised copy of x
-        gradients = ((B * maps).sum(2) - mean * B.sum(2)) * scale
-        return Direct(gradients.view(n, -1, x.shape[1]).sum(1))
+        products, of_B = ((t.view(len(x), num_groups, -1)) for t in ((B * maps).sum(2), sums[0]))
+        gradients = torch.addcmul(products, mean.unsqueeze(2), of_B, value=-1).mul_(scale.unsqueeze(2))
+        return of_sample(gradients.view(len(x), channels))
+
+    def bias_gradient(B: Tensor) -> Contribution:
+        return of_sample(sums.pop() if sums else at_least_single(B).reshape(len(x), channels, -1).sum(2))
 
     mode.use(output, weight, weight_gradient)
-    mode.use(output, bias, lambda B: Direct(_maps(B, n).sum((1, 3))))
+    mode.use(output, bias, bias_gradient)
     return output
 
 
@@ -202,6 +210,11 @@ def _frozen_norm(mode: GhostMode, call, input, running_mean, running_var, weight
     mode.use(output, weight, weight_gradient)
     mode.use(output, bias, lambda B: Direct(_maps(B, n).sum((1, 3))))
     return output
+
+
+def _over_maps(gradients: Tensor, n: int) -> Tensor:
+    """The sum over a sample's maps: (n·k, C) → (n, C)."""
+    return gradients if len(gradients) == n else gradients.view(n, -1, gradients.shape[1]).sum(1)
 
 
 def _maps(tensor: Tensor, n: int) -> Tensor:
