@@ -314,11 +314,12 @@ class Trainer:
 
     def evaluation_is_due(self, batch_size: int) -> bool:
         """After a step on a batch of this size."""
-        progress, epoch = self.progress, self.samples_per_epoch
+        progress = self.progress
         if self.config.eval_interval:
             due = progress.steps % self.config.eval_interval == 0
         else:
-            due = progress.samples // epoch > (progress.samples - batch_size) // epoch
+            interval = self.config.eval_samples or self.samples_per_epoch
+            due = progress.samples // interval > (progress.samples - batch_size) // interval
         return due or self.finished()
 
     @torch.no_grad()

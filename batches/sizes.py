@@ -37,7 +37,7 @@ def controller(config: Config, decay: Callable[[int], float], adaptive_optimizer
 def rule(config: Config, decay: Callable[[int], float]) -> control.Rule:
     """What asks for the next size."""
     if config.test and config.ramp_up_type == "goodput":
-        return control.Goodput(may_shrink=config.may_shrink)
+        return control.Goodput(config.knee, may_shrink=config.may_shrink)
     if config.test:
         return control.Adaptive(config.ramp_up_factor if config.ramp_up_type == "factor" else None)
     if config.stagewise_ramp_up:

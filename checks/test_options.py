@@ -113,6 +113,8 @@ REFUSED = [
     ("--test=False --lr_scaling=adascale", "needs the statistics: add --test=True or --monitor_interval=N"),
     ("--ramp_up_type=goodput --eta=0.5", "--ramp_up_type=goodput makes no test"),
     ("--ramp_up_type=test --may_shrink=True", "--may_shrink acts only with --ramp_up_type=goodput"),
+    ("--ramp_up_type=test --knee=100", "--knee acts only with --ramp_up_type=goodput"),
+    ("--eval_interval=3 --eval_samples=100", "--eval_samples acts only with --eval_interval=0"),
     ("--seesaw_ramp_up=True", "add --test=False"),
     ("--test=False --seesaw_ramp_up=True --decay_lr=False", "needs a learning rate that falls with the samples"),
     ("--test=False --seesaw_ramp_up=True --lr_scaling=linear", "--seesaw_ramp_up scales by sqrt"),

@@ -85,6 +85,16 @@ def test_stages_at_shares_of_the_run(tmp_path):
     assert numbers(rows, "lr_factor") == [1.0] * 60 + [2.0] * 10 + [4.0] * 5
 
 
+def test_with_a_knee_goodput_is_reproducible(tmp_path):
+    """Times decide nothing: twice the same rows. Evaluated by samples, whatever the batch size."""
+    options = ["--recipe=steady", "--knee=100", "--max_samples=8000", "--eval_interval=0", "--eval_samples=2000"]
+    first, second = (run(tmp_path, name, *options) for name in ("first", "second"))
+    assert first == second and numbers(first, "batch_size")[-1] > 32
+    evaluated = [float(row["samples"]) // 2000 for row in first if row["val_loss"]]
+    assert evaluated == [1, 2, 3, 4]
+    assert json.loads((tmp_path / "first" / "summary.json").read_text())["knee"] == 100
+
+
 def test_goodput_says_what_it_has_found(tmp_path, capsys):
     rows = run(tmp_path, "steady", "--batch_size=16", "--max_samples=20000", "--recipe=steady")
     sizes = numbers(rows, "batch_size")

@@ -164,6 +164,9 @@ class TestOptions:
     """factor of ramp_up_type=factor"""
     may_shrink: bool = False
     """ramp_up_type=goodput may also make the batch smaller"""
+    knee: float | None = None
+    """of ramp_up_type=goodput: the batch whose samples take as long as the fixed part of a step [samples]; default: as
+    the steps' times say. With a number, the sizes do not depend on times"""
     recipe: Literal["paper", "steady"] | None = None
     """paper: the published rule. steady: unbiased, smoothed statistics, goodput, a learning rate that follows, growth
     at most twofold at a time. Options that are given stand above it; default: paper where test_type, eta, theta, nu or
@@ -292,7 +295,9 @@ class LogOptions:
     log_interval: int = 1
     """log every so many steps"""
     eval_interval: int = 0
-    """evaluate every so many steps; 0: after every epoch's worth of samples, and at the end"""
+    """evaluate every so many steps; 0: as eval_samples says"""
+    eval_samples: int | None = None
+    """evaluate whenever so many samples more were used [samples]; default: an epoch's worth; always at the end"""
 
 
 @dataclass
@@ -359,7 +364,7 @@ class Config(
             "batch_size max_batch_size max_micro_batch_size max_test_micro_batch_size gradient_accumulation_steps "
             "eta theta nu test_interval test_groups learning_rate max_lr gamma max_samples max_iters devices num_nodes "
             "log_interval linear_ramp_up_increment lr_decay_samples lr_decay_iters batch_ahead keep_checkpoints "
-            "timeout_minutes batch_size_multiple growth_interval patience sequence_length vocab_size"
+            "timeout_minutes batch_size_multiple growth_interval patience sequence_length vocab_size knee eval_samples"
         )
         not_negative = (
             "num_workers weight_decay grad_clip min_lr warmup_samples warmup_iters eval_interval momentum seed "
@@ -393,7 +398,8 @@ class Config(
             ("global_batch_sizes samples_stages", "stagewise_ramp_up", True),
             ("linear_ramp_up_increment", "linear_ramp_up", True),
             ("ramp_up_factor", "ramp_up_type", "factor"),
-            ("may_shrink", "ramp_up_type", "goodput"),
+            ("may_shrink knee", "ramp_up_type", "goodput"),
+            ("eval_samples", "eval_interval", 0),
             (
                 "warmup_samples warmup_iters warmup_from min_lr scheduler lr_decay_samples lr_decay_iters",
                 "decay_lr",
