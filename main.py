@@ -80,6 +80,9 @@ class Trainer:
         self.module = together(fabric, lambda: models.build(config.model, shape, outputs, config.model_args, example))
         self.min_micro_batch_size = models.smallest_micro_batch(self.module, shape, example)
         self.couples_samples = gradients.couples_samples(self.module)
+        self.test_gradients = config.test_gradients
+        if self.couples_samples and config.monitor_interval and not config.test and config.test_gradients == "auto":
+            self.test_gradients = "micro_batch"  # of the training pass; ghost would make a pass of its own
         least = self.min_micro_batch_size
         together(fabric, lambda: processes.refuse_single_samples(config, fabric.world_size, least))
         with out_of_memory_means("the model", "take a smaller --model"):
@@ -113,6 +116,11 @@ class Trainer:
             notices.append("--num_workers=0: the training process itself reads the samples, and waits for them")
         if fabric.device.type == "cpu" and requested_precision.startswith("16"):
             notices.append(f"precision is {config.precision}: {requested_precision} needs a GPU")
+        if self.test_gradients != config.test_gradients:
+            notices.append(
+                f"the model has BatchNorm: the monitor takes test_gradients=micro_batch, which cuts every measured "
+                f"batch into {config.test_groups} micro-batches, each normalised by itself"
+            )
         if config.compile:
             notices.append("--compile: the first steps wait for the compiler, minutes for a large network")
         with naming_long_work(fabric, "checking the test's statistics on a few samples"):
@@ -160,7 +168,7 @@ class Trainer:
         self.model.train()
         try:
             estimator, told = gradients.build(
-                c.test_gradients,
+                self.test_gradients,
                 self.module,
                 self.mean_loss,
                 bool(test and test.needs_inner_products),
@@ -235,7 +243,7 @@ class Trainer:
     def plan(self, testing: bool) -> batches.Plan:
         c, progress = self.config, self.progress
         steps = c.gradient_accumulation_steps
-        if testing and c.test_gradients == "micro_batch":  # a variance between micro-batches needs enough of them
+        if testing and self.test_gradients == "micro_batch":  # a variance between micro-batches needs enough of them
             steps = max(steps, -(-c.test_groups // self.fabric.world_size))
         return batches.cut(
             progress.samples,

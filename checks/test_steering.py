@@ -60,6 +60,15 @@ def test_monitor_leaves_no_trace(tmp_path, extra):
     assert numbers(plain, "train_loss") == numbers(watched, "train_loss")
 
 
+def test_monitor_of_a_network_with_batch_norm(tmp_path, capsys):
+    """It watches the training pass in pieces, and says so; a measured batch has at least `test_groups` of them."""
+    options = ["--model=checks.fault_drill:Net", "--test=False", "--batch_size=32", "--max_samples=128"]
+    rows = run(tmp_path, "norm", *options, "--monitor_interval=2", "--test_groups=4")
+    assert [row["gradient_accumulation_steps"] for row in rows] == ["4", "1", "4", "1"]
+    assert [bool(row["variance"]) for row in rows] == [True, False, True, False]
+    assert "the monitor takes test_gradients=micro_batch" in capsys.readouterr().out
+
+
 def test_seesaw_and_its_learning_rate(tmp_path):
     """b = b₀ · peak/rate of the schedule, and the rate times √(b/b₀), never above max_lr."""
     rows = run(

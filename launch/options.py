@@ -148,7 +148,7 @@ class TestOptions:
     """test every so many steps"""
     monitor_interval: int = 0
     """measure the statistics every so many steps also where nothing is decided by them: in runs without a test and at
-    the largest batch size; 0: do not"""
+    the largest batch size; 0: do not. A network with BatchNorm is watched by micro_batch"""
     test_gradients: Literal["auto", "ghost", "vmap", "loop", "micro_batch"] = "auto"
     """where the statistics come from. ghost: exact, norms without per-sample gradients; vmap: exact, per-sample
     gradients by torch.func; loop: exact, one backward pass a sample; micro_batch: variance between micro-batches; auto:

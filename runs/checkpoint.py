@@ -33,7 +33,8 @@ from runs.metrics import Totals
 FREE = """
     data_dir num_workers batch_ahead compile max_micro_batch_size max_test_micro_batch_size gradient_accumulation_steps
     accelerator strategy devices num_nodes timeout_minutes deterministic recipe
-    out_dir run_name log_interval eval_interval checkpoint_interval checkpoint_minutes keep_checkpoints resume
+    out_dir run_name log_interval eval_interval eval_samples checkpoint_interval checkpoint_minutes keep_checkpoints
+    resume
 """.split()  # noqa: SIM905
 GROWING = ("max_samples", "max_iters")
 """May differ, but only upwards."""
