@@ -168,9 +168,9 @@ class TestOptions:
     """of ramp_up_type=goodput: the batch whose samples take as long as the fixed part of a step [samples]; default: as
     the steps' times say. With a number, the sizes do not depend on times"""
     recipe: Literal["paper", "steady"] | None = None
-    """paper: the published rule. steady: unbiased, smoothed statistics, goodput, a learning rate that follows, growth
-    at most twofold at a time. Options that are given stand above it; default: paper where test_type, eta, theta, nu or
-    ramp_up_type is given or there is no test, else steady"""
+    """paper: the published rule. steady: unbiased, smoothed statistics, goodput, a learning rate that follows,
+    growth at most twofold at a time, measured at every fourth step. Options that are given stand above it; default:
+    paper where test_type, eta, theta, nu or ramp_up_type is given or there is no test, else steady"""
 
 
 @dataclass
@@ -580,6 +580,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "ramp_up_type": "goodput",
         "lr_scaling": "adascale",
         "max_growth": 2.0,
+        "test_interval": 4,
     },
 }
 PUBLISHED = {"test_type", "eta", "theta", "nu", "ramp_up_type"}

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from launch.names import nearest
-from launch.options import CheckpointOptions, Config, TestOptions, UsageError
+from launch.options import RECIPES, CheckpointOptions, Config, TestOptions, UsageError
 
 FILES = ("config.yaml", "metrics.csv", "summary.json")
 NOT_COMPARED = {"seed", "run_name", "recipe", "out_dir", "data_dir", "num_workers", "batch_ahead"}
@@ -271,6 +271,9 @@ def without_effect(options: dict[str, Any]) -> set[str]:
 def schedule(options: dict[str, Any]) -> tuple[str, set[str]]:
     """How the batch grows, in words ("norm test, η = 0.1"), and the options that these words tell of."""
     told = {"test", "test_type", "stagewise_ramp_up", "linear_ramp_up", "seesaw_ramp_up"}
+    steady = RECIPES["steady"]
+    if options["test"] and all(options[name] == value for name, value in steady.items()):
+        return "steady", told | set(steady)
     if options["test"] and options["ramp_up_type"] == "goodput":
         return "goodput", told | {"ramp_up_type"}
     if options["test"]:
