@@ -1,6 +1,7 @@
 """What adaptive batches are worth: time to a target, against constant batches that were tuned in two dimensions.
 
     python -m benchmarks.comparison mnist_logistic -j 2 --data_dir=data
+    python -m benchmarks.comparison mnist_logistic --table          # of what is kept
     python report.py benchmarks/results/comparison/mnist_logistic --target=0.92 --knee=30,300,3000
 
 The protocol (docs/results.md has it in words). Each method of a part is tuned over the learning rate alone, by factors
@@ -19,6 +20,7 @@ import math
 import os
 import queue
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -27,9 +29,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from tabulate import tabulate
 
 from benchmarks.cases import RESULTS
-from runs.reading import Run, read_run
+from runs.reading import Run, is_share, read_run
 
 ROOT = Path(__file__).parent.parent
 Options = dict[str, object]
@@ -262,6 +265,54 @@ def _short(cell: str | float) -> str:
     return f"{float(cell):.6g}" if cell != "" else ""
 
 
+def table(name: str, part: Part, results: Path) -> str:
+    """Markdown, from what is kept: a line for each method, mean ± standard deviation over the final seeds."""
+    folder = results / name
+    tuned = json.loads((folder / "tuning.json").read_text())
+    methods = [method for method in part.methods if method in tuned]
+    lines = []
+    for target in part.targets:
+        words = f"{target:.1%}" if target < 1 else f"{target:g}"
+        header = ["method", "learning rate", *(f"{what} to {words}" for what in ("samples", "steps", "seconds"))]
+        header += ["worst seed [s]", *(f"samples + {knee}·steps [k]" for knee in KNEES), "at the end"]
+        body = []
+        for method in methods:
+            runs = [read_run(folder / f"{method}_seed{seed}") for seed in SEEDS]
+            reached = [result.reached(target) for result in runs]
+            found = [entry for entry in reached if entry]
+            of = {what: [entry[what] for entry in found] for what in ("samples", "step", "seconds")}
+            modelled = [[(e["samples"] + knee * e["step"]) / 1000 for e in found] for knee in KNEES]
+            everywhere = len(found) == len(runs)
+            body.append([
+                method,
+                f"{tuned[method]['chosen']:g}",
+                _mean(of["samples"], ",.0f") + ("" if everywhere or not found else f" ({len(found)} of {len(runs)})"),
+                _mean(of["step"], ",.0f"),
+                _mean(of["seconds"], ".2f"),
+                f"{max(of['seconds']):.2f}" if everywhere else "never",
+                *(_mean(values, ",.0f") for values in modelled),
+                _mean([_percent(result) for result in runs], ".2f"),
+            ])  # fmt: skip
+        lines.append(tabulate(body, header, "github", disable_numparse=True))
+    cost = [
+        [method, entry["tried"], f"{entry['samples']:,}", f"{entry['seconds']:.0f}"]
+        for method, entry in ((method, tuned[method]) for method in methods)
+    ]
+    lines.append(tabulate(cost, ["method", "learning rates tried", "samples", "seconds"], "github"))
+    return "\n\n".join(lines)
+
+
+def _mean(values: Sequence[float], form: str) -> str:
+    if not values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):{form}}" if len(set(values)) > 1 else ""
+    return f"{statistics.mean(values):{form}}{spread}"
+
+
+def _percent(result: Run) -> float:
+    return result.summary[result.objective] * (100 if is_share(result.objective) else 1)
+
+
 def main(arguments: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -271,8 +322,12 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--methods", help="only these, separated by commas (default: all)")
     parser.add_argument("--out_dir", type=Path, default=Path("out/comparison"), help="folder that takes the runs")
     parser.add_argument("--results", type=Path, default=RESULTS / "comparison", help="folder that takes the summaries")
+    parser.add_argument("--table", action="store_true", help="print the table of what is kept, and run nothing")
     options, further = parser.parse_known_args(arguments)
     part = PARTS[options.part]
+    if options.table:
+        print(table(options.part, part, options.results))
+        return
     if options.methods:
         names = options.methods.split(",")
         if unknown := sorted(set(names) - set(part.methods)):

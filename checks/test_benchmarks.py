@@ -95,6 +95,10 @@ def test_comparison_tunes_and_keeps_what_a_report_needs(tmp_path, monkeypatch, c
     whole, short = (reading.read_run(folder).reached(0.8) for folder in folders)
     assert short["samples"] == whole["samples"] and short["seconds"] == pytest.approx(whole["seconds"], rel=1e-3)
     capsys.readouterr()
+    comparison.main([*words, "--table"])
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("| told ") for line in lines) == 3  # two targets, and what tuning cost
+    assert f"{whole['samples']:,.0f}" in next(line for line in lines[4:] if line.startswith("| told "))
     assert report.main([str(kept), "--target=0.8", "--knee=50"]) == 0
     shown = capsys.readouterr().out
     assert "constant 8" in shown and "steady" in shown and "50·steps" in shown
