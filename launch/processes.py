@@ -81,7 +81,8 @@ def start_fabric(config: Config) -> Fabric:
         raise _not_started(config, error) from None
     if fabric.world_size > 1:
         hosts, address = gathered(fabric, socket.gethostname()), from_first(fabric, heartbeat.open_store)
-        heartbeat.Heartbeat(fabric.global_rank, hosts, address, _leaving, lambda: leave(1)).start()
+        _beating.append(heartbeat.Heartbeat(fabric.global_rank, hosts, address, _leaving, lambda: leave(1)))
+        _beating[-1].start()
     return fabric
 
 
@@ -351,6 +352,7 @@ def _host_group() -> dist.ProcessGroup | None:
 
 _children: list[subprocess.Popen] = []
 _leaving = threading.Event()
+_beating: list[heartbeat.Heartbeat] = []
 
 
 def _is_child() -> bool:
@@ -471,7 +473,15 @@ def leave(status: int) -> int:
         os._exit(status)
     if dist.is_initialized():
         dist.destroy_process_group()
-    return 0 if _is_child() else status
+    status = 0 if _is_child() else status
+    for thread in _beating:
+        # An interpreter that ends while a thread is inside the store aborts the process.
+        thread.join(2 * heartbeat.INTERVAL)
+        if thread.is_alive():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    return status
 
 
 def resume_command(out_dir: Path, run_name: str) -> str:
