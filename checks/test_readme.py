@@ -46,10 +46,9 @@ COMMANDS = {
     "python -m benchmarks.speed --budget=10": MEASURES,
     "python -m benchmarks.calibration --dataset=benchmarks.cases:cifar10_npz": MEASURES,
     "python -m benchmarks.stream": MEASURES,
-    "python -m benchmarks.comparison mnist_logistic --data_dir=data": MEASURES,
-    "python -m benchmarks.comparison mnist_cnn --data_dir=data": MEASURES,
-    "python -m benchmarks.comparison cifar10_cnn --data_dir=data": MEASURES,
-    "python -m benchmarks.comparison cifar10_batch_norm --data_dir=data": MEASURES,
+    "python -m benchmarks.comparison mnist_logistic -j 2 --data_dir=data": MEASURES,
+    "python -m benchmarks.comparison mnist_logistic --table": RUN,
+    "python report.py benchmarks/results/comparison/mnist_logistic --target=0.92 --knee=30,300,3000": RUN,
     "python main.py --model=cnn --dataset=mnist": SHORT,
     "python main.py --dataset=mnist --model=cnn --optimizer=adagrad --test_type=ip --theta=0.5"
     " --max_samples=90000": SHORT,
@@ -89,7 +88,6 @@ COMMANDS = {
     "python report.py out/ --format=latex > table.tex": RUN,
     "python report.py out/ --target=0.98 --figures=figures/": RUN,
     "python report.py out/ --target=0.98 --knee=100,3000": RUN,
-    "python report.py out/comparison/mnist_logistic/final": RUN,
 }
 """Every command of the pages: how it is run here, or why not."""
 EXAMPLES = (
@@ -118,6 +116,7 @@ def started(program: str, how: str = "") -> list[str]:
 def test_every_command_is_run_or_listed():
     assert commands() == set(COMMANDS)
     run = started("python main.py", RUN) + started("python report.py", RUN) + started("./expt.sh", RUN)
+    run += started("python -m benchmarks.comparison", RUN)
     assert sorted(run) == sorted(started("", RUN))
     assert {language for language, _ in FENCES} <= {
         "bash",
@@ -222,13 +221,22 @@ def test_training_and_its_reports(folder, tmp_path):
         if "--resume" in command:  # "always the same command", also for a run that is to be longer now
             train(command, f"{more} --max_samples=96")
             assert json.loads((tmp_path / "out" / "long" / "summary.json").read_text())["samples"] >= 96
-    final = "--out_dir=out/comparison/mnist_logistic/final --run_name=run --model=logistic"
-    train("python main.py", f"{SHORT.removeprefix(RUN)} {final}")
-    for command in started("python report.py"):
-        done = folder(command)
-        assert "cnn" in done.stdout or ">" in command or "final" in command
+    for command in started("python report.py out/"):
+        assert "cnn" in folder(command).stdout or ">" in command
     assert "tabular" in (tmp_path / "table.tex").read_text()
     assert (tmp_path / "figures" / "against_steps.pdf").exists()
+
+
+def test_results_are_what_is_kept():
+    """Both commands make the tables from the kept runs; the figures of the pages are among theirs."""
+    commands = started("python -m benchmarks.comparison", RUN) + started("python report.py benchmarks", RUN)
+    made = [launch("bash", "-c", re.sub("^python", sys.executable, command), cwd=ROOT).stdout for command in commands]
+    assert len(made) == 2 and all("steady" in text for text in made)
+    results, front = PAGES[ROOT / "docs" / "results.md"], PAGES[ROOT / "README.md"].split("## Results")[1]
+    for page, first in ((results, "constant 16 "), (results, "**steady**"), (front, "constant 1024"), (front, "**`st")):
+        row = next(line for line in page.splitlines() if line.startswith(f"| {first}"))
+        figures = re.findall(r"\d[\d,.]* ± \d[\d,.]*", row)
+        assert len(figures) >= 3 and all(figure in made[0] for figure in figures), row
 
 
 def used_by(example: str, data_dir: Path) -> list[str]:
