@@ -181,6 +181,12 @@ class Trainer:
             )
         except ValueError as error:  # on all ranks alike
             raise UsageError(f"--test_gradients: {c.model}: {error}") from None
+        if c.monitor_modules and not estimator.tells_parameters_apart:
+            raise UsageError(
+                "--monitor_modules: the statistics of this run come from a pass of the test's own, which does not tell "
+                "parameters apart: take --test_gradients=micro_batch"
+            )
+        estimator.by_parameter = c.monitor_modules
         return estimator, told
 
     def fit(self) -> str:
@@ -233,6 +239,7 @@ class Trainer:
                 "batch_noise_scale",
             )
             row |= {name: getattr(moments, name) for name in names} | {"noise_scale": self.controller.noise_scale}
+            row["modules"] = texts.module_numbers(gradients.by_module(self.estimator.of_parameters))
         return row
 
     def finished(self) -> bool:

@@ -113,6 +113,7 @@ REFUSED = [
     ("--test=False --lr_scaling=adascale", "needs the statistics: add --test=True or --monitor_interval=N"),
     ("--ramp_up_type=goodput --eta=0.5", "--ramp_up_type=goodput makes no test"),
     ("--ramp_up_type=test --may_shrink=True", "--may_shrink acts only with --ramp_up_type=goodput"),
+    ("--test=False --monitor_modules=True", "--monitor_modules acts only with"),
     ("--ramp_up_type=test --knee=100", "--knee acts only with --ramp_up_type=goodput"),
     ("--eval_interval=3 --eval_samples=100", "--eval_samples acts only with --eval_interval=0"),
     ("--seesaw_ramp_up=True", "add --test=False"),

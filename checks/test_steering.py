@@ -69,6 +69,26 @@ def test_monitor_of_a_network_with_batch_norm(tmp_path, capsys):
     assert "the monitor takes test_gradients=micro_batch" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("test_gradients", ["ghost", "micro_batch"])
+@pytest.mark.parametrize("test_type", ["norm", "ip"])
+def test_modules_add_up_to_the_whole(tmp_path, test_gradients, test_type):
+    """modules.csv has every module in every measured step; sums over modules are the row's; a resumed run goes on."""
+    options = [f"--test_gradients={test_gradients}", f"--test_type={test_type}", "--monitor_modules=True"]
+    options += ["--model=cnn", "--batch_size=24", "--test_interval=2", "--training_type=iter"]
+    options += ["--max_iters=6", "--checkpoint_interval=3", "--keep_checkpoints=9", "--max_batch_size=64"]
+    rows = run(tmp_path, "whole", *options)
+    with open(tmp_path / "whole" / "modules.csv", newline="") as file:
+        modules = list(csv.DictReader(file))
+    for row in rows:
+        own = [entry for entry in modules if entry["step"] == row["step"]]
+        assert len({entry["module"] for entry in own}) == len(own) == (3 if row["variance"] else 0)
+        for column in ("variance", "grad_norm_sq") if own else ():
+            assert sum(numbers(own, column)) == pytest.approx(float(row[column]), rel=1e-4)
+    first = tmp_path / "whole" / "checkpoints" / "step-00000003.pt"
+    run(tmp_path, "again", *options, f"--resume={first}")
+    assert (tmp_path / "again" / "modules.csv").read_bytes() == (tmp_path / "whole" / "modules.csv").read_bytes()
+
+
 def test_seesaw_and_its_learning_rate(tmp_path):
     """b = b₀ · peak/rate of the schedule, and the rate times √(b/b₀), never above max_lr."""
     rows = run(

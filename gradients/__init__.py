@@ -19,7 +19,7 @@ from torch import nn
 
 from gradients.alone import couples_samples, drawing_from, is_compiled, random_states, untouched
 from gradients.check import PROBE, Check, agreed
-from gradients.estimator import Estimator, Loss, first_line, is_out_of_memory, listed, sum_over_ranks
+from gradients.estimator import Estimator, Loss, by_module, first_line, is_out_of_memory, listed, sum_over_ranks
 from gradients.ghost_norms import GhostNorms
 from gradients.micro_batch import MicroBatchGradients
 from gradients.per_sample import BySample, OwnPass, PerSampleGradients, SingleGradients
@@ -35,6 +35,7 @@ __all__ = [
     "PerSampleGradients",
     "SingleGradients",
     "build",
+    "by_module",
     "couples_samples",
     "is_out_of_memory",
     "listed",

@@ -3,6 +3,7 @@
 import contextlib
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,7 +34,13 @@ class Estimator:
         inner_products: measure p_k, too.
         max_micro_batch_size: most samples in a pass of the test's own.
         autocast: makes the context of the forward pass (mixed precision).
+
+    Attributes:
+        by_parameter: measure every parameter by itself, too, where `tells_parameters_apart`.
+        of_parameters: the moments of the last call of `moments`, by parameter, then.
     """
+
+    tells_parameters_apart = False
 
     def __init__(
         self,
@@ -45,12 +52,14 @@ class Estimator:
     ):
         self.model, self.loss, self.inner_products = model, loss, inner_products
         self.max_micro_batch_size, self.autocast = max_micro_batch_size, autocast
+        self.by_parameter, self.of_parameters = False, {}
         self._start()
 
     def _start(self) -> None:
         # [samples, groups, Σ m_k‖ḡ_k‖²]
         self.sums = torch.zeros(3, dtype=torch.float64, device=next(self.model.parameters()).device)
         self.gradient_sum: dict[str, Tensor] = {}
+        self.sums_by_parameter: dict[str, Tensor] = {}  # Σ m_k‖ḡ_k‖² over the parameter alone
         self.norms_sq: list[Tensor] = []  # ‖g_i‖² of the samples in order, where inner products are measured
 
     def forget(self) -> None:
@@ -82,14 +91,26 @@ class Estimator:
             apart = (total[0] * products - sizes * norms_sq) / (total[0] - sizes)
             weighted = (products, products.square(), apart.square())
             numbers.append(sum_over_ranks(torch.stack([(sizes * values).sum() for values in weighted])))
+        names = list(mean) if self.by_parameter else []
+        if names:
+            nothing = self.sums.new_zeros(())
+            own = torch.stack([self.sums_by_parameter.get(name, nothing) for name in names])
+            numbers += [sum_over_ranks(own), torch.stack([norm_sq([mean[name]]) for name in names])]
         self._start()
-        samples, groups, sum_norm_sq, grad_norm_sq, *inner = torch.cat(numbers).tolist()  # the only wait
-        sum_inner, sum_inner_sq, sum_apart_sq = inner or (None, None, None)
+        samples, groups, sum_norm_sq, grad_norm_sq, *rest = torch.cat(numbers).tolist()  # the only wait
+        sum_inner, sum_inner_sq, sum_apart_sq = rest[:3] if self.inner_products else (None, None, None)
+        apart = zip(names, rest[len(rest) - 2 * len(names) :], rest[len(rest) - len(names) :])
+        self.of_parameters = {name: Moments(round(samples), round(groups), norm, own) for name, own, norm in apart}
         return Moments(round(samples), round(groups), grad_norm_sq, sum_norm_sq, sum_inner_sq, sum_inner, sum_apart_sq)
 
     def _total(self, grad_scale: float | Tensor) -> Tensor:
         """[samples, groups, Σ m_k‖ḡ_k‖²] of this rank."""
         return self.sums
+
+    def _add_by_parameter(self, sums: dict[str, Tensor]) -> None:
+        """Σ m_k‖ḡ_k‖² of a micro-batch by parameter, float64 ()."""
+        for name, own in sums.items():
+            self.sums_by_parameter[name] = self.sums_by_parameter.get(name, 0.0) + own
 
     def _add(self, norms_sq: Tensor) -> None:
         """The ‖g_i‖² of a micro-batch's samples, float64 (n,)."""
@@ -116,6 +137,18 @@ class Estimator:
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained, by name."""
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+
+def by_module(of_parameters: dict[str, Moments]) -> dict[str, Moments]:
+    """The moments of every module's own parameters (of those without a module: by the name "") by its name."""
+    modules: dict[str, Moments] = {}
+    for name, own in of_parameters.items():
+        module = name.rpartition(".")[0]
+        before = modules.get(module)
+        modules[module] = own if before is None else replace(
+            own, grad_norm_sq=before.grad_norm_sq + own.grad_norm_sq, sum_norm_sq=before.sum_norm_sq + own.sum_norm_sq
+        )  # fmt: skip
+    return modules
 
 
 def is_out_of_memory(error: BaseException) -> bool:

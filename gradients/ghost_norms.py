@@ -63,6 +63,8 @@ class GhostNorms(OwnPass):
                 yield
             mode.uncovered |= {name for name in mode.unseen() if _mark(self.parameters()[name].grad) != marks[name]}
             self._add(mode.norms_sq() / loss_scale**2)
+            if self.by_parameter:
+                self._tell_apart(mode, loss_scale)
             uncovered = self.uncovered | mode.uncovered
             if mode.is_complete and not uncovered:
                 self.whole = mode, loss_scale
@@ -81,6 +83,17 @@ class GhostNorms(OwnPass):
         if uncovered:
             self.whole = None
             self.own_norms_sq.append((len(self.norms_sq) - 1, self._norms_sq_of(uncovered, inputs, targets, before[1])))
+
+    @property
+    def tells_parameters_apart(self) -> bool:
+        """In the training pass: an own pass may be made again in smaller chunks."""
+        return self.in_training_pass
+
+    def _tell_apart(self, mode: GhostMode, loss_scale: float) -> None:
+        unknown = mode.uncovered | self.uncovered  # without a rule; all of these are measured together
+        for name in mode.parameters:
+            own = mode.norms_sq(name).sum() / loss_scale**2
+            self._add_by_parameter({name: own * math.nan if name in unknown else own})
 
     def _norms_sq_of(self, names: set[str], inputs: Batch, targets: Batch, buffers: dict[str, Tensor]) -> Tensor:
         """‖g_i‖² over these parameters (n,), by the first reference that can; NaN, with a line, where none can."""
@@ -131,6 +144,7 @@ class GhostNorms(OwnPass):
     def _total(self, grad_scale: float | Tensor) -> Tensor:
         if self.in_training_pass:
             self.sums[2] /= grad_scale**2
+            self.sums_by_parameter = {name: own / grad_scale**2 for name, own in self.sums_by_parameter.items()}
             self.norms_sq = [norms_sq / grad_scale**2 for norms_sq in self.norms_sq]
         for number, own in self.own_norms_sq:
             self.sums[2] += own.sum()

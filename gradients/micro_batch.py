@@ -19,6 +19,8 @@ class MicroBatchGradients(Estimator):
     For networks with BatchNorm this is also the most accurate estimate: it looks at the real training gradients.
     """
 
+    tells_parameters_apart = True
+
     def __init__(self, *arguments, num_groups: int = 8):
         super().__init__(*arguments)
         self.num_groups = num_groups
@@ -67,6 +69,9 @@ class MicroBatchGradients(Estimator):
         squares = torch.cat([norm for own in norms for norm in own]).double().square()
         sizes = sizes.repeat_interleave(self._on_device(rows, torch.int64), output_size=sum(rows))
         self.sums[2] += (squares / sizes).sum()
+        if self.by_parameter:
+            for (m, group), own in zip(self.groups, norms):
+                self._add_by_parameter({name: rows.double().square().sum() / m for name, rows in zip(group, own)})
 
     def _on_device(self, numbers: list[int], dtype: torch.dtype) -> Tensor:
         """Copied while the host goes on."""
@@ -76,7 +81,9 @@ class MicroBatchGradients(Estimator):
         if self.groups:  # a rank may have none
             self._add_norms()
         # ḡ_k = (the loss's gradient) / (m_k · loss_scale · grad_scale)
-        self.sums[2] /= (self.loss_scale * grad_scale) ** 2
+        scale_sq = (self.loss_scale * grad_scale) ** 2
+        self.sums[2] /= scale_sq
+        self.sums_by_parameter = {name: own / scale_sq for name, own in self.sums_by_parameter.items()}
         return self.sums
 
     def mean_gradient(self, samples: Tensor, grad_scale: float | Tensor) -> dict[str, Tensor]:

@@ -149,6 +149,8 @@ class TestOptions:
     monitor_interval: int = 0
     """measure the statistics every so many steps also where nothing is decided by them: in runs without a test and at
     the largest batch size; 0: do not. A network with BatchNorm is watched by micro_batch"""
+    monitor_modules: bool = False
+    """write the statistics of every module's own parameters to modules.csv, too, by ghost or micro_batch"""
     test_gradients: Literal["auto", "ghost", "vmap", "loop", "micro_batch"] = "auto"
     """where the statistics come from. ghost: exact, norms without per-sample gradients; vmap: exact, per-sample
     gradients by torch.func; loop: exact, one backward pass a sample; micro_batch: variance between micro-batches; auto:
@@ -422,6 +424,8 @@ class Config(
         for name in ("statistics", "smoothing"):
             if getattr(self, name) != getattr(_DEFAULTS, name) and not measured:
                 raise UsageError(f"--{name} acts only with --test=True or --monitor_interval: add one, or leave it out")
+        if self.monitor_modules and not measured:
+            raise UsageError("--monitor_modules acts only with --test=True or --monitor_interval: add one")
         if self.lr_scaling == "adascale" and not measured:
             raise UsageError("--lr_scaling=adascale needs the statistics: add --test=True or --monitor_interval=N")
         if self.batch_ahead != _DEFAULTS.batch_ahead and not self.num_workers:
