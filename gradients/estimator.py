@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from gradients.contributions import at_least_single
 from gradients.samples import Batch
@@ -55,6 +56,11 @@ class Estimator:
         self.by_parameter, self.of_parameters = False, {}
         self._start()
 
+    @property
+    def sharded(self) -> bool:
+        """Each rank has a shard of every parameter and of its gradient (FSDP2)."""
+        return any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
+
     def _start(self) -> None:
         # [samples, groups, Σ m_k‖ḡ_k‖²]
         self.sums = torch.zeros(3, dtype=torch.float64, device=next(self.model.parameters()).device)
@@ -85,7 +91,8 @@ class Estimator:
         """
         total = sum_over_ranks(self._total(grad_scale))
         mean = self.mean_gradient(total[0], grad_scale)
-        numbers = [total, norm_sq(mean.values())[None]]
+        of_shards = sum_over_ranks if self.sharded else lambda norms: norms  # a norm is then one of all ranks' together
+        numbers = [total, of_shards(norm_sq(mean.values())[None])]
         if self.inner_products:
             products, norms_sq, sizes = self.products(mean, grad_scale)
             apart = (total[0] * products - sizes * norms_sq) / (total[0] - sizes)
@@ -95,7 +102,7 @@ class Estimator:
         if names:
             nothing = self.sums.new_zeros(())
             own = torch.stack([self.sums_by_parameter.get(name, nothing) for name in names])
-            numbers += [sum_over_ranks(own), torch.stack([norm_sq([mean[name]]) for name in names])]
+            numbers += [sum_over_ranks(own), of_shards(torch.stack([norm_sq([mean[name]]) for name in names]))]
         self._start()
         samples, groups, sum_norm_sq, grad_norm_sq, *rest = torch.cat(numbers).tolist()  # the only wait
         sum_inner, sum_inner_sq, sum_apart_sq = rest[:3] if self.inner_products else (None, None, None)
@@ -167,15 +174,20 @@ _OUT_OF_MEMORY = re.compile(
 
 
 def training_gradient(parameters: dict[str, nn.Parameter], grad_scale: float | Tensor) -> dict[str, Tensor]:
-    """ḡ as the training step has it: averaged over the ranks, before clipping."""
+    """ḡ as the training step has it: averaged over the ranks, before clipping; of shards, this rank's."""
 
     def unscaled(parameter: nn.Parameter) -> Tensor:
         if parameter.grad is None:
-            return torch.zeros_like(parameter)
-        gradient = dense(parameter.grad)
+            return torch.zeros_like(own_part(parameter))
+        gradient = dense(own_part(parameter.grad))
         return gradient if isinstance(grad_scale, float) and grad_scale == 1 else gradient / grad_scale
 
     return {name: unscaled(parameter) for name, parameter in parameters.items()}
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """This rank's shard of a tensor that is shared out."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def dense(gradient: Tensor) -> Tensor:
@@ -206,4 +218,5 @@ def row_norms(tensor: Tensor) -> Tensor:
 
 def norm_sq(tensors: Iterable[Tensor]) -> Tensor:
     """The squared norm of all of them as one vector, float64 ()."""
-    return torch.cat([row_norms(tensor) for tensor in tensors]).double().square().sum()
+    norms = [row_norms(tensor) for tensor in tensors if tensor.numel()]  # a rank's shard may be empty
+    return torch.cat(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64)

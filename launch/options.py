@@ -270,8 +270,11 @@ class DeviceOptions:
 
     accelerator: Literal["auto", "cpu", "gpu", "cuda"] = "auto"
     """kind of device"""
-    strategy: Literal["auto", "ddp", "ddp_find_unused_parameters_true"] = "auto"
-    """how processes work together; ddp_find_unused_parameters_true: where a step may leave out parameters"""
+    strategy: Literal["auto", "ddp", "ddp_find_unused_parameters_true", "fsdp"] = "auto"
+    """how processes work together; ddp_find_unused_parameters_true: where a step may leave out parameters; fsdp:
+    parameters, gradients and optimizer states are shared out, for models that do not fit"""
+    shard_modules: list[str] = field(default_factory=list)
+    """of strategy=fsdp: classes whose modules are gathered one at a time; default: the model's repeated blocks"""
     devices: int | Literal["auto"] = "auto"
     """devices (processes) a node; auto: all GPUs, or one process on CPU"""
     num_nodes: int = 1
@@ -402,6 +405,7 @@ class Config(
             ("ramp_up_factor", "ramp_up_type", "factor"),
             ("may_shrink knee", "ramp_up_type", "goodput"),
             ("eval_samples", "eval_interval", 0),
+            ("shard_modules", "strategy", "fsdp"),
             (
                 "warmup_samples warmup_iters warmup_from min_lr scheduler lr_decay_samples lr_decay_iters",
                 "decay_lr",

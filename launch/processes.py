@@ -21,11 +21,12 @@ import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
-from lightning.fabric.strategies import STRATEGY_REGISTRY, DDPStrategy
+from lightning.fabric.plugins.precision import DoublePrecision
+from lightning.fabric.strategies import STRATEGY_REGISTRY, DDPStrategy, ModelParallelStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from launch import heartbeat
+from launch import heartbeat, sharding
 from launch.environments import FIRST_PROCESS, launcher, started_by_the_first_process
 from launch.options import GRACE, Config, RunError, UsageError, say, say_error
 from launch.terminals import after
@@ -44,9 +45,12 @@ def start_fabric(config: Config) -> Fabric:
     """
     by_fabric_run = bool(os.environ.get("LT_CLI_USED"))  # then Fabric itself reads what the launcher set
     strategy = os.environ.get("LT_STRATEGY", "auto") if by_fabric_run else config.strategy
-    if strategy not in ("auto", "ddp", "ddp_find_unused_parameters_true"):  # the launcher takes any
-        raise UsageError(f"--strategy={strategy} is not supported: whole gradients are needed; choose auto or ddp")
+    if strategy not in ("auto", "ddp", "ddp_find_unused_parameters_true", "fsdp"):  # the launcher takes any
+        raise UsageError(f"--strategy={strategy} is not supported: choose auto, ddp or fsdp")
     _say_how_gradients_are_averaged(config)
+    if strategy == "fsdp":  # by this name Fabric has FSDP's first version
+        os.environ.pop("LT_STRATEGY", None)
+        strategy = sharding.Sharded(config.shard_modules, timedelta(minutes=config.timeout_minutes))
     share_cores()
     launched = launched_size()
     if not launched:
@@ -60,16 +64,20 @@ def start_fabric(config: Config) -> Fabric:
     try:
         if by_fabric_run:
             with after(PATIENCE, _say_for_whom_it_waits):
-                fabric = Fabric()
+                fabric = Fabric() if isinstance(strategy, str) else Fabric(strategy=strategy)
         else:
             devices, num_nodes = launched or (config.devices, config.num_nodes)
+            plugins = [environments[launcher()]()]  # as found: Fabric would take left-over variables for a launcher
+            precision = config.precision
+            if not isinstance(strategy, str) and precision.startswith("64"):  # shards know it, Fabric's list does not
+                plugins, precision = [*plugins, DoublePrecision()], None
             fabric = Fabric(
                 accelerator=config.accelerator,
                 strategy=strategy,
                 devices=devices,
                 num_nodes=num_nodes,
-                precision=config.precision,
-                plugins=environments[launcher()](),  # as found: Fabric would take left-over variables for a launcher
+                precision=precision,
+                plugins=plugins,
             )
         _watch(fabric)
         if not by_fabric_run:
@@ -167,6 +175,8 @@ def refuse_too_many_processes(config: Config) -> None:
 
 def strategy_name(fabric: Fabric) -> str:
     """As `--strategy` has it: what Fabric really uses."""
+    if isinstance(fabric.strategy, ModelParallelStrategy):
+        return "fsdp"
     if not isinstance(fabric.strategy, DDPStrategy):
         return "auto"
     finds_unused = fabric.strategy._ddp_kwargs.get("find_unused_parameters")
@@ -241,7 +251,7 @@ def refuse_single_samples(config: Config, world_size: int, least: int) -> None:
 
 
 def refuse_unequal_numbers(config: Config, module: torch.nn.Module) -> None:
-    """SyncBatchNorm exchanges statistics in every micro-batch: ranks need the same number of them.
+    """SyncBatchNorm exchanges statistics in every micro-batch, shards are gathered: ranks need the same number of them.
 
     Raises:
         UsageError: micro-batches of one sample are as many as a rank has samples.
@@ -249,6 +259,8 @@ def refuse_unequal_numbers(config: Config, module: torch.nn.Module) -> None:
     synchronised = any(isinstance(layer, torch.nn.SyncBatchNorm) for layer in module.modules())
     if synchronised and config.max_micro_batch_size == 1:
         raise UsageError("--max_micro_batch_size=1: SyncBatchNorm needs as many micro-batches on every rank: raise it")
+    if config.strategy == "fsdp" and config.max_micro_batch_size == 1:
+        raise UsageError("--max_micro_batch_size=1: shards need as many micro-batches on every rank: raise it")
 
 
 def set_arithmetic(config: Config) -> None:

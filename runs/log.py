@@ -232,10 +232,10 @@ class RunLog:
             left = max(self._bar.total / done - 1, 0) * (now - self.start)
             self.say(f"{self._progress}  {tqdm.format_interval(left)} left")
 
-    def save_weights(self, module: torch.nn.Module) -> None:
+    def save_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """model.pt: the plain weights, for `module.load_state_dict(torch.load("model.pt"))` on any device."""
         with self._writing(), replacing(self.folder / "model.pt") as file:
-            torch.save({name: value.cpu() for name, value in module.state_dict().items()}, file)
+            torch.save({name: value.cpu() for name, value in weights.items()}, file)
 
     def finish(self, status: str, results: dict[str, Any]) -> dict[str, Any]:
         """Close the files; write summary.json, TensorBoard's hyper-parameters and curves.png. Returns the summary."""
@@ -266,10 +266,12 @@ class RunLog:
             figures.curves(self.folder)
         return summary
 
-    def conclude(self, status: str, results: dict[str, Any], module: torch.nn.Module, stop_signal: int) -> None:
+    def conclude(
+        self, status: str, results: dict[str, Any], weights: dict[str, torch.Tensor], stop_signal: int
+    ) -> None:
         """The end of a run: weights, summary, and how to go on."""
         if status == "finished":
-            self.save_weights(module)
+            self.save_weights(weights)
         self.say(summary_text(self.finish(status, results), self.folder))
         if status == "interrupted":
             command = resume_command(self.folder.parent, self.folder.name)

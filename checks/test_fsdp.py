@@ -1,0 +1,90 @@
+"""Sharded models: two processes that share out parameters, gradients and optimizer states decide as others do."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from checks.conftest import column, train
+from checks.test_text import write_tokens
+from launch.sharding import blocks
+
+STEPS = ["--training_type=iter", "--precision=64-true", "--batch_size=5", "--max_batch_size=61", "--log_interval=1"]
+TESTS = {
+    "norm": ["--test_type=norm", "--eta=0.8"],
+    "ip": ["--test_type=ip", "--theta=0.4"],
+    "ip+orth": ["--test_type=ip+orth", "--theta=0.5", "--nu=0.9"],
+}
+
+
+class Residual(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.convolution = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm = nn.GroupNorm(2, channels)
+
+    def forward(self, x):
+        return x + torch.relu(self.norm(self.convolution(x)))
+
+
+def residual_net(image_shape, num_classes) -> nn.Module:
+    """A GroupNorm ResNet in small; its bias of five numbers leaves a rank next to nothing."""
+    channels, *_ = image_shape
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 5), nn.Tanh(), nn.Linear(5, num_classes))
+    return nn.Sequential(nn.Conv2d(channels, 6, 3), Residual(6), Residual(6), head)
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A text of 60 symbols in which the next one mostly follows from the last."""
+    folder = tmp_path_factory.mktemp("words")
+    rng = np.random.default_rng(0)
+    train_tokens, val_tokens = ((np.cumsum(rng.integers(0, 3, n)) % 60).tolist() for n in (6000, 330))
+    write_tokens(folder, train_tokens, val_tokens, vocab_size=60)
+    return folder
+
+
+def options_of(model: str, words) -> list[str]:
+    if model == "gpt":
+        gpt = [f"--model_args.{name}" for name in ("layers=2", "heads=2", "width=8", "tied=True")]
+        return ["--model=gpt", "--dataset=tokens", f"--data_dir={words}", "--sequence_length=8", *gpt]
+    return ["--model=checks.test_fsdp:residual_net"]
+
+
+@pytest.mark.parametrize("test_type", TESTS)
+@pytest.mark.parametrize("model", ["gpt", "resnet"])
+def test_as_ddp(tmp_path, words, model, test_type):
+    """The same batch sizes over 50 steps, losses and weights equal to rounding, in pieces and whole."""
+    options = [*options_of(model, words), *STEPS, *TESTS[test_type], "--max_iters=50", "--max_micro_batch_size=16"]
+    options += ["--grad_clip=1.0", "--eval_interval=25"]
+    ddp, fsdp = (
+        train(tmp_path, *options, f"--strategy={name}", processes=2, name=name) for name in ("ddp", "fsdp")
+    )  # fmt: skip
+    assert column(fsdp, "batch_size") == column(ddp, "batch_size") and column(ddp, "batch_size")[-1] > 32
+    for name in ("train_loss", "val_loss", "variance", "grad_norm_sq", "variance_inner_product"):
+        if column(ddp, name):
+            assert column(fsdp, name) == pytest.approx(column(ddp, name), rel=1e-9), name
+    one, other = (torch.load(run.folder / "model.pt", weights_only=True) for run in (ddp, fsdp))
+    assert list(one) == list(other)
+    for name in one:
+        torch.testing.assert_close(other[name], one[name], rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("path", [("fsdp", 2, "auto", 1), ("auto", 1, "fsdp", 2), ("fsdp", 2, "ddp", 2)], ids=str)
+def test_a_checkpoint_does_not_know_the_strategy(tmp_path, words, path):
+    """Saved by one, resumed by another, on another number of processes: the run of one process goes on."""
+    strategy, processes, then, processes_then = path
+    options = [*options_of("gpt", words), *STEPS, *TESTS["norm"], "--checkpoint_interval=10", "--keep_checkpoints=9"]
+    whole = train(tmp_path, *options, "--max_iters=30", "--decay_lr=False", name="whole")
+    options += ["--decay_lr=False", f"--strategy={strategy}", "--max_iters=20"]
+    train(tmp_path, *options, processes=processes, name="parts")
+    options = [*options[:-2], f"--strategy={then}", "--max_iters=30", "--resume=auto"]
+    parts = train(tmp_path, *options, processes=processes_then, name="parts")
+    assert column(parts, "batch_size") == column(whole, "batch_size")
+    assert column(parts, "train_loss") == pytest.approx(column(whole, "train_loss"), rel=1e-9)
+
+
+def test_blocks_are_the_outermost_that_a_model_repeats():
+    net = residual_net((1, 8, 8), 10)
+    assert blocks(net) == [net[1], net[2]]
+    assert blocks(net, ["Linear"]) == [net[3][2], net[3][4]]
