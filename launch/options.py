@@ -394,6 +394,8 @@ class Config(
             if isinstance(value, str) and not re.fullmatch(r"\d+(\.\d+)?%", value):
                 raise UsageError(f"--samples_stages: '{value}' is neither a number of samples nor a share such as 25%")
         _require_range("seed", self.seed, "below 2^32", lambda value: value < 2**32)
+        _require_range("smoothing", self.smoothing, "at most 1e15", lambda value: value <= 1e15)
+        _require_range("timeout_minutes", self.timeout_minutes, "at most a year", lambda value: value <= 365 * 24 * 60)
         for name in ("ramp_up_factor", "max_growth"):
             _require_range(name, getattr(self, name), "larger than 1", lambda value: value > 1)
 
