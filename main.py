@@ -85,6 +85,7 @@ class Trainer:
             self.test_gradients = "micro_batch"  # of the training pass; ghost would make a pass of its own
         least = self.min_micro_batch_size
         together(fabric, lambda: processes.refuse_single_samples(config, fabric.world_size, least))
+        together(fabric, lambda: processes.refuse_a_single_worker(config, fabric.world_size))
         self.sharded = config.strategy == "fsdp"
         if self.sharded:
             together(fabric, self.refuse_sharding)
@@ -198,10 +199,10 @@ class Trainer:
                 "parameters apart: take --test_gradients=micro_batch"
             )
         estimator.by_parameter = c.monitor_modules
-        if self.sharded and not (isinstance(estimator, gradients.GhostNorms) and estimator.works_on_shards):
+        if self.sharded and not estimator.works_on_shards:
             raise UsageError(
-                f"--strategy=fsdp: the statistics of {c.model} need whole parameters here: take --strategy=ddp, or a "
-                "model that --test_gradients=ghost covers"
+                f"--strategy=fsdp: the statistics of {c.model} need whole tensors here: take --test_gradients=worker "
+                "with the norm test, or --strategy=ddp"
             )
         return estimator, told
 
@@ -368,7 +369,10 @@ class Trainer:
             last = self.stream.read(range(1)) if self.sharded else None
             rounds = -(-self.validation_samples // (micro_batch_size * world_size))  # the last one is not every rank's
             micro_batches = self.stream.validation(rank, world_size, micro_batch_size)
-            with out_of_memory_means("a validation micro-batch", "lower --max_micro_batch_size"):
+            with (
+                out_of_memory_means("a validation micro-batch", "lower --max_micro_batch_size"),
+                sharding.forward_only(self.module),
+            ):
                 for _, batch in itertools.zip_longest(range(rounds), micro_batches):
                     self.stop_signal = processes.largest_over_ranks(self.fabric, self.interrupts.received)
                     if self.stop_signal:  # all is to be as it was before
@@ -380,7 +384,6 @@ class Trainer:
                         self.validation.update(self.model(batch[0]), batch[1])
                     elif self.sharded:  # the others gather the layers: with this rank, or not at all
                         self.model(last[0])
-                sharding.put_away(self.module)
             return self.validation.compute()
 
     def log_step(self, row: dict[str, Any], evaluation: dict[str, float]) -> None:
@@ -439,9 +442,9 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """What Fabric saves and restores by itself."""
-        if self.sharded:
-            return sharding.whole_state(self.module, self.optimizer.optimizer)
         precision = self.fabric.strategy.precision  # with the gradient scaler, if any
+        if self.sharded:
+            return {**sharding.whole_state(self.module, self.optimizer.optimizer), "precision": precision.state_dict()}
         return {"model": self.model, "optimizer": self.optimizer, "precision": precision}
 
     def save(self) -> None:

@@ -1,20 +1,31 @@
 """Sharded models: two processes that share out parameters, gradients and optimizer states decide as others do."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from checks.conftest import column, train
+from checks.conftest import column, launch, train
+from checks.fault_drill import differences, rows_written
 from checks.test_text import write_tokens
-from launch.sharding import blocks
+from launch.options import UsageError
+from launch.sharding import blocks, refuse_what_needs_whole_tensors
 
 STEPS = ["--training_type=iter", "--precision=64-true", "--batch_size=5", "--max_batch_size=61", "--log_interval=1"]
 TESTS = {
-    "norm": ["--test_type=norm", "--eta=0.8"],
-    "ip": ["--test_type=ip", "--theta=0.4"],
-    "ip+orth": ["--test_type=ip+orth", "--theta=0.5", "--nu=0.9"],
+    "norm": ["--test_type=norm", "--eta=0.4"],
+    "ip": ["--test_type=ip", "--theta=0.08"],
+    "ip+orth": ["--test_type=ip+orth", "--theta=0.3", "--nu=0.3"],
+    "worker": ["--test_type=norm", "--eta=0.4", "--test_gradients=worker", "--max_micro_batch_size=31"],
 }
+
+TWO_SHARDS = [sys.executable, "main.py", "--accelerator=cpu", "--devices=2", "--strategy=fsdp"]
 
 
 class Residual(nn.Module):
@@ -55,12 +66,13 @@ def options_of(model: str, words) -> list[str]:
 @pytest.mark.parametrize("model", ["gpt", "resnet"])
 def test_as_ddp(tmp_path, words, model, test_type):
     """The same batch sizes over 50 steps, losses and weights equal to rounding, in pieces and whole."""
-    options = [*options_of(model, words), *STEPS, *TESTS[test_type], "--max_iters=50", "--max_micro_batch_size=16"]
-    options += ["--grad_clip=1.0", "--eval_interval=25"]
+    options = [*options_of(model, words), *STEPS, "--max_iters=50", "--max_micro_batch_size=16", *TESTS[test_type]]
+    options += ["--grad_clip=1.0", "--eval_interval=25", "--monitor_interval=1"]
     ddp, fsdp = (
         train(tmp_path, *options, f"--strategy={name}", processes=2, name=name) for name in ("ddp", "fsdp")
     )  # fmt: skip
     assert column(fsdp, "batch_size") == column(ddp, "batch_size") and column(ddp, "batch_size")[-1] > 32
+    assert len(column(ddp, "variance")) == 50
     for name in ("train_loss", "val_loss", "variance", "grad_norm_sq", "variance_inner_product"):
         if column(ddp, name):
             assert column(fsdp, name) == pytest.approx(column(ddp, name), rel=1e-9), name
@@ -88,3 +100,64 @@ def test_blocks_are_the_outermost_that_a_model_repeats():
     net = residual_net((1, 8, 8), 10)
     assert blocks(net) == [net[1], net[2]]
     assert blocks(net, ["Linear"]) == [net[3][2], net[3][4]]
+
+
+def test_what_needs_whole_tensors_is_refused():
+    net, normalised = residual_net((1, 8, 8), 10), nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    refuse_what_needs_whole_tensors(net, "adam", "bf16-mixed", compiled=False)
+    for arguments in [
+        (normalised, "adam", "32-true", False),
+        (net, "adagradnorm", "32-true", False),
+        (net, "adam", "16-mixed", False),
+        (net, "adam", "32-true", True),
+    ]:
+        with pytest.raises(UsageError, match="--strategy=fsdp: "):
+            refuse_what_needs_whole_tensors(*arguments)
+    with pytest.raises(UsageError, match="--shard_modules: the model has no Bloc: it has .*Residual"):
+        blocks(net, ["Bloc"])
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--test_gradients=micro_batch", "--test_type=ip"], "need whole tensors here"),
+        (["--test_gradients=vmap"], "need whole tensors here"),
+        (["--max_micro_batch_size=1"], "--max_micro_batch_size=1: shards need as many"),
+    ],
+)
+def test_refusals_of_two_processes(tmp_path, options, said):
+    done = launch(*TWO_SHARDS, f"--out_dir={tmp_path}", *options)
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_kill_changes_nothing(tmp_path, words):
+    """Both processes at once, in the middle; what goes on from the last checkpoint equals the undisturbed run."""
+    options = [*options_of("gpt", words), *STEPS, *TESTS["norm"], "--max_iters=40", "--checkpoint_interval=7"]
+    options += ["--strategy=fsdp", "--model_args.dropout=0.1", "--max_micro_batch_size=16", "--resume=auto"]
+    whole = train(tmp_path, *options, processes=2, name="whole")
+    folder = tmp_path / "killed"
+    command = [*TWO_SHARDS, f"--out_dir={tmp_path}", "--run_name=killed", *options]
+    first = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while rows_written(folder) < 12 and first.poll() is None:
+        time.sleep(0.01)
+    os.killpg(first.pid, signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL and list((folder / "checkpoints").glob("*.pt"))
+    train(tmp_path, *options, processes=2, name="killed")
+    assert not differences(whole.folder, folder)
+
+
+def test_a_signal_cuts_an_evaluation_off(tmp_path):
+    """In the middle of forward passes only: the checkpoint is whole."""
+    write_tokens(tmp_path, [i % 60 for i in range(2000)], [i % 60 for i in range(60_000)], vocab_size=60)
+    options = [*options_of("gpt", tmp_path), "--model_args.layers=6", "--max_iters=3", "--training_type=iter"]
+    options += ["--batch_size=4", "--max_micro_batch_size=2", "--log_interval=1", "--run_name=run"]
+    options += [f"--out_dir={tmp_path}"]
+    run = subprocess.Popen([*TWO_SHARDS, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while rows_written(tmp_path / "run") < 2 and run.poll() is None:
+        time.sleep(0.01)
+    time.sleep(2)
+    run.send_signal(signal.SIGTERM)
+    told = run.communicate()[0]
+    assert run.returncode == 75 and "interrupted by SIGTERM" in told and "val loss" not in told, told
+    assert list((tmp_path / "run" / "checkpoints").glob("*.pt"))

@@ -314,6 +314,6 @@ sys.exit(processes.leave(3) if "leaving" in sys.argv else 3)
 
 
 def test_a_process_ends_with_its_status_while_its_heart_beats():
-    """The end of the interpreter aborts a process with a thread inside the store: `leave` waits for the thread."""
+    """The end of the interpreter aborts a process with a thread inside the store: `leave` does not come to it."""
     done = launch(sys.executable, "-c", BUSY_HEARTBEAT, "leaving")
     assert done.returncode == 3 and not done.stderr

@@ -42,6 +42,8 @@ class Estimator:
     """
 
     tells_parameters_apart = False
+    works_on_shards = False
+    """It needs no pass of its own and no whole gradients, but for a layer at a time."""
 
     def __init__(
         self,

@@ -90,7 +90,6 @@ class GhostNorms(OwnPass):
 
     @property
     def works_on_shards(self) -> bool:
-        """It needs no pass of its own, and no per-sample gradients."""
         return self.in_training_pass and not self.uncovered
 
     @property

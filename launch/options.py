@@ -151,10 +151,11 @@ class TestOptions:
     the largest batch size; 0: do not. A network with BatchNorm is watched by micro_batch"""
     monitor_modules: bool = False
     """write the statistics of every module's own parameters to modules.csv, too, by ghost or micro_batch"""
-    test_gradients: Literal["auto", "ghost", "vmap", "loop", "micro_batch"] = "auto"
+    test_gradients: Literal["auto", "ghost", "vmap", "loop", "micro_batch", "worker"] = "auto"
     """where the statistics come from. ghost: exact, norms without per-sample gradients; vmap: exact, per-sample
-    gradients by torch.func; loop: exact, one backward pass a sample; micro_batch: variance between micro-batches; auto:
-    the first of ghost, vmap and loop that agrees with single samples"""
+    gradients by torch.func; loop: exact, one backward pass a sample; micro_batch: variance between micro-batches;
+    worker: likewise, with a tested step cut as any other (DDP-Norm, FSDP-Norm); auto: the first of ghost, vmap and loop
+    that agrees with single samples"""
     test_groups: int = 8
     """least number of micro-batches, over all devices, into which micro_batch cuts a tested batch"""
     max_test_micro_batch_size: int = 256

@@ -250,6 +250,18 @@ def refuse_single_samples(config: Config, world_size: int, least: int) -> None:
         raise UsageError(f"--max_micro_batch_size: {config.model} has BatchNorm on 1×1 maps and needs 3 or more")
 
 
+def refuse_a_single_worker(config: Config, world_size: int) -> None:
+    """
+    Raises:
+        UsageError: nothing to compare.
+    """
+    if config.test_gradients == "worker" and world_size * config.gradient_accumulation_steps < 2:
+        raise UsageError(
+            "--test_gradients=worker compares the gradients of workers, and here is one: take micro_batch, or "
+            "--gradient_accumulation_steps=2 or more"
+        )
+
+
 def refuse_unequal_numbers(config: Config, module: torch.nn.Module) -> None:
     """SyncBatchNorm exchanges statistics in every micro-batch, shards are gathered: ranks need the same number of them.
 
@@ -480,20 +492,22 @@ def leave(status: int) -> int:
     if status == 1 and dist.is_initialized():
         for process in _children:
             process.kill()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        _end_at_once(status)
     if dist.is_initialized():
         dist.destroy_process_group()
     status = 0 if _is_child() else status
-    for thread in _beating:
-        # An interpreter that ends while a thread is inside the store aborts the process.
+    for thread in _beating:  # of several processes
         thread.join(2 * heartbeat.INTERVAL)
-        if thread.is_alive():
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+        # All is written. The end of an interpreter aborts the process where a thread is inside the store or frees the
+        # tensors of an exchange (gloo's do).
+        _end_at_once(status)
     return status
+
+
+def _end_at_once(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def resume_command(out_dir: Path, run_name: str) -> str:

@@ -5,8 +5,9 @@ all of it; here is which blocks are gathered together, and what a run saves: who
 neither on the strategy nor on the number of processes.
 """
 
+import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -81,11 +82,15 @@ def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
-def put_away(module: nn.Module) -> None:
-    """After a forward pass without a backward pass: back to shards. (The outermost block stays whole else.)"""
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
+@contextlib.contextmanager
+def forward_only(module: nn.Module) -> Iterator[None]:
+    """Forward passes that no backward pass follows: they leave the outermost block whole, this puts it away."""
+    try:
+        yield
+    finally:
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
 
 
 def refuse_what_needs_whole_tensors(module: nn.Module, optimizer: str, precision: str, compiled: bool) -> None:

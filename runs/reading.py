@@ -249,7 +249,7 @@ def _equal(option: Any, value: str) -> bool:
 
 def without_effect(options: dict[str, Any]) -> set[str]:
     """Options that the run did not read, given the others: they tell no two configurations apart."""
-    unused = set() if options["test_gradients"] == "micro_batch" else {"test_groups"}
+    unused = set() if options["test_gradients"] in ("micro_batch", "worker") else {"test_groups"}
     if options["test"]:
         goodput = options["ramp_up_type"] == "goodput"
         unused |= {"eta", "theta", "nu"} - (set() if goodput else set(TEST_PARAMETERS[options["test_type"]]))
