@@ -33,6 +33,7 @@ SLURM = "needs Slurm: checks/test_slurm.py, where there is one"
 LONG = "takes long: checks/test_expt.py runs expt.sh, and its words are read below"
 MEASURES = "measures for hours: checks/test_benchmarks.py runs the parts on small cases"
 TEXT = "needs a text: test_text_is_prepared_and_learned_from"
+SHARDS = "takes minutes: checks/test_fsdp.py, on a small text and two processes"
 COMMANDS = {
     "make quickstart": "sets up the environment; checks/test_runs.py runs what it runs, `python main.py`",
     "make test": "is what runs this",
@@ -46,6 +47,7 @@ COMMANDS = {
     "python -m benchmarks.speed --budget=10": MEASURES,
     "python -m benchmarks.calibration --dataset=benchmarks.cases:cifar10_npz": MEASURES,
     "python -m benchmarks.stream": MEASURES,
+    "python -m benchmarks.sharding": MEASURES,
     "python -m benchmarks.comparison mnist_logistic -j 2 --data_dir=data": MEASURES,
     "python -m benchmarks.comparison mnist_logistic --table": RUN,
     "python report.py benchmarks/results/comparison/mnist_logistic --target=0.92 --knee=30,300,3000": RUN,
@@ -58,6 +60,10 @@ COMMANDS = {
     "python main.py --devices=2 --accelerator=cpu": DEVICES,
     "fabric run main.py --devices=4 --model=resnet18 --dataset=cifar10 --eta=0.5": DEVICES,
     "torchrun --nproc_per_node=4 main.py --model=resnet18 --dataset=cifar10": DEVICES,
+    "fabric run main.py --devices=4 --model=gpt --dataset=stdlib --strategy=ddp": SHARDS,
+    "fabric run main.py --devices=4 --model=gpt --dataset=stdlib --strategy=fsdp": SHARDS,
+    "fabric run main.py --model=gpt --dataset=stdlib --devices=4 --strategy=fsdp --precision=bf16-mixed": SHARDS,
+    "python main.py --model=gpt --dataset=stdlib --devices=2 --accelerator=cpu --strategy=fsdp": SHARDS,
     "torchrun --nnodes=1:4 --nproc_per_node=2 --max-restarts=100 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 main.py"
     " --run_name=long --resume=auto --checkpoint_minutes=2": "needs machines: checks/test_elastic.py has two agents",
     "python main.py --dataset=stdlib --model=gpt": "takes minutes: checks/test_text.py, on a small text",
