@@ -45,6 +45,8 @@ COMMANDS = {
     "python -m checks.fault_drill --rounds=50": "takes long: checks/test_survival.py runs a few rounds",
     "python -m benchmarks.torchvision_models": MEASURES,
     "python -m benchmarks.speed --budget=10": MEASURES,
+    "python -m benchmarks.speed --cases='[gpt_8]' --methods='[plain,ghost,vmap]' --budget=25"
+    " --out=benchmarks/results/gpt": MEASURES,
     "python -m benchmarks.calibration --dataset=benchmarks.cases:cifar10_npz": MEASURES,
     "python -m benchmarks.stream": MEASURES,
     "python -m benchmarks.sharding": MEASURES,
