@@ -41,7 +41,7 @@ import models
 import optim
 import rehearsal
 import tests
-from launch import processes
+from launch import processes, sharding
 from launch.interrupts import Interrupts
 from launch.options import REFUSED, Config, RunError, UsageError, import_object
 from launch.processes import naming_long_work, together
@@ -80,30 +80,42 @@ class Trainer:
         self.module = together(fabric, lambda: models.build(config.model, shape, outputs, config.model_args, example))
         self.min_micro_batch_size = models.smallest_micro_batch(self.module, shape, example)
         self.couples_samples = gradients.couples_samples(self.module)
+        self.test_gradients = config.test_gradients
+        if self.couples_samples and config.monitor_interval and not config.test and config.test_gradients == "auto":
+            self.test_gradients = "micro_batch"  # of the training pass; ghost would make a pass of its own
         least = self.min_micro_batch_size
         together(fabric, lambda: processes.refuse_single_samples(config, fabric.world_size, least))
-        with out_of_memory_means("the model", "take a smaller --model"):
-            self.model = fabric.setup_module(torch.compile(self.module) if config.compile else self.module)
-        # After the module has come to its device: Adagrad, for one, makes its state at once, where its parameters are.
-        optimizer = together(fabric, lambda: optim.build(self.module.parameters(), config))
-        self.optimizer = fabric.setup_optimizers(optimizer)
+        together(fabric, lambda: processes.refuse_a_single_worker(config, fabric.world_size))
+        self.sharded = config.strategy == "fsdp"
+        if self.sharded:
+            together(fabric, self.refuse_sharding)
         torch.manual_seed(config.seed + 1 + fabric.global_rank)  # dropout differs between ranks
+        with out_of_memory_means("the model", "take a smaller --model"):
+            self.module = fabric.strategy.precision.convert_module(self.module).to(fabric.device)
         dtype = next(self.module.parameters()).dtype
         arguments = (config.seed, config.shuffle, fabric.device, dtype, config.num_workers, config.batch_ahead)
         with out_of_memory_means("the data set", "take one that is read while training goes on (docs/extending.md)"):
             self.stream = batches.build(data_set, *arguments)
         if not data_set.num_classes or config.loss:
             together(fabric, self.refuse_loss)
+        self.progress = Progress(config.batch_size)
+        self.log: RunLog | None = None
+        # Before the parameters are shared out, if they are: single samples are compared on the whole module.
+        with naming_long_work(fabric, "checking the test's statistics on a few samples"):
+            self.estimator, told = together(fabric, self.set_up_estimator)
+        with out_of_memory_means("the model", "take a smaller --model"):
+            self.model = fabric.setup_module(torch.compile(self.module) if config.compile else self.module)
+        # After the module has come to its device: Adagrad, for one, makes its state at once, where its parameters are.
+        optimizer = together(fabric, lambda: optim.build(self.module.parameters(), config))
+        self.optimizer = fabric.setup_optimizers(optimizer)
         if config.strategy == "ddp":
             with naming_long_work(fabric, "looking for parameters that the loss does not use"):
                 together(fabric, self.refuse_unused_parameters)
-            together(fabric, lambda: processes.refuse_unequal_numbers(config, self.module))
+        together(fabric, lambda: processes.refuse_unequal_numbers(config, self.module))
         self.learning_rate = optim.LearningRate(config, config.max_samples)
         self.controller = batches.controller(config, self.learning_rate.decay, optim.is_adaptive(optimizer))
-        self.progress = Progress(config.batch_size)
         self.totals = Totals(fabric.device, data_set.train_metrics)
         self.validation = Validation(self.loss, data_set.metrics, fabric.device)
-        self.log: RunLog | None = None
         self.unwritten: tuple[Callable, dict[str, Any]] | None = None  # a row, but for what the device still computes
         self.diverged = False
         self.agreement = processes.Agreement(fabric)
@@ -113,10 +125,13 @@ class Trainer:
             notices.append("--num_workers=0: the training process itself reads the samples, and waits for them")
         if fabric.device.type == "cpu" and requested_precision.startswith("16"):
             notices.append(f"precision is {config.precision}: {requested_precision} needs a GPU")
+        if self.test_gradients != config.test_gradients:
+            notices.append(
+                f"the model has BatchNorm: the monitor takes test_gradients=micro_batch, which cuts every measured "
+                f"batch into {config.test_groups} micro-batches, each normalised by itself"
+            )
         if config.compile:
             notices.append("--compile: the first steps wait for the compiler, minutes for a large network")
-        with naming_long_work(fabric, "checking the test's statistics on a few samples"):
-            self.estimator, told = together(fabric, self.set_up_estimator)
         with naming_long_work(fabric, "measuring which size of micro-batches is quickest"):
             size, told_of_size = rehearsal.rehearse(self)
         self.config = config = replace(config, max_micro_batch_size=size)
@@ -143,6 +158,11 @@ class Trainer:
         with self.fabric.autocast():
             models.refuse_unused_parameters(self.module, self.mean_loss, *self.stream.read(range(2)), self.config)
 
+    def refuse_sharding(self) -> None:
+        c = self.config
+        sharding.blocks(self.module, c.shard_modules)
+        sharding.refuse_what_needs_whole_tensors(self.module, c.optimizer, c.precision, c.compile)
+
     def refuse_loss(self) -> None:
         with self.fabric.autocast():
             models.refuse_loss(self.module, self.loss, *self.stream.read(range(2)), self.config)
@@ -154,13 +174,13 @@ class Trainer:
 
     def set_up_estimator(self) -> tuple[gradients.Estimator | None, list[str]]:
         """Where the statistics come from, and what the user should be told of them."""
-        c, test = self.config, self.controller.test
+        c, test = self.config, batches.test(self.config)
         if not (c.test or c.monitor_interval):
             return None, []
-        self.model.train()
+        self.module.train()
         try:
             estimator, told = gradients.build(
-                c.test_gradients,
+                self.test_gradients,
                 self.module,
                 self.mean_loss,
                 bool(test and test.needs_inner_products),
@@ -173,6 +193,17 @@ class Trainer:
             )
         except ValueError as error:  # on all ranks alike
             raise UsageError(f"--test_gradients: {c.model}: {error}") from None
+        if c.monitor_modules and not estimator.tells_parameters_apart:
+            raise UsageError(
+                "--monitor_modules: the statistics of this run come from a pass of the test's own, which does not tell "
+                "parameters apart: take --test_gradients=micro_batch"
+            )
+        estimator.by_parameter = c.monitor_modules
+        if self.sharded and not estimator.works_on_shards:
+            raise UsageError(
+                f"--strategy=fsdp: the statistics of {c.model} need whole tensors here: take --test_gradients=worker "
+                "with the norm test, or --strategy=ddp"
+            )
         return estimator, told
 
     def fit(self) -> str:
@@ -225,6 +256,7 @@ class Trainer:
                 "batch_noise_scale",
             )
             row |= {name: getattr(moments, name) for name in names} | {"noise_scale": self.controller.noise_scale}
+            row["modules"] = texts.module_numbers(gradients.by_module(self.estimator.of_parameters))
         return row
 
     def finished(self) -> bool:
@@ -235,7 +267,7 @@ class Trainer:
     def plan(self, testing: bool) -> batches.Plan:
         c, progress = self.config, self.progress
         steps = c.gradient_accumulation_steps
-        if testing and c.test_gradients == "micro_batch":  # a variance between micro-batches needs enough of them
+        if testing and self.test_gradients == "micro_batch":  # a variance between micro-batches needs enough of them
             steps = max(steps, -(-c.test_groups // self.fabric.world_size))
         return batches.cut(
             progress.samples,
@@ -244,7 +276,7 @@ class Trainer:
             c.max_micro_batch_size,
             steps,
             self.min_micro_batch_size,
-            even=self.couples_samples,
+            even=self.couples_samples or self.sharded,
         )
 
     def test_is_due(self) -> bool:
@@ -314,11 +346,12 @@ class Trainer:
 
     def evaluation_is_due(self, batch_size: int) -> bool:
         """After a step on a batch of this size."""
-        progress, epoch = self.progress, self.samples_per_epoch
+        progress = self.progress
         if self.config.eval_interval:
             due = progress.steps % self.config.eval_interval == 0
         else:
-            due = progress.samples // epoch > (progress.samples - batch_size) // epoch
+            interval = self.config.eval_samples or self.samples_per_epoch
+            due = progress.samples // interval > (progress.samples - batch_size) // interval
         return due or self.finished()
 
     @torch.no_grad()
@@ -333,9 +366,13 @@ class Trainer:
             average_over_ranks(self.module.buffers(), world_size)
             self.model.eval()
             micro_batch_size = min(self.config.max_micro_batch_size, 1024)
+            last = self.stream.read(range(1)) if self.sharded else None
             rounds = -(-self.validation_samples // (micro_batch_size * world_size))  # the last one is not every rank's
             micro_batches = self.stream.validation(rank, world_size, micro_batch_size)
-            with out_of_memory_means("a validation micro-batch", "lower --max_micro_batch_size"):
+            with (
+                out_of_memory_means("a validation micro-batch", "lower --max_micro_batch_size"),
+                sharding.forward_only(self.module),
+            ):
                 for _, batch in itertools.zip_longest(range(rounds), micro_batches):
                     self.stop_signal = processes.largest_over_ranks(self.fabric, self.interrupts.received)
                     if self.stop_signal:  # all is to be as it was before
@@ -343,7 +380,10 @@ class Trainer:
                             buffer.copy_(own)
                         return {}
                     if batch:
+                        last = batch
                         self.validation.update(self.model(batch[0]), batch[1])
+                    elif self.sharded:  # the others gather the layers: with this rank, or not at all
+                        self.model(last[0])
             return self.validation.compute()
 
     def log_step(self, row: dict[str, Any], evaluation: dict[str, float]) -> None:
@@ -403,6 +443,8 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """What Fabric saves and restores by itself."""
         precision = self.fabric.strategy.precision  # with the gradient scaler, if any
+        if self.sharded:
+            return {**sharding.whole_state(self.module, self.optimizer.optimizer), "precision": precision.state_dict()}
         return {"model": self.model, "optimizer": self.optimizer, "precision": precision}
 
     def save(self) -> None:
@@ -418,9 +460,17 @@ class Trainer:
             own = checkpoint.state_of_rank(self.module, self.totals, self.fabric.device)
             self.checkpoints.save(self.progress.steps, self.progress.best_step, state, own)
 
+    def load(self, path: Path) -> dict[str, Any]:
+        """Model, optimizer and scaler as a checkpoint has them; gives the rest of it."""
+        if not self.sharded:
+            return self.fabric.load(path, self.state(), weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        sharding.load_whole_state(self.module, self.optimizer.optimizer, saved)
+        return saved
+
     def restore(self, path: Path) -> dict[str, Any]:
         """Go back to what a checkpoint holds, on as many ranks as there are now; gives the log's marks."""
-        rest = self.fabric.load(path, self.state(), weights_only=True)
+        rest = self.load(path)
         self.progress, self.validation.history = Progress(**rest["progress"]), rest["history"]
         self.controller.load_state_dict(rest["controller"])
         rank, world_size = self.fabric.global_rank, self.fabric.world_size
@@ -439,7 +489,11 @@ class Trainer:
             self.say(line)
 
     def conclude(self, status: str) -> None:
-        self.log.conclude(status, self.results(), self.module, self.stop_signal)
+        """The end of the run, on all ranks."""
+        weights = self.module.state_dict()
+        if self.sharded and status == "finished":
+            weights = sharding.whole_weights(self.module)
+        together(self.fabric, lambda: self.log and self.log.conclude(status, self.results(), weights, self.stop_signal))
 
     def results(self) -> dict:
         """What summary.json says of the training itself."""
@@ -486,7 +540,7 @@ def run(config: Config) -> int:
     trainer = Trainer(fabric, config, interrupts)
     with interrupts:  # until here there is nothing to save: a signal ends the program at once
         status = trainer.fit()
-        together(fabric, lambda: trainer.log and trainer.conclude(status))
+        trainer.conclude(status)
     if status == "interrupted" and trainer.stop_signal == signal.SIGUSR1:
         return TIME_IS_UP
     return EXIT_STATUS[status]

@@ -7,11 +7,21 @@ import torch
 
 from batches.loading import LoadedStream
 from batches.plan import Plan, cut, positions_of_rank, quickest
-from batches.sizes import controller
+from batches.sizes import controller, test
 from batches.stream import InMemoryStream
 from data import DataSet
 
-__all__ = ["InMemoryStream", "LoadedStream", "Plan", "build", "controller", "cut", "positions_of_rank", "quickest"]
+__all__ = [
+    "InMemoryStream",
+    "LoadedStream",
+    "Plan",
+    "build",
+    "controller",
+    "cut",
+    "positions_of_rank",
+    "quickest",
+    "test",
+]
 
 
 def build(

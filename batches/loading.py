@@ -160,7 +160,7 @@ class ChunkReader:
     def chunks(self, positions: Iterable[range]) -> Iterator[Batch]:
         """The samples at these positions, one chunk a range; ends what was being read before."""
         self.positions = positions
-        return map(_checked, self.loader)
+        return map(_checked, _from_workers(iter(self.loader)))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         """What the DataLoader asks its worker processes for."""
@@ -184,6 +184,17 @@ def _begin_worker(worker: int) -> None:
 
 def _unchanged(chunk):
     return chunk
+
+
+def _from_workers(chunks: Iterator) -> Iterator:
+    """A worker process that dies while it hands over a chunk shows as a broken connection: said as torch says it else.
+
+    (A data set's own errors come as text.)
+    """
+    try:
+        yield from chunks
+    except (OSError, EOFError) as error:
+        raise RuntimeError(f"DataLoader worker is gone: {type(error).__name__}: {error}") from error
 
 
 def _checked(chunk: Batch | str) -> Batch:

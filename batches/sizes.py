@@ -7,6 +7,13 @@ import tests
 from launch.options import Config
 
 
+def test(config: Config) -> tests.Test | None:
+    """The test that the options name; None where none decides."""
+    if not config.test or config.ramp_up_type == "goodput":
+        return None
+    return tests.build(config.test_type, config.eta, config.theta, config.nu)
+
+
 def controller(config: Config, decay: Callable[[int], float], adaptive_optimizer: bool) -> control.Controller:
     """The controller that the options describe.
 
@@ -15,10 +22,9 @@ def controller(config: Config, decay: Callable[[int], float], adaptive_optimizer
         decay: samples → learning rate of the schedule over its peak; what `seesaw_ramp_up` follows.
         adaptive_optimizer: the optimizer divides by the gradient's size.
     """
-    tests_growth = config.test and config.ramp_up_type != "goodput"
     return control.Controller(
         config.batch_size,
-        tests.build(config.test_type, config.eta, config.theta, config.nu) if tests_growth else None,
+        test(config),
         rule(config, decay),
         control.Growth(
             None if config.stagewise_ramp_up else config.max_batch_size,
@@ -37,7 +43,7 @@ def controller(config: Config, decay: Callable[[int], float], adaptive_optimizer
 def rule(config: Config, decay: Callable[[int], float]) -> control.Rule:
     """What asks for the next size."""
     if config.test and config.ramp_up_type == "goodput":
-        return control.Goodput(may_shrink=config.may_shrink)
+        return control.Goodput(config.knee, may_shrink=config.may_shrink)
     if config.test:
         return control.Adaptive(config.ramp_up_factor if config.ramp_up_type == "factor" else None)
     if config.stagewise_ramp_up:

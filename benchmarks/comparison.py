@@ -1,105 +1,138 @@
-"""The suite's own results: adaptive batches against constant sizes and ramp-ups, each at its own best learning rate.
+"""What adaptive batches are worth: time to a target, against constant batches that were tuned in two dimensions.
 
-    python -m benchmarks.comparison mnist_cnn -j 2 --data_dir=data
-    python report.py out/comparison/mnist_cnn/final --target=0.98 --figures=out/figures/mnist_cnn
+    python -m benchmarks.comparison mnist_logistic -j 2 --data_dir=data
+    python -m benchmarks.comparison mnist_logistic --table          # of what is kept
+    python report.py benchmarks/results/comparison/mnist_logistic --target=0.92 --knee=30,300,3000
 
-For each method of a part, one run at each of the part's learning rates (seed 0), of the whole length or of a share of
-it; the best final validation accuracy chooses; then three runs (seeds 1, 2, 3) at that learning rate. A run is one
-process on one core, `-j` of them at a time. Runs that have ended are skipped, so that the command can be given again
-after an interruption. The sweep and the summary of each final run are kept in benchmarks/results/comparison/PART/.
-Further options are handed on to main.py.
+The protocol (docs/results.md has it in words). Each method of a part is tuned over the learning rate alone, by factors
+of about 3 from the part's rates on, and further where the best is at the edge (seed 0). The best is the quickest to the
+part's second target: by samples for a constant batch, by samples + P · steps for a method that is told the knee P, by
+seconds for all others; where no rate reaches the target, the most accurate. Then three runs (seeds 1, 2, 3) at that
+rate. A run is one process on one core, `-j` of them at a time. Runs that have ended are skipped, so that the command
+can be given again after an interruption. Kept in benchmarks/results/comparison/PART/: tuning.json, and of every final
+run what report.py reads, with the rows of its evaluations. Further options are handed on to main.py.
 """
 
 import argparse
+import csv
 import json
+import math
 import os
+import queue
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
+from tabulate import tabulate
+
 from benchmarks.cases import RESULTS
+from runs.reading import Run, is_share, read_run
 
 ROOT = Path(__file__).parent.parent
 Options = dict[str, object]
 
 SWEEP_SEED = 0
 SEEDS = (1, 2, 3)
-CONSTANT: Options = {"test": False}
+KNEES = (30, 300, 3000)
+RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+"""All that a sweep may come to."""
 LARGEST = 4096
+
+CONSTANT: Options = {"test": False}
+STEADY: Options = {"recipe": "steady"}
+UNBIASED: Options = {**STEADY, "ramp_up_type": "test", "test_type": "norm"}
+BATCHES = [16, 256, LARGEST]
+STAGES: Options = {**CONSTANT, "stagewise_ramp_up": True, "global_batch_sizes": BATCHES}
 METHODS: dict[str, Options] = {
-    "norm_eta0.1": {"test_type": "norm", "eta": 0.1},
-    "norm_eta0.5": {"test_type": "norm", "eta": 0.5},
-    "norm_eta1": {"test_type": "norm", "eta": 1.0},
+    **{f"constant_{size}": {**CONSTANT, "batch_size": size} for size in (16, 64, 256, 1024, LARGEST)},
+    "stagewise_early": {**STAGES, "samples_stages": ["20%", "20%", "60%"]},
+    "stagewise_late": {**STAGES, "samples_stages": ["60%", "20%", "20%"]},
+    "seesaw": {**CONSTANT, "seesaw_ramp_up": True, "decay_lr": True, "max_batch_size": LARGEST},
+    **{f"norm_eta{eta:g}": {"test_type": "norm", "eta": eta} for eta in (0.1, 0.5, 1.0)},
     "ip": {"test_type": "ip", "theta": 0.5},
     "ip_orth": {"test_type": "ip+orth", "theta": 0.5, "nu": 1.0},
-    "small": CONSTANT,
-    "middle": {**CONSTANT, "batch_size": 256},
-    "large": {**CONSTANT, "batch_size": LARGEST},
-    "stagewise": {**CONSTANT, "stagewise_ramp_up": True, "global_batch_sizes": [16, 256, LARGEST]},
+    **{f"unbiased_eta{eta:g}": {**UNBIASED, "eta": eta} for eta in (1.0, 2.0, 3.0)},
+    "steady": STEADY,
+    **{f"steady_knee{knee}": {**STEADY, "knee": knee} for knee in KNEES},
+}
+UNCOUPLED: dict[str, Options] = {
+    "unbiased_eta2_uncoupled": {**METHODS["unbiased_eta2"], "lr_scaling": "none"},
+    "steady_uncoupled": {**STEADY, "lr_scaling": "none"},
+}
+SMALL_OR_LARGE: dict[str, Options] = {
+    "steady_from_2": {**STEADY, "batch_size": 2},
+    "steady_from_256": {**STEADY, "batch_size": 256},
 }
 
 
-def with_linear(max_samples: int) -> dict[str, Options]:
+def with_linear(max_samples: int, methods: dict[str, Options] = METHODS) -> dict[str, Options]:
     """The methods, and a linear ramp that has its largest batch by about the middle of the run."""
     linear = {"linear_ramp_up": True, "linear_ramp_up_increment": LARGEST**2 // max_samples, "max_batch_size": LARGEST}
-    return {**METHODS, "linear": {**CONSTANT, **linear}}
+    return {**methods, "linear": {**CONSTANT, **linear}}
 
 
 @dataclass(frozen=True)
 class Part:
-    """What all runs share, the methods that are compared, and the learning rates that each of them may try.
-
-    A run of the sweep has the `sweep_divisor`-th part of the samples, with schedules as much shorter.
-    """
+    """One problem: what all runs share, the methods, and an easy and a demanding target, fixed before the runs."""
 
     shared: Options
     methods: dict[str, Options]
-    learning_rates: tuple[float, ...] = (0.003, 0.01, 0.03)
-    sweep_divisor: int = 1
+    targets: tuple[float, float]
+    learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1)
 
 
-MNIST: Options = {"dataset": "mnist", "optimizer": "adagrad", "decay_lr": False, "batch_size": 16}
 # On a CPU, pieces of one or two hundred take half the time of whole batches of some thousands.
-MNIST_CNN: Options = {**MNIST, "model": "cnn", "max_samples": 90_000, "max_micro_batch_size": 256}
-CIFAR10: Options = {"dataset": "benchmarks.cases:cifar10_npz", "batch_size": 16, "max_micro_batch_size": 128}
-CIFAR10_CNN = {**CIFAR10, "model": "cnn", "optimizer": "adagrad", "max_samples": 1_000_000, "warmup_samples": 100_000}
-SMALL_RESNET = {
-    **CIFAR10,
-    "model": "benchmarks.cases:small_resnet_batch_norm",
-    "optimizer": "sgdm",
-    "batch_size": 64,
-    "max_samples": 25_000,
-    "warmup_samples": 2_500,
-    "test_type": "norm",
-    "eta": 1.0,
-}
+SGD: Options = {"optimizer": "sgd", "momentum": 0.9, "decay_lr": False, "batch_size": 16, "max_micro_batch_size": 256}
+MNIST: Options = {**SGD, "dataset": "mnist", "eval_samples": 3000}
+CIFAR10: Options = {**SGD, "dataset": "benchmarks.cases:cifar10_npz", "eval_samples": 10_000}
+GPT: Options = {"dataset": "stdlib", "model": "gpt", "optimizer": "adamw", "decay_lr": False, "eval_samples": 1024}
+FEW = {name: METHODS[name] for name in METHODS if name.startswith(("constant", "steady", "norm_eta1", "unbiased_eta2"))}
 PARTS = {
     "mnist_logistic": Part(
-        {**MNIST, "model": "logistic", "max_samples": 600_000}, with_linear(600_000), learning_rates=(0.01, 0.03, 0.1)
+        {**MNIST, "model": "logistic", "max_samples": 300_000},
+        {**with_linear(300_000), **UNCOUPLED, **SMALL_OR_LARGE},
+        (0.91, 0.92),
     ),
-    "mnist_cnn": Part(MNIST_CNN, with_linear(90_000), learning_rates=(0.003, 0.01)),
-    "cifar10_cnn": Part(CIFAR10_CNN, with_linear(1_000_000), sweep_divisor=10),
-    "cifar10_batch_norm": Part(
-        SMALL_RESNET,
-        {name: {"test_gradients": name} for name in ("vmap", "micro_batch")},
-        learning_rates=(0.03, 0.1),
-        sweep_divisor=2,
+    "mnist_mlp": Part(
+        {**MNIST, "model": "benchmarks.cases:mlp", "max_samples": 300_000},
+        {**with_linear(300_000), **UNCOUPLED, **SMALL_OR_LARGE},
+        (0.96, 0.975),
     ),
+    "mnist_cnn": Part({**MNIST, "model": "cnn", "max_samples": 120_000}, with_linear(120_000), (0.97, 0.98)),
+    "cifar10_cnn": Part({**CIFAR10, "model": "cnn", "max_samples": 500_000}, FEW, (0.60, 0.70)),
+    "stdlib_gpt": Part({**GPT, "max_samples": 16_384, "batch_size": 4}, FEW, (2.6, 2.4), (0.001, 0.003, 0.01)),
 }
 
 
-def shortened(options: Options, divisor: int) -> Options:
-    """The same with fewer samples: warm-up and linear ramp end at the same share of the run."""
-    factors = {"max_samples": 1 / divisor, "warmup_samples": 1 / divisor, "linear_ramp_up_increment": divisor}
-    return {name: round(value * factors[name]) if name in factors else value for name, value in options.items()}
+@dataclass
+class Tuning:
+    """What a method tried: learning rate → score (less is better) and what it cost."""
+
+    scores: dict[float, tuple[float, float]] = field(default_factory=dict)  # to the target; then by the objective
+    samples: int = 0
+    seconds: float = 0.0
+
+    @property
+    def chosen(self) -> float:
+        return min(self.scores, key=lambda rate: (self.scores[rate], rate))
+
+    def next_rate(self) -> float | None:
+        """The neighbour of the best rate, where that is at the edge of what was tried."""
+        at = [RATES.index(rate) for rate in sorted(self.scores)]
+        best = RATES.index(self.chosen)
+        if best == at[0] and best > 0:
+            return RATES[best - 1]
+        return RATES[best + 1] if best == at[-1] and best + 1 < len(RATES) else None
 
 
-def run(folder: Path, options: Options, further: Sequence[str]) -> dict:
-    """Train in this folder, unless a run has ended there; gives the summary. A run that was cut off starts anew.
+def run(folder: Path, options: Options, further: Sequence[str]) -> Run:
+    """Train in this folder, unless a run has ended there. A run that was cut off starts anew.
 
     Raises:
         subprocess.CalledProcessError: the options were refused, or the program broke.
@@ -107,79 +140,177 @@ def run(folder: Path, options: Options, further: Sequence[str]) -> dict:
     summary = folder / "summary.json"
     if not summary.exists() or json.loads(summary.read_text())["status"] == "interrupted":
         shutil.rmtree(folder, ignore_errors=True)
-        words = [f"--{name}={value}" for name, value in options.items()]
+        words = [f"--{name}={_word(value)}" for name, value in options.items()]
         command = [sys.executable, "main.py", "--accelerator=cpu", "--devices=1", *words, *further]
-        command += [f"--out_dir={folder.parent}", f"--run_name={folder.name}"]
+        command += [f"--out_dir={folder.parent}", f"--run_name={folder.name}", "--checkpoint_interval=1000000000"]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         if not summary.exists():  # a run that diverged has one
             print(done.stderr, file=sys.stderr)
             done.check_returncode()
-    result = json.loads(summary.read_text())
-    print(
-        f"{folder}: {result['status']}, accuracy {result['val_accuracy'] or 0:.2%}, {result['wall_time']:.0f} s",
-        flush=True,
-    )
+    result = read_run(folder)
+    value = result.summary[result.objective]
+    print(f"{folder}: {result.status}, {value or 0:.4f}, {result.summary['wall_time']:.0f} s", flush=True)
     return result
 
 
-def sweep(part: Part, folder: Path, pool: ThreadPoolExecutor, further: Sequence[str]) -> dict[str, dict[float, float]]:
-    """Final validation accuracy of each method at each learning rate; 0 where the run diverged."""
-    runs = {
-        (method, rate): pool.submit(
-            run,
-            folder / f"{method}_lr{rate:g}",
-            {
-                **shortened({**part.shared, **options}, part.sweep_divisor),
-                "learning_rate": rate,
-                "seed": SWEEP_SEED,
-            },
-            further,
-        )
-        for method, options in part.methods.items()
-        for rate in part.learning_rates
-    }
-    return {
-        method: {rate: _accuracy(runs[method, rate].result()) for rate in part.learning_rates}
-        for method in part.methods
-    }
+def _word(value: object) -> object:
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else value
 
 
-def _accuracy(summary: dict) -> float:
-    return (summary["val_accuracy"] or 0.0) if summary["status"] == "finished" else 0.0
+def score(result: Run, target: float) -> tuple[float, float]:
+    """How soon a run came to the target, and how good it was in the end; less is better."""
+    last = result.summary[result.objective]
+    if last is None or result.status != "finished":
+        return math.inf, math.inf
+    reached, options = result.reached(target), result.options
+    in_the_end = -last if result.larger_is_better else last
+    if reached is None:
+        return math.inf, in_the_end
+    if options["knee"]:
+        return reached["samples"] + options["knee"] * reached["step"], in_the_end
+    return reached["seconds" if options["test"] else "samples"], in_the_end
 
 
-def compare(part: Part, folder: Path, jobs: int, further: Sequence[str]) -> tuple[dict, dict[str, dict]]:
-    """The sweep with its choices, and the summaries of the final runs by name."""
-    with ThreadPoolExecutor(jobs) as pool:
-        accuracies = sweep(part, folder / "sweep", pool, further)
-        chosen = {method: max(tried, key=lambda rate: (tried[rate], -rate)) for method, tried in accuracies.items()}
-        runs = {
-            f"{method}_seed{seed}": pool.submit(
-                run,
-                folder / "final" / f"{method}_seed{seed}",
-                {**part.shared, **options, "learning_rate": chosen[method], "seed": seed},
-                further,
-            )
-            for method, options in part.methods.items()
-            for seed in SEEDS
-        }
-        summaries = {name: future.result() for name, future in runs.items()}
-    record = {
-        method: {"chosen": chosen[method], "accuracy": {f"{rate:g}": value for rate, value in tried.items()}}
-        for method, tried in accuracies.items()
-    }
-    return record, summaries
+def tune(part: Part, method: str, folder: Path, further: Sequence[str]) -> Tuning:
+    """The sweep of one method over the learning rate, widened until the best is not at the edge."""
+    tuning, rates = Tuning(), list(part.learning_rates)
+    while rates:
+        rate = rates.pop(0)
+        options = {**part.shared, **part.methods[method], "learning_rate": rate, "seed": SWEEP_SEED}
+        result = run(folder / f"{method}_lr{rate:g}", options, further)
+        tuning.scores[rate] = score(result, part.targets[1])
+        tuning.samples += result.summary["samples"]
+        tuning.seconds += result.summary["wall_time"]
+        if not rates and (wider := tuning.next_rate()):
+            rates.append(wider)
+    return tuning
 
 
-def keep(name: str, record: dict, summaries: dict[str, dict], results: Path) -> None:
-    """Write the sweep and the summaries; where this machine keeps its files is nobody's business."""
+def compare(part: Part, folder: Path, jobs: int, further: Sequence[str]) -> tuple[dict[str, Tuning], dict[str, Run]]:
+    """The sweeps, and the final runs by name."""
+    cores: queue.Queue[int] = queue.Queue()
+    for core in sorted(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [])[:jobs]:
+        cores.put(core)
+    with ThreadPoolExecutor(jobs, initializer=_take_a_core, initargs=(cores,)) as pool:
+        sweeps = {name: pool.submit(tune, part, name, folder / "sweep", further) for name in part.methods}
+        tuned = {name: future.result() for name, future in sweeps.items()}
+        runs = {}
+        for seed in SEEDS:
+            for name, options in part.methods.items():
+                words = {**part.shared, **options, "learning_rate": tuned[name].chosen, "seed": seed}
+                runs[f"{name}_seed{seed}"] = pool.submit(run, folder / "final" / f"{name}_seed{seed}", words, further)
+        return tuned, {name: future.result() for name, future in runs.items()}
+
+
+def _take_a_core(cores: queue.Queue) -> None:
+    """For this thread, and so for the processes that it starts."""
+    if not cores.empty():
+        os.sched_setaffinity(0, {cores.get()})
+
+
+KEPT_COLUMNS = ("step", "samples", "epoch", "train_loss", "lr", "batch_size", "noise_scale", "lr_factor", "step_time")
+"""Of metrics.csv, beside what was evaluated."""
+
+
+def keep(name: str, tuned: dict[str, Tuning], runs: dict[str, Run], results: Path) -> None:
+    """Write the sweeps and what report.py needs of the runs, beside what is there of other methods.
+
+    Where this machine keeps its files is nobody's business.
+    """
     folder = results / name
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "learning_rates.json").write_text(json.dumps(record, indent=2) + "\n")
-    for run_name, summary in summaries.items():
-        command = [word for word in summary["command"] if not word.startswith(("--data_dir=", "--out_dir="))]
-        (folder / f"{run_name}.json").write_text(json.dumps({**summary, "command": command}, indent=2) + "\n")
+    record = json.loads((folder / "tuning.json").read_text()) if (folder / "tuning.json").exists() else {}
+    record |= {
+        method: {
+            "chosen": tuning.chosen,
+            "tried": len(tuning.scores),
+            "to_target": {f"{r:g}": s[0] if math.isfinite(s[0]) else None for r, s in sorted(tuning.scores.items())},
+            "samples": tuning.samples,
+            "seconds": round(tuning.seconds, 1),
+        }
+        for method, tuning in tuned.items()
+    }
+    (folder / "tuning.json").write_text(json.dumps(record, indent=2) + "\n")
+    for run_name, result in runs.items():
+        own = folder / run_name
+        own.mkdir(exist_ok=True)
+        options = {name: value for name, value in result.options.items() if name not in ("data_dir", "out_dir")}
+        (own / "config.yaml").write_text(yaml.safe_dump(options, sort_keys=False))
+        command = [word for word in result.summary["command"] if not word.startswith(("--data_dir=", "--out_dir="))]
+        (own / "summary.json").write_text(json.dumps({**result.summary, "command": command}, indent=2) + "\n")
+        _keep_evaluations(result.folder / "metrics.csv", own / "metrics.csv")
+
+
+def _keep_evaluations(source: Path, target: Path) -> None:
+    """The rows of evaluations, with the mean time of the steps since the one before."""
+    with open(source, newline="") as file, open(target, "w", newline="") as kept:
+        reader = csv.DictReader(file)
+        measured = [name for name in reader.fieldnames or () if name.startswith("val_")]
+        columns = [*(name for name in KEPT_COLUMNS if name in (reader.fieldnames or ())), *measured]
+        writer = csv.DictWriter(kept, columns, lineterminator="\n")
+        writer.writeheader()
+        seconds, last_step, last_kept = 0.0, 0, 0
+        for row in reader:
+            step = int(float(row["step"]))
+            seconds += (step - last_step) * float(row["step_time"] or 0)
+            last_step = step
+            if any(row[name] for name in measured):
+                row["step_time"] = seconds / (step - last_kept)
+                writer.writerow({name: _short(row[name]) for name in columns})
+                seconds, last_kept = 0.0, step
+
+
+def _short(cell: str | float) -> str:
+    return f"{float(cell):.6g}" if cell != "" else ""
+
+
+def table(name: str, part: Part, results: Path) -> str:
+    """Markdown, from what is kept: a line for each method, mean ± standard deviation over the final seeds."""
+    folder = results / name
+    tuned = json.loads((folder / "tuning.json").read_text())
+    methods = [method for method in part.methods if method in tuned]
+    lines = []
+    for target in part.targets:
+        words = f"{target:.1%}" if target < 1 else f"{target:g}"
+        header = ["method", "learning rate", *(f"{what} to {words}" for what in ("samples", "steps", "seconds"))]
+        header += ["worst seed [s]", *(f"samples + {knee}·steps [k]" for knee in KNEES), "at the end"]
+        body = []
+        for method in methods:
+            runs = [read_run(folder / f"{method}_seed{seed}") for seed in SEEDS]
+            reached = [result.reached(target) for result in runs]
+            found = [entry for entry in reached if entry]
+            of = {what: [entry[what] for entry in found] for what in ("samples", "step", "seconds")}
+            modelled = [[(e["samples"] + knee * e["step"]) / 1000 for e in found] for knee in KNEES]
+            everywhere = len(found) == len(runs)
+            body.append([
+                method,
+                f"{tuned[method]['chosen']:g}",
+                _mean(of["samples"], ",.0f") + ("" if everywhere or not found else f" ({len(found)} of {len(runs)})"),
+                _mean(of["step"], ",.0f"),
+                _mean(of["seconds"], ".2f"),
+                f"{max(of['seconds']):.2f}" if everywhere else "never",
+                *(_mean(values, ",.0f") for values in modelled),
+                _mean([_percent(result) for result in runs], ".2f"),
+            ])  # fmt: skip
+        lines.append(tabulate(body, header, "github", disable_numparse=True))
+    cost = [
+        [method, entry["tried"], f"{entry['samples']:,}", f"{entry['seconds']:.0f}"]
+        for method, entry in ((method, tuned[method]) for method in methods)
+    ]
+    lines.append(tabulate(cost, ["method", "learning rates tried", "samples", "seconds"], "github"))
+    return "\n\n".join(lines)
+
+
+def _mean(values: Sequence[float], form: str) -> str:
+    if not values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):{form}}" if len(set(values)) > 1 else ""
+    return f"{statistics.mean(values):{form}}{spread}"
+
+
+def _percent(result: Run) -> float:
+    return result.summary[result.objective] * (100 if is_share(result.objective) else 1)
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
@@ -188,11 +319,23 @@ def main(arguments: Iterable[str] | None = None) -> None:
     )
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("-j", "--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
+    parser.add_argument("--methods", help="only these, separated by commas (default: all)")
     parser.add_argument("--out_dir", type=Path, default=Path("out/comparison"), help="folder that takes the runs")
     parser.add_argument("--results", type=Path, default=RESULTS / "comparison", help="folder that takes the summaries")
+    parser.add_argument("--table", action="store_true", help="print the table of what is kept, and run nothing")
     options, further = parser.parse_known_args(arguments)
+    part = PARTS[options.part]
+    if options.table:
+        print(table(options.part, part, options.results))
+        return
+    if options.methods:
+        names = options.methods.split(",")
+        if unknown := sorted(set(names) - set(part.methods)):
+            parser.error(f"--methods: no {', '.join(unknown)} there, but {', '.join(part.methods)}")
+        chosen = {name: part.methods[name] for name in names}
+        part = Part(part.shared, chosen, part.targets, part.learning_rates)
     folder = options.out_dir.resolve() / options.part
-    keep(options.part, *compare(PARTS[options.part], folder, options.jobs, further), options.results)
+    keep(options.part, *compare(part, folder, options.jobs, further), options.results)
 
 
 if __name__ == "__main__":

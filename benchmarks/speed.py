@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ class Case:
     model: str
     dataset: str
     batch_size: int
+    model_args: dict[str, int] = field(default_factory=dict)
 
 
 CASES = {
@@ -44,6 +45,7 @@ CASES = {
     "resnet18_bn_32": Case("ResNet-18 BatchNorm, 32×32, b = 32", "resnet18_batch_norm", "random_cifar", 32),
     "resnet18_bn_128": Case("ResNet-18 BatchNorm, 32×32, b = 128", "resnet18_batch_norm", "random_cifar", 128),
     "vit_b_16_8": Case("ViT-B/16, 224×224, b = 8", "vit_b_16", "random_imagenet", 8),
+    "gpt_8": Case("GPT 4 × 256, 256 bytes, b = 8", "gpt", "stdlib", 8, {"layers": 4, "heads": 4, "width": 256}),
 }
 OURS = ("vmap", "ghost", "micro_batch")
 METHODS = ("plain", *OURS, "opacus", "backpack")
@@ -57,10 +59,11 @@ def trainer_of(case: Case, test_gradients: str | None, test_type: str, out_dir: 
     from launch.options import Config
     from launch.processes import start_fabric
 
-    own = case.model != "cnn" and not case.model.startswith("vit")
+    own = case.model not in ("cnn", "vit_b_16", "gpt")
     config = Config(
         model=f"benchmarks.cases:{case.model}" if own else case.model,
-        dataset=f"benchmarks.cases:{case.dataset}",
+        model_args=case.model_args,
+        dataset=case.dataset if case.dataset == "stdlib" else f"benchmarks.cases:{case.dataset}",
         batch_size=case.batch_size,
         max_batch_size=case.batch_size + 1,
         max_micro_batch_size=case.batch_size,  # both kinds of steps are to be cut alike, whatever is quickest here

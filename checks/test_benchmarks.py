@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 
+import report
 from benchmarks import calibration, cases, comparison, speed, torchvision_models
 from launch import options as config
+from runs import reading
 
 
 @pytest.fixture(scope="module")
@@ -66,30 +68,46 @@ def test_every_model_table():
     assert len(torchvision_models.NAMES) == 80
 
 
-def test_comparison_takes_the_best_learning_rate(tmp_path, monkeypatch, capsys):
-    """Two learning rates, one of them useless; a second command finds all done, a run that was cut off starts anew."""
-    shared = {"dataset": "digits", "model": "logistic", "optimizer": "adagrad", "max_samples": 2000, "eta": 0.5}
-    part = comparison.Part(shared, {"norm": {"test_type": "norm"}}, learning_rates=(1e-7, 0.01))
+def test_comparison_tunes_and_keeps_what_a_report_needs(tmp_path, monkeypatch, capsys):
+    """The sweep is widened from its edge; a second command finds all done, a run that was cut off starts anew."""
+    shared = {"dataset": "digits", "model": "logistic", "optimizer": "adagrad", "max_samples": 2000}
+    shared |= {"eval_samples": 100, "decay_lr": False, "max_micro_batch_size": 64}
+    methods = {"constant": {"test": False}, "told": {"recipe": "steady", "knee": 50}}
+    part = comparison.Part(shared, methods, (0.3, 0.8), learning_rates=(0.01, 0.03))
     monkeypatch.setattr(comparison, "PARTS", {"small": part})
     monkeypatch.setattr(comparison, "SEEDS", (1,))
-    (tmp_path / "out" / "small" / "final" / "norm_seed1").mkdir(parents=True)  # main.py would refuse it
+    (tmp_path / "out" / "small" / "final" / "constant_seed1").mkdir(parents=True)  # main.py would refuse it
     words = ["small", "-j", "2", f"--out_dir={tmp_path / 'out'}", f"--results={tmp_path / 'results'}"]
     comparison.main([*words, "--batch_size=8"])
-    record = json.loads((tmp_path / "results" / "small" / "learning_rates.json").read_text())["norm"]
-    assert record["chosen"] == 0.01 and record["accuracy"]["1e-07"] < 0.2 < record["accuracy"]["0.01"]
-    summary = json.loads((tmp_path / "results" / "small" / "norm_seed1.json").read_text())
-    assert summary["status"] == "finished" and {"--learning_rate=0.01", "--seed=1", "--batch_size=8"} <= set(
-        summary["command"]
-    )
-    assert str(tmp_path) not in json.dumps(summary)
+    kept = tmp_path / "results" / "small"
+    record = json.loads((kept / "tuning.json").read_text())
+    for name in methods:
+        tried = record[name]["to_target"]
+        assert record[name]["tried"] == len(tried) > 2 and record[name]["samples"] >= 2000 * len(tried)
+        best, rates = f"{record[name]['chosen']:g}", list(tried)
+        assert best in rates[1:-1] and tried[best] == min(value for value in tried.values() if value is not None)
+    summary = json.loads((kept / "constant_seed1" / "summary.json").read_text())
+    assert summary["status"] == "finished" and {"--seed=1", "--batch_size=8"} <= set(summary["command"])
+    assert not any(str(tmp_path) in file.read_text() for file in kept.rglob("*") if file.is_file())
     monkeypatch.setattr(comparison.subprocess, "run", None)  # nothing is left to run
     comparison.main(words)
-    assert capsys.readouterr().out.count("finished") == 6
+    folders = tmp_path / "out" / "small" / "final" / "told_seed1", kept / "told_seed1"
+    whole, short = (reading.read_run(folder).reached(0.8) for folder in folders)
+    assert short["samples"] == whole["samples"] and short["seconds"] == pytest.approx(whole["seconds"], rel=1e-3)
+    capsys.readouterr()
+    comparison.main([*words, "--table"])
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("| told ") for line in lines) == 3  # two targets, and what tuning cost
+    assert f"{whole['samples']:,.0f}" in next(line for line in lines[4:] if line.startswith("| told "))
+    assert report.main([str(kept), "--target=0.8", "--knee=50"]) == 0
+    shown = capsys.readouterr().out
+    assert "constant 8" in shown and "steady" in shown and "50·steps" in shown
 
 
 def test_comparison_methods_are_accepted_by_the_program():
     for name, part in comparison.PARTS.items():
+        assert set(part.learning_rates) <= set(comparison.RATES)
         for method, options in part.methods.items():
-            words = [f"--{key}={value}" for key, value in {**part.shared, **options}.items()]
+            words = [f"--{key}={comparison._word(value)}" for key, value in {**part.shared, **options}.items()]
             parsed = config.parse(words)
             assert parsed.seed == 42 and parsed.max_samples == part.shared["max_samples"], (name, method)

@@ -313,6 +313,19 @@ def test_goodput_moves_only_for_a_gain_and_shrinks_only_where_it_may():
     assert control.Goodput()(16, 0, Found(None, None, step_time)) == 16  # the noise hides the gradient
     assert control.Goodput()(16, 0, Found(None, noise_scale, None)) == 32  # another size, to know the times
     assert control.Goodput()(16, 0, Found(None, 10.0, (1e9, 1.0))) == 100  # ten noise scales
+    assert control.Goodput(knee=400)(16, 0, found) == control.Goodput(knee=400)(16, 0, Found(None, 100.0)) == 200
+
+
+def test_a_knee_that_is_told_stands_above_the_times():
+    controller = control.Controller(16, rule=control.Goodput(knee=64.0), unbiased=True)
+    for size in (16, 32, 64):
+        controller.step_time.observe(size, 1.0 + 0.001 * size)
+    controller.observe(Moments(16, 16, 1.0, 15 * 1000.0 + 16))  # V = 1000, ‖G‖² = 1 − 1000/16: the noise hides it
+    assert controller.step().batch_size == 16 and controller.noise_scale is None
+    controller.observe(Moments(16, 16, 100.0, 15 * 1000.0 + 1600))
+    assert controller.noise_scale == pytest.approx(1000 / 37.5)
+    assert controller.step().batch_size == controller.findings()["quickest_batch_size"] == 41
+    assert controller.knee == 64
 
 
 def test_state_goes_through_json_and_on_bit_for_bit():

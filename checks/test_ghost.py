@@ -38,7 +38,7 @@ def assert_ghost_is_exact(model: nn.Module, inputs: torch.Tensor, rel: float = 1
             with estimator.observe(x, y, loss_scale=scale):
                 if in_training_pass:
                     (grad_scale * scale * cross_entropy(model(x), y, reduction="sum")).backward()
-        assert bool(estimator.whole) == (covered and len(sizes) == 1)
+        assert bool(estimator.kept) == (covered and len(sizes) == 1)
         for parameter in model.parameters():  # as the training step leaves it: grad_scale times the mean
             if parameter.grad is not None:
                 parameter.grad /= scale * len(inputs)
@@ -116,9 +116,10 @@ FLOATS = {torch.float64: 1e-8, torch.float32: 1e-4}
 FAMILIES = ["resnet18", "swin_t", "vit_b_32", "convnext_tiny", "mobilenet_v3_small"]
 
 
-@pytest.mark.parametrize(
-    "name, dtype", [(n, d) for n in FAMILIES for d in FLOATS if (n, d) != (FAMILIES[0], torch.float32)]
-)
+LEFT_OUT = [("resnet18", torch.float32), ("vit_b_32", torch.float64)]  # the latter: half a minute, as swin_t
+
+
+@pytest.mark.parametrize("name, dtype", [(n, d) for n in FAMILIES for d in FLOATS if (n, d) not in LEFT_OUT])
 def test_torchvision_models_equal_vmap(name, dtype):
     """Training mode, no dropout: the fast path agrees with the reference."""
     torch.manual_seed(0)
@@ -166,7 +167,7 @@ def test_large_pulled_back_gradients_are_not_kept(monkeypatch):
     estimator = gradients.GhostNorms(model, cross_entropy, True, len(inputs))
     with estimator.observe(inputs, targets):
         pass
-    assert estimator.whole is None
+    assert not estimator.kept
     expected = oracle.statistics(oracle.gradient_vectors(model, cross_entropy, inputs, targets))
     assert_matches(estimator.moments(), expected, rel=1e-9)
 

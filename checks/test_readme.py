@@ -33,6 +33,7 @@ SLURM = "needs Slurm: checks/test_slurm.py, where there is one"
 LONG = "takes long: checks/test_expt.py runs expt.sh, and its words are read below"
 MEASURES = "measures for hours: checks/test_benchmarks.py runs the parts on small cases"
 TEXT = "needs a text: test_text_is_prepared_and_learned_from"
+SHARDS = "takes minutes: checks/test_fsdp.py, on a small text and two processes"
 COMMANDS = {
     "make quickstart": "sets up the environment; checks/test_runs.py runs what it runs, `python main.py`",
     "make test": "is what runs this",
@@ -44,12 +45,14 @@ COMMANDS = {
     "python -m checks.fault_drill --rounds=50": "takes long: checks/test_survival.py runs a few rounds",
     "python -m benchmarks.torchvision_models": MEASURES,
     "python -m benchmarks.speed --budget=10": MEASURES,
+    "python -m benchmarks.speed --cases='[gpt_8]' --methods='[plain,ghost,vmap]' --budget=25"
+    " --out=benchmarks/results/gpt": MEASURES,
     "python -m benchmarks.calibration --dataset=benchmarks.cases:cifar10_npz": MEASURES,
     "python -m benchmarks.stream": MEASURES,
-    "python -m benchmarks.comparison mnist_logistic --data_dir=data": MEASURES,
-    "python -m benchmarks.comparison mnist_cnn --data_dir=data": MEASURES,
-    "python -m benchmarks.comparison cifar10_cnn --data_dir=data": MEASURES,
-    "python -m benchmarks.comparison cifar10_batch_norm --data_dir=data": MEASURES,
+    "python -m benchmarks.sharding": MEASURES,
+    "python -m benchmarks.comparison mnist_logistic -j 2 --data_dir=data": MEASURES,
+    "python -m benchmarks.comparison mnist_logistic --table": RUN,
+    "python report.py benchmarks/results/comparison/mnist_logistic --target=0.92 --knee=30,300,3000": RUN,
     "python main.py --model=cnn --dataset=mnist": SHORT,
     "python main.py --dataset=mnist --model=cnn --optimizer=adagrad --test_type=ip --theta=0.5"
     " --max_samples=90000": SHORT,
@@ -59,6 +62,10 @@ COMMANDS = {
     "python main.py --devices=2 --accelerator=cpu": DEVICES,
     "fabric run main.py --devices=4 --model=resnet18 --dataset=cifar10 --eta=0.5": DEVICES,
     "torchrun --nproc_per_node=4 main.py --model=resnet18 --dataset=cifar10": DEVICES,
+    "fabric run main.py --devices=4 --model=gpt --dataset=stdlib --strategy=ddp": SHARDS,
+    "fabric run main.py --devices=4 --model=gpt --dataset=stdlib --strategy=fsdp": SHARDS,
+    "fabric run main.py --model=gpt --dataset=stdlib --devices=4 --strategy=fsdp --precision=bf16-mixed": SHARDS,
+    "python main.py --model=gpt --dataset=stdlib --devices=2 --accelerator=cpu --strategy=fsdp": SHARDS,
     "torchrun --nnodes=1:4 --nproc_per_node=2 --max-restarts=100 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 main.py"
     " --run_name=long --resume=auto --checkpoint_minutes=2": "needs machines: checks/test_elastic.py has two agents",
     "python main.py --dataset=stdlib --model=gpt": "takes minutes: checks/test_text.py, on a small text",
@@ -89,7 +96,6 @@ COMMANDS = {
     "python report.py out/ --format=latex > table.tex": RUN,
     "python report.py out/ --target=0.98 --figures=figures/": RUN,
     "python report.py out/ --target=0.98 --knee=100,3000": RUN,
-    "python report.py out/comparison/mnist_logistic/final": RUN,
 }
 """Every command of the pages: how it is run here, or why not."""
 EXAMPLES = (
@@ -118,6 +124,7 @@ def started(program: str, how: str = "") -> list[str]:
 def test_every_command_is_run_or_listed():
     assert commands() == set(COMMANDS)
     run = started("python main.py", RUN) + started("python report.py", RUN) + started("./expt.sh", RUN)
+    run += started("python -m benchmarks.comparison", RUN)
     assert sorted(run) == sorted(started("", RUN))
     assert {language for language, _ in FENCES} <= {
         "bash",
@@ -222,13 +229,22 @@ def test_training_and_its_reports(folder, tmp_path):
         if "--resume" in command:  # "always the same command", also for a run that is to be longer now
             train(command, f"{more} --max_samples=96")
             assert json.loads((tmp_path / "out" / "long" / "summary.json").read_text())["samples"] >= 96
-    final = "--out_dir=out/comparison/mnist_logistic/final --run_name=run --model=logistic"
-    train("python main.py", f"{SHORT.removeprefix(RUN)} {final}")
-    for command in started("python report.py"):
-        done = folder(command)
-        assert "cnn" in done.stdout or ">" in command or "final" in command
+    for command in started("python report.py out/"):
+        assert "cnn" in folder(command).stdout or ">" in command
     assert "tabular" in (tmp_path / "table.tex").read_text()
     assert (tmp_path / "figures" / "against_steps.pdf").exists()
+
+
+def test_results_are_what_is_kept():
+    """Both commands make the tables from the kept runs; the figures of the pages are among theirs."""
+    commands = started("python -m benchmarks.comparison", RUN) + started("python report.py benchmarks", RUN)
+    made = [launch("bash", "-c", re.sub("^python", sys.executable, command), cwd=ROOT).stdout for command in commands]
+    assert len(made) == 2 and all("steady" in text for text in made)
+    results, front = PAGES[ROOT / "docs" / "results.md"], PAGES[ROOT / "README.md"].split("## Results")[1]
+    for page, first in ((results, "constant 16 "), (results, "**steady**"), (front, "constant 1024"), (front, "**`st")):
+        row = next(line for line in page.splitlines() if line.startswith(f"| {first}"))
+        figures = re.findall(r"\d[\d,.]* ± \d[\d,.]*", row)
+        assert len(figures) >= 3 and all(figure in made[0] for figure in figures), row
 
 
 def used_by(example: str, data_dir: Path) -> list[str]:

@@ -60,6 +60,35 @@ def test_monitor_leaves_no_trace(tmp_path, extra):
     assert numbers(plain, "train_loss") == numbers(watched, "train_loss")
 
 
+def test_monitor_of_a_network_with_batch_norm(tmp_path, capsys):
+    """It watches the training pass in pieces, and says so; a measured batch has at least `test_groups` of them."""
+    options = ["--model=checks.fault_drill:Net", "--test=False", "--batch_size=32", "--max_samples=128"]
+    rows = run(tmp_path, "norm", *options, "--monitor_interval=2", "--test_groups=4")
+    assert [row["gradient_accumulation_steps"] for row in rows] == ["4", "1", "4", "1"]
+    assert [bool(row["variance"]) for row in rows] == [True, False, True, False]
+    assert "the monitor takes test_gradients=micro_batch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("test_gradients", ["ghost", "micro_batch"])
+@pytest.mark.parametrize("test_type", ["norm", "ip"])
+def test_modules_add_up_to_the_whole(tmp_path, test_gradients, test_type):
+    """modules.csv has every module in every measured step; sums over modules are the row's; a resumed run goes on."""
+    options = [f"--test_gradients={test_gradients}", f"--test_type={test_type}", "--monitor_modules=True"]
+    options += ["--model=cnn", "--batch_size=24", "--test_interval=2", "--training_type=iter"]
+    options += ["--max_iters=6", "--checkpoint_interval=3", "--keep_checkpoints=9", "--max_batch_size=64"]
+    rows = run(tmp_path, "whole", *options)
+    with open(tmp_path / "whole" / "modules.csv", newline="") as file:
+        modules = list(csv.DictReader(file))
+    for row in rows:
+        own = [entry for entry in modules if entry["step"] == row["step"]]
+        assert len({entry["module"] for entry in own}) == len(own) == (3 if row["variance"] else 0)
+        for column in ("variance", "grad_norm_sq") if own else ():
+            assert sum(numbers(own, column)) == pytest.approx(float(row[column]), rel=1e-4)
+    first = tmp_path / "whole" / "checkpoints" / "step-00000003.pt"
+    run(tmp_path, "again", *options, f"--resume={first}")
+    assert (tmp_path / "again" / "modules.csv").read_bytes() == (tmp_path / "whole" / "modules.csv").read_bytes()
+
+
 def test_seesaw_and_its_learning_rate(tmp_path):
     """b = b₀ · peak/rate of the schedule, and the rate times √(b/b₀), never above max_lr."""
     rows = run(
@@ -83,6 +112,16 @@ def test_stages_at_shares_of_the_run(tmp_path):
     )  # fmt: skip
     assert [row["batch_size"] for row in rows] == ["10"] * 60 + ["20"] * 10 + ["40"] * 5
     assert numbers(rows, "lr_factor") == [1.0] * 60 + [2.0] * 10 + [4.0] * 5
+
+
+def test_with_a_knee_goodput_is_reproducible(tmp_path):
+    """Times decide nothing: twice the same rows. Evaluated by samples, whatever the batch size."""
+    options = ["--recipe=steady", "--knee=100", "--max_samples=8000", "--eval_interval=0", "--eval_samples=2000"]
+    first, second = (run(tmp_path, name, *options) for name in ("first", "second"))
+    assert first == second and numbers(first, "batch_size")[-1] > 32
+    evaluated = [float(row["samples"]) // 2000 for row in first if row["val_loss"]]
+    assert evaluated == [1, 2, 3, 4]
+    assert json.loads((tmp_path / "first" / "summary.json").read_text())["knee"] == 100
 
 
 def test_goodput_says_what_it_has_found(tmp_path, capsys):

@@ -10,7 +10,7 @@ import torch
 
 import batches
 import data
-from batches import order
+from batches import loading, order
 from batches.augment import crop_and_flip
 from batches.order import SampleOrder
 from checks.conftest import launch
@@ -255,3 +255,17 @@ def test_a_rank_that_cannot_read_ends_the_run(tmp_path, rank, said):
     lines = [line for line in done.stderr.splitlines() if line.startswith("main.py: error:")]
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert sum(said in line for line in lines) == 1 and len(lines) <= 1 + rank, done.stderr
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError, EOFError, FileNotFoundError])
+def test_a_worker_that_is_dying_is_a_lost_worker(error):
+    """Its sockets are closed before it counts as dead: torch then gives what the connection gives."""
+
+    def chunks():
+        yield 1
+        raise error("by peer")
+
+    read = loading._from_workers(chunks())
+    assert next(read) == 1
+    with pytest.raises(RuntimeError, match="DataLoader worker"):  # as torch says it of one that is dead
+        next(read)

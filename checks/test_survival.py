@@ -297,3 +297,23 @@ def test_out_of_memory(tmp_path, where):
     else:
         assert done.returncode == 1 and "out of memory on the device in a micro-batch: lower" in done.stderr
         assert "--max_micro_batch_size (this one has 1400 samples)" in done.stderr and "Traceback" not in done.stderr
+
+
+BUSY_HEARTBEAT = """
+import sys
+from launch import heartbeat, processes
+address = heartbeat.open_store()
+beats = heartbeat.Heartbeat(0, ["here"] * 200, address, processes._leaving, lambda: None)
+beats.store = heartbeat._connected(address)
+heartbeat.INTERVAL, interval = 0.0, heartbeat.INTERVAL  # it is inside the store all the time
+beats.start()
+processes._beating.append(beats)
+heartbeat.INTERVAL = interval if "leaving" in sys.argv else 0.0
+sys.exit(processes.leave(3) if "leaving" in sys.argv else 3)
+"""
+
+
+def test_a_process_ends_with_its_status_while_its_heart_beats():
+    """The end of the interpreter aborts a process with a thread inside the store: `leave` does not come to it."""
+    done = launch(sys.executable, "-c", BUSY_HEARTBEAT, "leaving")
+    assert done.returncode == 3 and not done.stderr

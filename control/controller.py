@@ -105,8 +105,13 @@ class Controller:
     @property
     def knee(self) -> float | None:
         """P = α/β [samples]: the batch whose samples take as long as the fixed part of a step; None where not known."""
-        fit = self.step_time.fit()
+        fit = self._step_time()
         return fit[0] / fit[1] if fit else None
+
+    def _step_time(self) -> tuple[float, float] | None:
+        """As measured, or as the rule was told."""
+        measured = self.step_time.fit()
+        return self.rule.step_time(measured) if isinstance(self.rule, Goodput) else measured
 
     def findings(self) -> dict[str, float | None]:
         """What the run has found out of its gradients and its hardware [samples each]; None where it is not known."""
@@ -114,7 +119,7 @@ class Controller:
         return {
             "noise_scale": self.noise_scale,
             "knee": self.knee,
-            "quickest_batch_size": quickest_batch(self.noise_scale, self.step_time.fit()) if known else None,
+            "quickest_batch_size": quickest_batch(self.noise_scale, self._step_time()) if known else None,
         }
 
     def state_dict(self) -> dict:

@@ -109,27 +109,38 @@ class Goodput:
     the estimate of the knee is not to decide over more samples than that.
 
     Args:
+        knee: P [samples], where it is known; default: what the steps' times say.
         least_gain: of progress a second, over the present batch, below which nothing changes.
         may_shrink: move to smaller batches, too.
         most_noise_scales: bound on the batch, in noise scales.
     """
 
+    knee: float | None = None
     least_gain: float = 0.05
     may_shrink: bool = False
     most_noise_scales: float = 10.0
-    measures = timed = True
+    measures = True
+
+    @property
+    def timed(self) -> bool:
+        return self.knee is None
+
+    def step_time(self, found: tuple[float, float] | None) -> tuple[float, float] | None:
+        """α and β by which it decides; by the knee in units of β."""
+        return found if self.knee is None else (self.knee, 1.0)
 
     def __call__(self, batch_size: int, samples: int, found: Found) -> int:
         if found.noise_scale is None:
             return batch_size
-        if found.step_time is None:  # one other size tells what sizes cost here
+        step_time = self.step_time(found.step_time)
+        if step_time is None:  # one other size tells what sizes cost here
             return 2 * batch_size
-        best = quickest_batch(found.noise_scale, found.step_time)
+        best = quickest_batch(found.noise_scale, step_time)
         best = min(best, max(round(self.most_noise_scales * found.noise_scale), 1))
         if best < batch_size and not self.may_shrink:
             return batch_size
-        gain = progress_rate(best, found.noise_scale, found.step_time)
-        gain /= progress_rate(batch_size, found.noise_scale, found.step_time)
+        gain = progress_rate(best, found.noise_scale, step_time)
+        gain /= progress_rate(batch_size, found.noise_scale, step_time)
         return best if gain > 1 + self.least_gain else batch_size
 
 

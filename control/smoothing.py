@@ -1,5 +1,6 @@
 """Statistics averaged over steps: each quantity by itself, divided afterwards."""
 
+import math
 from dataclasses import asdict, dataclass
 
 from tests import Moments, Statistics
@@ -34,11 +35,12 @@ class Smoothing:
         measured = moments.statistics(self.unbiased)
         if not measured.is_usable:  # not finite, or a single observation: the averages stay clean
             return measured
-        keep = 0.5 ** (samples / self.half_life) if self.half_life else 0.0
+        new = -math.expm1(-math.log(2) * samples / self.half_life) if self.half_life else 1.0
+        keep = 1 - new
         values = {name: value for name, value in asdict(measured).items() if name in AVERAGED and value is not None}
         before = self.averages or {}
-        self.weight = keep * self.weight + 1 - keep
-        self.averages = {name: keep * before.get(name, 0.0) + (1 - keep) * value for name, value in values.items()}
+        self.weight = keep * self.weight + new
+        self.averages = {name: keep * before.get(name, 0.0) + new * value for name, value in values.items()}
         return Statistics(
             moments.batch_size, moments.num_groups, **{n: value / self.weight for n, value in self.averages.items()}
         )

@@ -19,7 +19,7 @@ from torch import nn
 
 from gradients.alone import couples_samples, drawing_from, is_compiled, random_states, untouched
 from gradients.check import PROBE, Check, agreed
-from gradients.estimator import Estimator, Loss, first_line, is_out_of_memory, listed, sum_over_ranks
+from gradients.estimator import Estimator, Loss, by_module, first_line, is_out_of_memory, listed, sum_over_ranks
 from gradients.ghost_norms import GhostNorms
 from gradients.micro_batch import MicroBatchGradients
 from gradients.per_sample import BySample, OwnPass, PerSampleGradients, SingleGradients
@@ -35,6 +35,7 @@ __all__ = [
     "PerSampleGradients",
     "SingleGradients",
     "build",
+    "by_module",
     "couples_samples",
     "is_out_of_memory",
     "listed",
@@ -106,8 +107,8 @@ def build(
     """The estimator by its name on the command line, and what the user should be told of it.
 
     Args:
-        test_gradients: ghost, vmap, loop, micro_batch, or auto: the first of ghost (where it covers every parameter),
-            vmap and loop that agrees with single samples (check.py).
+        test_gradients: ghost, vmap, loop, micro_batch (worker: the same), or auto: the first of ghost (where it covers
+            every parameter), vmap and loop that agrees with single samples (check.py).
         probe: inputs and targets of up to `PROBE` samples, on which estimators are checked.
         in_training_pass: the training pass itself runs inside `observe`, on `model` and uncompiled.
         num_groups: bounds the gradient copies that micro_batch keeps: at most twice as many.
@@ -118,7 +119,7 @@ def build(
         ValueError: as `moments`. On several ranks the verdict is the same on all.
     """
     arguments = (model, loss, inner_products, max_micro_batch_size, autocast)
-    if test_gradients == "micro_batch":
+    if test_gradients in ("micro_batch", "worker"):
         return MicroBatchGradients(*arguments, num_groups=num_groups), []
     check = _checked(model, loss, *probe)
     coupled = couples_samples(model)

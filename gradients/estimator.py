@@ -3,11 +3,13 @@
 import contextlib
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from gradients.contributions import at_least_single
 from gradients.samples import Batch
@@ -33,7 +35,15 @@ class Estimator:
         inner_products: measure p_k, too.
         max_micro_batch_size: most samples in a pass of the test's own.
         autocast: makes the context of the forward pass (mixed precision).
+
+    Attributes:
+        by_parameter: measure every parameter by itself, too, where `tells_parameters_apart`.
+        of_parameters: the moments of the last call of `moments`, by parameter, then.
     """
+
+    tells_parameters_apart = False
+    works_on_shards = False
+    """It needs no pass of its own and no whole gradients, but for a layer at a time."""
 
     def __init__(
         self,
@@ -45,12 +55,19 @@ class Estimator:
     ):
         self.model, self.loss, self.inner_products = model, loss, inner_products
         self.max_micro_batch_size, self.autocast = max_micro_batch_size, autocast
+        self.by_parameter, self.of_parameters = False, {}
         self._start()
+
+    @property
+    def sharded(self) -> bool:
+        """Each rank has a shard of every parameter and of its gradient (FSDP2)."""
+        return any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
 
     def _start(self) -> None:
         # [samples, groups, Σ m_k‖ḡ_k‖²]
         self.sums = torch.zeros(3, dtype=torch.float64, device=next(self.model.parameters()).device)
         self.gradient_sum: dict[str, Tensor] = {}
+        self.sums_by_parameter: dict[str, Tensor] = {}  # Σ m_k‖ḡ_k‖² over the parameter alone
         self.norms_sq: list[Tensor] = []  # ‖g_i‖² of the samples in order, where inner products are measured
 
     def forget(self) -> None:
@@ -76,20 +93,33 @@ class Estimator:
         """
         total = sum_over_ranks(self._total(grad_scale))
         mean = self.mean_gradient(total[0], grad_scale)
-        numbers = [total, norm_sq(mean.values())[None]]
+        of_shards = sum_over_ranks if self.sharded else lambda norms: norms  # a norm is then one of all ranks' together
+        numbers = [total, of_shards(norm_sq(mean.values())[None])]
         if self.inner_products:
             products, norms_sq, sizes = self.products(mean, grad_scale)
             apart = (total[0] * products - sizes * norms_sq) / (total[0] - sizes)
             weighted = (products, products.square(), apart.square())
             numbers.append(sum_over_ranks(torch.stack([(sizes * values).sum() for values in weighted])))
+        names = list(mean) if self.by_parameter else []
+        if names:
+            nothing = self.sums.new_zeros(())
+            own = torch.stack([self.sums_by_parameter.get(name, nothing) for name in names])
+            numbers += [sum_over_ranks(own), of_shards(torch.stack([norm_sq([mean[name]]) for name in names]))]
         self._start()
-        samples, groups, sum_norm_sq, grad_norm_sq, *inner = torch.cat(numbers).tolist()  # the only wait
-        sum_inner, sum_inner_sq, sum_apart_sq = inner or (None, None, None)
+        samples, groups, sum_norm_sq, grad_norm_sq, *rest = torch.cat(numbers).tolist()  # the only wait
+        sum_inner, sum_inner_sq, sum_apart_sq = rest[:3] if self.inner_products else (None, None, None)
+        apart = zip(names, rest[len(rest) - 2 * len(names) :], rest[len(rest) - len(names) :])
+        self.of_parameters = {name: Moments(round(samples), round(groups), norm, own) for name, own, norm in apart}
         return Moments(round(samples), round(groups), grad_norm_sq, sum_norm_sq, sum_inner_sq, sum_inner, sum_apart_sq)
 
     def _total(self, grad_scale: float | Tensor) -> Tensor:
         """[samples, groups, Σ m_k‖ḡ_k‖²] of this rank."""
         return self.sums
+
+    def _add_by_parameter(self, sums: dict[str, Tensor]) -> None:
+        """Σ m_k‖ḡ_k‖² of a micro-batch by parameter, float64 ()."""
+        for name, own in sums.items():
+            self.sums_by_parameter[name] = self.sums_by_parameter.get(name, 0.0) + own
 
     def _add(self, norms_sq: Tensor) -> None:
         """The ‖g_i‖² of a micro-batch's samples, float64 (n,)."""
@@ -118,6 +148,18 @@ class Estimator:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
 
+def by_module(of_parameters: dict[str, Moments]) -> dict[str, Moments]:
+    """The moments of every module's own parameters (of those without a module: by the name "") by its name."""
+    modules: dict[str, Moments] = {}
+    for name, own in of_parameters.items():
+        module = name.rpartition(".")[0]
+        before = modules.get(module)
+        modules[module] = own if before is None else replace(
+            own, grad_norm_sq=before.grad_norm_sq + own.grad_norm_sq, sum_norm_sq=before.sum_norm_sq + own.sum_norm_sq
+        )  # fmt: skip
+    return modules
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """On the device, which is the host where there is no other.
 
@@ -134,15 +176,20 @@ _OUT_OF_MEMORY = re.compile(
 
 
 def training_gradient(parameters: dict[str, nn.Parameter], grad_scale: float | Tensor) -> dict[str, Tensor]:
-    """ḡ as the training step has it: averaged over the ranks, before clipping."""
+    """ḡ as the training step has it: averaged over the ranks, before clipping; of shards, this rank's."""
 
     def unscaled(parameter: nn.Parameter) -> Tensor:
         if parameter.grad is None:
-            return torch.zeros_like(parameter)
-        gradient = dense(parameter.grad)
+            return torch.zeros_like(own_part(parameter))
+        gradient = dense(own_part(parameter.grad))
         return gradient if isinstance(grad_scale, float) and grad_scale == 1 else gradient / grad_scale
 
     return {name: unscaled(parameter) for name, parameter in parameters.items()}
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """This rank's shard of a tensor that is shared out."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def dense(gradient: Tensor) -> Tensor:
@@ -165,18 +212,22 @@ BLOCK = 2**18
 """Numbers in a stretch of a norm or of an inner product: single precision adds up so many without harm."""
 
 
-def stretches(tensor: Tensor) -> list[Tensor]:
-    """Its numbers, at least in single precision, at most `BLOCK` of them at a time."""
+def row_norms(tensor: Tensor) -> Tensor:
+    """‖row‖ of every row of the first dimension; of a vector, its norm."""
     tensor = at_least_single(tensor)
-    return [tensor] if tensor.numel() <= BLOCK else list(tensor.flatten().split(BLOCK))
+    return torch.linalg.vector_norm(tensor.flatten(1) if tensor.dim() > 1 else tensor.reshape(1, -1), dim=1)
 
 
-def norms(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Norms () whose squares add up to that of all of them as one vector: a kernel or two for all tensors."""
-    pieces = [piece for tensor in tensors for piece in stretches(tensor)]
-    return list(torch._foreach_norm(pieces)) if pieces else []
+def stretches(tensor: Tensor) -> list[Tensor]:
+    """Its numbers, at least in single precision, at most `BLOCK` of them at a time; of an empty shard, none."""
+    tensor = at_least_single(tensor)
+    return list(tensor.flatten().split(BLOCK)) if tensor.numel() > BLOCK else [tensor] * (tensor.numel() > 0)
 
 
 def norm_sq(tensors: Iterable[Tensor]) -> Tensor:
-    """The squared norm of all of them as one vector, float64 ()."""
-    return torch.stack(norms(tensors)).double().square().sum()
+    """The squared norm of all of them as one vector, float64 (): a kernel or two for all of them on a GPU."""
+    tensors = list(tensors)
+    pieces = [piece for tensor in tensors for piece in stretches(tensor)]
+    if not pieces:
+        return torch.zeros((), dtype=torch.float64, device=tensors[0].device)
+    return torch.stack(torch._foreach_norm(pieces)).double().square().sum()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
 from gradients.contributions import (
@@ -47,6 +48,7 @@ class GhostMode(TorchFunctionMode):
         inputs: the batch (tensors, or a tree of them); what is computed from it belongs to samples, along the first
             dimension.
         expansions: which expansions of parameters are over the batch, from an earlier pass of the same model.
+        refresh: name → parameter as they are now. Under FSDP2 a module that runs has other, gathered parameters.
         keep: remember the layers' inputs and output gradients, for `inner_products`. Memory stays about the same:
             they come as the backward pass frees what else the forward pass has saved.
 
@@ -56,11 +58,16 @@ class GhostMode(TorchFunctionMode):
     """
 
     def __init__(
-        self, parameters: dict[str, Tensor], inputs: Any, expansions: set[int] | None = None, keep: bool = False
+        self,
+        parameters: dict[str, Tensor],
+        inputs: Any,
+        expansions: set[int] | None = None,
+        keep: bool = False,
+        refresh: Callable[[], dict[str, Tensor]] | None = None,
     ):
         super().__init__()
         self.names = {id(parameter): name for name, parameter in parameters.items()}
-        self.parameters, self.n = parameters, count(inputs)
+        self.parameters, self.n, self._refresh = parameters, count(inputs), refresh
         self.uncovered: set[str] = set()
         self.expansions: set[int] = set()
         self._known_expansions, self._expansion_calls = expansions, 0
@@ -105,6 +112,8 @@ class GhostMode(TorchFunctionMode):
     def _origin(self, tensor: Tensor) -> Origin:
         if name := self.names.get(id(tensor)):
             return frozenset((name,))
+        if self._refresh and isinstance(tensor, Parameter):
+            return self._gathered(tensor)
         names, origin = getattr(tensor, "_ghost_origin", (None, None))
         if names is self.names:
             return origin
@@ -112,6 +121,14 @@ class GhostMode(TorchFunctionMode):
             return self._origin(get_unwrapped(tensor))
         if tensor.requires_grad and tensor.grad_fn is not None:
             return self._from_elsewhere(tensor)
+        return frozenset()
+
+    def _gathered(self, tensor: Parameter) -> Origin:
+        """Of a parameter that has come since the pass began."""
+        for name, parameter in self._refresh().items():
+            if parameter is tensor:
+                self.names[id(tensor)], self.parameters[name] = name, tensor
+                return frozenset((name,))
         return frozenset()
 
     def _from_elsewhere(self, tensor: Tensor) -> Origin:
@@ -254,6 +271,11 @@ class GhostMode(TorchFunctionMode):
     def inner_products(self, direction: dict[str, Tensor]) -> Tensor:
         """Of every sample's gradient with `direction` (by parameter), all parameters as one vector: float64 (n,)."""
         own = (own.inner_products(at_least_single(direction[name])) for name, own in self._contributions)
+        return sum(own, start=self.norms_sq() * 0)
+
+    def inner_products_with(self, name: str, direction: Tensor) -> Tensor:
+        """Of every sample's gradient by one parameter, with a direction of its shape: float64 (n,)."""
+        own = (own.inner_products(at_least_single(direction)) for kept, own in self._contributions if kept == name)
         return sum(own, start=self.norms_sq() * 0)
 
     def __exit__(self, *exception):

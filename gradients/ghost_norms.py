@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -53,34 +54,54 @@ class GhostNorms(OwnPass):
     @contextlib.contextmanager
     def observe(self, inputs: Batch, targets: Batch, loss_scale: float = 1.0, whole: bool = True) -> Iterator[None]:
         before = self._before()
-        keep = whole and self.inner_products and not self.observed and not self.uncovered
-        self.whole = None
+        # Shards are gathered for a pass that all ranks make: what has been kept is all that the p_i can come from.
+        sharded = self.sharded
+        keep = self.inner_products and not self.uncovered and (sharded or (whole and not self.observed))
+        self.kept = self.kept if sharded else []
         if self.inner_products:
             self.observed.append((inputs, targets, *before))
         if self.in_training_pass:
             marks = {name: _mark(parameter.grad) for name, parameter in self.parameters().items()}
-            with GhostMode(self.parameters(), inputs, self.expansions, keep) as mode:
+            refresh = self.parameters if sharded else None
+            with GhostMode(self.parameters(), inputs, self.expansions, keep, refresh) as mode:
                 yield
             mode.uncovered |= {name for name in mode.unseen() if _mark(self.parameters()[name].grad) != marks[name]}
             self._add(mode.norms_sq() / loss_scale**2)
+            if self.by_parameter:
+                self._tell_apart(mode, loss_scale)
             uncovered = self.uncovered | mode.uncovered
             if mode.is_complete and not uncovered:
-                self.whole = mode, loss_scale
+                self.kept.append((mode, loss_scale))
         else:
             uncovered = set(self.uncovered)
 
             def norms_and_gradient(chunk: tuple[Batch, Batch]) -> tuple[Tensor, dict[str, Tensor]]:
                 is_whole = keep and count(chunk[0]) == count(inputs)
                 mode, gradient = self.backward(*chunk, before[1], is_whole)
-                self.whole = (mode, 1.0) if mode.is_complete and not uncovered else None
+                self.kept = [(mode, 1.0)] if mode.is_complete and not uncovered else []
                 uncovered.update(mode.uncovered)
                 return mode.norms_sq(), gradient
 
             self._observe_in_chunks(norms_and_gradient, inputs, targets, before)
             yield
         if uncovered:
-            self.whole = None
+            self.kept = []
             self.own_norms_sq.append((len(self.norms_sq) - 1, self._norms_sq_of(uncovered, inputs, targets, before[1])))
+
+    @property
+    def works_on_shards(self) -> bool:
+        return self.in_training_pass and not self.uncovered
+
+    @property
+    def tells_parameters_apart(self) -> bool:
+        """In the training pass: an own pass may be made again in smaller chunks."""
+        return self.in_training_pass
+
+    def _tell_apart(self, mode: GhostMode, loss_scale: float) -> None:
+        unknown = mode.uncovered | self.uncovered  # without a rule; all of these are measured together
+        for name in mode.parameters:
+            own = mode.norms_sq(name).sum() / loss_scale**2
+            self._add_by_parameter({name: own * math.nan if name in unknown else own})
 
     def _norms_sq_of(self, names: set[str], inputs: Batch, targets: Batch, buffers: dict[str, Tensor]) -> Tensor:
         """‖g_i‖² over these parameters (n,), by the first reference that can; NaN, with a line, where none can."""
@@ -90,7 +111,8 @@ class GhostNorms(OwnPass):
             own = (reference.per_sample_gradients(*chunk, buffers, only=names) for chunk in chunks)
             return torch.cat([norms_sq(gradients) for gradients in own])
 
-        while self.references:
+        failure = None, NotImplementedError("the parameters are shared out over the processes")
+        while self.references and not self.sharded:
             reference = self.references[0]
             reference.max_micro_batch_size = self.max_micro_batch_size
             try:
@@ -108,7 +130,8 @@ class GhostNorms(OwnPass):
     def _start(self) -> None:
         super()._start()
         self.own_norms_sq: list[tuple[int, Tensor]] = []  # of uncovered parameters: number of the micro-batch, (n,)
-        self.whole: tuple[GhostMode, float] | None = None  # the only pass of the step, and its loss_scale
+        # The only pass of the step and its loss_scale; of shards, every pass
+        self.kept: list[tuple[GhostMode, float]] = []
 
     def backward(
         self, inputs: Batch, targets: Batch, buffers: dict[str, Tensor], keep: bool = False
@@ -131,6 +154,7 @@ class GhostNorms(OwnPass):
     def _total(self, grad_scale: float | Tensor) -> Tensor:
         if self.in_training_pass:
             self.sums[2] /= grad_scale**2
+            self.sums_by_parameter = {name: own / grad_scale**2 for name, own in self.sums_by_parameter.items()}
             self.norms_sq = [norms_sq / grad_scale**2 for norms_sq in self.norms_sq]
         for number, own in self.own_norms_sq:
             self.sums[2] += own.sum()
@@ -145,8 +169,10 @@ class GhostNorms(OwnPass):
 
     def inner_products_with(self, mean: dict[str, Tensor], grad_scale: float | Tensor) -> Tensor:
         """By what the only pass has kept; else p_i = ⟨∇ℓ_i, ḡ⟩ is the derivative of ℓ_i along ḡ, by forward mode."""
-        if self.whole:
-            mode, loss_scale = self.whole
+        if self.sharded:
+            return self._by_gathering(mean, grad_scale)
+        if self.kept:
+            mode, loss_scale = self.kept[0]
             scale = loss_scale * grad_scale if self.in_training_pass else 1.0
             return mode.inner_products(mean) / scale
         if self.forward_mode:
@@ -158,6 +184,26 @@ class GhostNorms(OwnPass):
                 self.forward_mode, self.why_not_forward = False, first_line(error)
         self.notify(f"inner products take per-sample gradients: no forward-mode derivative ({self.why_not_forward})")
         return self._inner_products_by_reference(mean)
+
+    def _by_gathering(self, mean: dict[str, Tensor], grad_scale: float | Tensor) -> Tensor:
+        """ḡ is gathered one parameter at a time, on all ranks alike whatever each of them has kept."""
+        complete = len(self.kept) == len(self.observed)
+        products = [mode.norms_sq() * (0.0 if complete else math.nan) for mode, _ in self.kept]
+        for name, parameter in self.parameters().items():
+            shards = DTensor.from_local(
+                mean[name],
+                parameter.device_mesh,
+                parameter.placements,
+                shape=parameter.shape,
+                stride=parameter.stride(),
+            )
+            direction = shards.full_tensor()
+            for own, (mode, loss_scale) in zip(products, self.kept):
+                own += mode.inner_products_with(name, direction) / (loss_scale * grad_scale)
+        if not complete:
+            self.notify("the test decides nothing: a pass has left no inner products")
+            return torch.cat(self.norms_sq) * math.nan
+        return torch.cat(products)
 
     def _inner_products_by_reference(self, mean: dict[str, Tensor]) -> Tensor:
         while self.references:

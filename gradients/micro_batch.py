@@ -1,10 +1,13 @@
 """`micro_batch`: the variance between the gradients of a step's own micro-batches."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 
 from gradients.contributions import at_least_single
 from gradients.estimator import BLOCK, Estimator, dense, norm_sq, row_norms, training_gradient
@@ -17,11 +20,21 @@ class MicroBatchGradients(Estimator):
     Nearly free: the groups' gradients are seen on their way into `.grad`, before DDP averages them. Norms need no copy;
     inner products keep at most 2 × `num_groups` gradients, as neighbouring groups are merged when there are more.
     For networks with BatchNorm this is also the most accurate estimate: it looks at the real training gradients.
+
+    With a group a worker and accumulation step it is DDP-Norm and FSDP-Norm (Lau et al., arXiv:2412.21124, section 3),
+    the groups' variance divided by K − 1 in place of K. Under FSDP2 a group's gradient is seen layer by layer, whole
+    and before it is shared out; inner products would keep it.
     """
+
+    tells_parameters_apart = True
 
     def __init__(self, *arguments, num_groups: int = 8):
         super().__init__(*arguments)
         self.num_groups = num_groups
+
+    @property
+    def works_on_shards(self) -> bool:
+        return not self.inner_products
 
     def _start(self) -> None:
         super()._start()
@@ -42,12 +55,8 @@ class MicroBatchGradients(Estimator):
 
             return keep if self.inner_products else keep_norms
 
-        handles = [parameter.register_hook(hook_for(name)) for name, parameter in self.parameters().items()]
-        try:
+        with self._hooked(hook_for):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
         self.loss_scale = loss_scale
         self.groups.append((count(inputs), group))
         if len(self.groups) > 2 * self.num_groups:
@@ -56,6 +65,28 @@ class MicroBatchGradients(Estimator):
             else:
                 self._add_norms()
                 self.groups = []
+
+    @contextlib.contextmanager
+    def _hooked(self, hook_for: Callable[[str], Callable[[Tensor], None]]) -> Iterator[None]:
+        """Every parameter's hook meets its gradient; of shards, that of the whole parameter of a gathered block."""
+        hooked: dict[str, RemovableHandle] = {}
+
+        def hook(prefix: str, block: nn.Module) -> None:
+            for name, parameter in block.named_parameters(prefix):
+                if parameter.requires_grad and name not in hooked and not isinstance(parameter, DTensor):
+                    hooked[name] = parameter.register_hook(hook_for(name))
+
+        hook("", self.model)
+        gathered = [
+            block.register_forward_pre_hook(lambda block, _, prefix=prefix: hook(prefix, block))
+            for prefix, block in self.model.named_modules()
+            if isinstance(block, FSDPModule)
+        ]
+        try:
+            yield
+        finally:
+            for handle in [*hooked.values(), *gathered]:
+                handle.remove()
 
     def _add_norms(self) -> None:
         """Of several groups at once: a dozen small operations for each would be most of a small network's price."""
@@ -67,6 +98,9 @@ class MicroBatchGradients(Estimator):
         squares = torch.cat([norm for own in norms for norm in own]).double().square()
         sizes = sizes.repeat_interleave(self._on_device(rows, torch.int64), output_size=sum(rows))
         self.sums[2] += (squares / sizes).sum()
+        if self.by_parameter:
+            for (m, group), own in zip(self.groups, norms):
+                self._add_by_parameter({name: rows.double().square().sum() / m for name, rows in zip(group, own)})
 
     def _on_device(self, numbers: list[int], dtype: torch.dtype) -> Tensor:
         """Copied while the host goes on."""
@@ -76,7 +110,9 @@ class MicroBatchGradients(Estimator):
         if self.groups:  # a rank may have none
             self._add_norms()
         # ḡ_k = (the loss's gradient) / (m_k · loss_scale · grad_scale)
-        self.sums[2] /= (self.loss_scale * grad_scale) ** 2
+        scale_sq = (self.loss_scale * grad_scale) ** 2
+        self.sums[2] /= scale_sq
+        self.sums_by_parameter = {name: own / scale_sq for name, own in self.sums_by_parameter.items()}
         return self.sums
 
     def mean_gradient(self, samples: Tensor, grad_scale: float | Tensor) -> dict[str, Tensor]:

@@ -148,11 +148,14 @@ class TestOptions:
     """test every so many steps"""
     monitor_interval: int = 0
     """measure the statistics every so many steps also where nothing is decided by them: in runs without a test and at
-    the largest batch size; 0: do not"""
-    test_gradients: Literal["auto", "ghost", "vmap", "loop", "micro_batch"] = "auto"
+    the largest batch size; 0: do not. A network with BatchNorm is watched by micro_batch"""
+    monitor_modules: bool = False
+    """write the statistics of every module's own parameters to modules.csv, too, by ghost or micro_batch"""
+    test_gradients: Literal["auto", "ghost", "vmap", "loop", "micro_batch", "worker"] = "auto"
     """where the statistics come from. ghost: exact, norms without per-sample gradients; vmap: exact, per-sample
-    gradients by torch.func; loop: exact, one backward pass a sample; micro_batch: variance between micro-batches; auto:
-    the first of ghost, vmap and loop that agrees with single samples"""
+    gradients by torch.func; loop: exact, one backward pass a sample; micro_batch: variance between micro-batches;
+    worker: likewise, with a tested step cut as any other (DDP-Norm, FSDP-Norm); auto: the first of ghost, vmap and loop
+    that agrees with single samples"""
     test_groups: int = 8
     """least number of micro-batches, over all devices, into which micro_batch cuts a tested batch"""
     max_test_micro_batch_size: int = 256
@@ -164,10 +167,13 @@ class TestOptions:
     """factor of ramp_up_type=factor"""
     may_shrink: bool = False
     """ramp_up_type=goodput may also make the batch smaller"""
+    knee: float | None = None
+    """of ramp_up_type=goodput: the batch whose samples take as long as the fixed part of a step [samples]; default: as
+    the steps' times say. With a number, the sizes do not depend on times"""
     recipe: Literal["paper", "steady"] | None = None
-    """paper: the published rule. steady: unbiased, smoothed statistics, goodput, a learning rate that follows, growth
-    at most twofold at a time. Options that are given stand above it; default: paper where test_type, eta, theta, nu or
-    ramp_up_type is given or there is no test, else steady"""
+    """paper: the published rule. steady: unbiased, smoothed statistics, goodput, a learning rate that follows,
+    growth at most twofold at a time, measured at every fourth step. Options that are given stand above it; default:
+    paper where test_type, eta, theta, nu or ramp_up_type is given or there is no test, else steady"""
 
 
 @dataclass
@@ -265,8 +271,11 @@ class DeviceOptions:
 
     accelerator: Literal["auto", "cpu", "gpu", "cuda"] = "auto"
     """kind of device"""
-    strategy: Literal["auto", "ddp", "ddp_find_unused_parameters_true"] = "auto"
-    """how processes work together; ddp_find_unused_parameters_true: where a step may leave out parameters"""
+    strategy: Literal["auto", "ddp", "ddp_find_unused_parameters_true", "fsdp"] = "auto"
+    """how processes work together; ddp_find_unused_parameters_true: where a step may leave out parameters; fsdp:
+    parameters, gradients and optimizer states are shared out, for models that do not fit"""
+    shard_modules: list[str] = field(default_factory=list)
+    """of strategy=fsdp: classes whose modules are gathered one at a time; default: the model's repeated blocks"""
     devices: int | Literal["auto"] = "auto"
     """devices (processes) a node; auto: all GPUs, or one process on CPU"""
     num_nodes: int = 1
@@ -292,7 +301,9 @@ class LogOptions:
     log_interval: int = 1
     """log every so many steps"""
     eval_interval: int = 0
-    """evaluate every so many steps; 0: after every epoch's worth of samples, and at the end"""
+    """evaluate every so many steps; 0: as eval_samples says"""
+    eval_samples: int | None = None
+    """evaluate whenever so many samples more were used [samples]; default: an epoch's worth; always at the end"""
 
 
 @dataclass
@@ -359,7 +370,7 @@ class Config(
             "batch_size max_batch_size max_micro_batch_size max_test_micro_batch_size gradient_accumulation_steps "
             "eta theta nu test_interval test_groups learning_rate max_lr gamma max_samples max_iters devices num_nodes "
             "log_interval linear_ramp_up_increment lr_decay_samples lr_decay_iters batch_ahead keep_checkpoints "
-            "timeout_minutes batch_size_multiple growth_interval patience sequence_length vocab_size"
+            "timeout_minutes batch_size_multiple growth_interval patience sequence_length vocab_size knee eval_samples"
         )
         not_negative = (
             "num_workers weight_decay grad_clip min_lr warmup_samples warmup_iters eval_interval momentum seed "
@@ -384,6 +395,8 @@ class Config(
             if isinstance(value, str) and not re.fullmatch(r"\d+(\.\d+)?%", value):
                 raise UsageError(f"--samples_stages: '{value}' is neither a number of samples nor a share such as 25%")
         _require_range("seed", self.seed, "below 2^32", lambda value: value < 2**32)
+        _require_range("smoothing", self.smoothing, "at most 1e15", lambda value: value <= 1e15)
+        _require_range("timeout_minutes", self.timeout_minutes, "at most a year", lambda value: value <= 365 * 24 * 60)
         for name in ("ramp_up_factor", "max_growth"):
             _require_range(name, getattr(self, name), "larger than 1", lambda value: value > 1)
 
@@ -393,7 +406,9 @@ class Config(
             ("global_batch_sizes samples_stages", "stagewise_ramp_up", True),
             ("linear_ramp_up_increment", "linear_ramp_up", True),
             ("ramp_up_factor", "ramp_up_type", "factor"),
-            ("may_shrink", "ramp_up_type", "goodput"),
+            ("may_shrink knee", "ramp_up_type", "goodput"),
+            ("eval_samples", "eval_interval", 0),
+            ("shard_modules", "strategy", "fsdp"),
             (
                 "warmup_samples warmup_iters warmup_from min_lr scheduler lr_decay_samples lr_decay_iters",
                 "decay_lr",
@@ -416,6 +431,8 @@ class Config(
         for name in ("statistics", "smoothing"):
             if getattr(self, name) != getattr(_DEFAULTS, name) and not measured:
                 raise UsageError(f"--{name} acts only with --test=True or --monitor_interval: add one, or leave it out")
+        if self.monitor_modules and not measured:
+            raise UsageError("--monitor_modules acts only with --test=True or --monitor_interval: add one")
         if self.lr_scaling == "adascale" and not measured:
             raise UsageError("--lr_scaling=adascale needs the statistics: add --test=True or --monitor_interval=N")
         if self.batch_ahead != _DEFAULTS.batch_ahead and not self.num_workers:
@@ -574,6 +591,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "ramp_up_type": "goodput",
         "lr_scaling": "adascale",
         "max_growth": 2.0,
+        "test_interval": 4,
     },
 }
 PUBLISHED = {"test_type", "eta", "theta", "nu", "ramp_up_type"}

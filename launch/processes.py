@@ -21,11 +21,12 @@ import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
-from lightning.fabric.strategies import STRATEGY_REGISTRY, DDPStrategy
+from lightning.fabric.plugins.precision import DoublePrecision
+from lightning.fabric.strategies import STRATEGY_REGISTRY, DDPStrategy, ModelParallelStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from launch import heartbeat
+from launch import heartbeat, sharding
 from launch.environments import FIRST_PROCESS, launcher, started_by_the_first_process
 from launch.options import GRACE, Config, RunError, UsageError, say, say_error
 from launch.terminals import after
@@ -44,9 +45,12 @@ def start_fabric(config: Config) -> Fabric:
     """
     by_fabric_run = bool(os.environ.get("LT_CLI_USED"))  # then Fabric itself reads what the launcher set
     strategy = os.environ.get("LT_STRATEGY", "auto") if by_fabric_run else config.strategy
-    if strategy not in ("auto", "ddp", "ddp_find_unused_parameters_true"):  # the launcher takes any
-        raise UsageError(f"--strategy={strategy} is not supported: whole gradients are needed; choose auto or ddp")
+    if strategy not in ("auto", "ddp", "ddp_find_unused_parameters_true", "fsdp"):  # the launcher takes any
+        raise UsageError(f"--strategy={strategy} is not supported: choose auto, ddp or fsdp")
     _say_how_gradients_are_averaged(config)
+    if strategy == "fsdp":  # by this name Fabric has FSDP's first version
+        os.environ.pop("LT_STRATEGY", None)
+        strategy = sharding.Sharded(config.shard_modules, timedelta(minutes=config.timeout_minutes))
     share_cores()
     launched = launched_size()
     if not launched:
@@ -60,16 +64,20 @@ def start_fabric(config: Config) -> Fabric:
     try:
         if by_fabric_run:
             with after(PATIENCE, _say_for_whom_it_waits):
-                fabric = Fabric()
+                fabric = Fabric() if isinstance(strategy, str) else Fabric(strategy=strategy)
         else:
             devices, num_nodes = launched or (config.devices, config.num_nodes)
+            plugins = [environments[launcher()]()]  # as found: Fabric would take left-over variables for a launcher
+            precision = config.precision
+            if not isinstance(strategy, str) and precision.startswith("64"):  # shards know it, Fabric's list does not
+                plugins, precision = [*plugins, DoublePrecision()], None
             fabric = Fabric(
                 accelerator=config.accelerator,
                 strategy=strategy,
                 devices=devices,
                 num_nodes=num_nodes,
-                precision=config.precision,
-                plugins=environments[launcher()](),  # as found: Fabric would take left-over variables for a launcher
+                precision=precision,
+                plugins=plugins,
             )
         _watch(fabric)
         if not by_fabric_run:
@@ -81,7 +89,8 @@ def start_fabric(config: Config) -> Fabric:
         raise _not_started(config, error) from None
     if fabric.world_size > 1:
         hosts, address = gathered(fabric, socket.gethostname()), from_first(fabric, heartbeat.open_store)
-        heartbeat.Heartbeat(fabric.global_rank, hosts, address, _leaving, lambda: leave(1)).start()
+        _beating.append(heartbeat.Heartbeat(fabric.global_rank, hosts, address, _leaving, lambda: leave(1)))
+        _beating[-1].start()
     return fabric
 
 
@@ -166,6 +175,8 @@ def refuse_too_many_processes(config: Config) -> None:
 
 def strategy_name(fabric: Fabric) -> str:
     """As `--strategy` has it: what Fabric really uses."""
+    if isinstance(fabric.strategy, ModelParallelStrategy):
+        return "fsdp"
     if not isinstance(fabric.strategy, DDPStrategy):
         return "auto"
     finds_unused = fabric.strategy._ddp_kwargs.get("find_unused_parameters")
@@ -239,8 +250,20 @@ def refuse_single_samples(config: Config, world_size: int, least: int) -> None:
         raise UsageError(f"--max_micro_batch_size: {config.model} has BatchNorm on 1×1 maps and needs 3 or more")
 
 
+def refuse_a_single_worker(config: Config, world_size: int) -> None:
+    """
+    Raises:
+        UsageError: nothing to compare.
+    """
+    if config.test_gradients == "worker" and world_size * config.gradient_accumulation_steps < 2:
+        raise UsageError(
+            "--test_gradients=worker compares the gradients of workers, and here is one: take micro_batch, or "
+            "--gradient_accumulation_steps=2 or more"
+        )
+
+
 def refuse_unequal_numbers(config: Config, module: torch.nn.Module) -> None:
-    """SyncBatchNorm exchanges statistics in every micro-batch: ranks need the same number of them.
+    """SyncBatchNorm exchanges statistics in every micro-batch, shards are gathered: ranks need the same number of them.
 
     Raises:
         UsageError: micro-batches of one sample are as many as a rank has samples.
@@ -248,6 +271,8 @@ def refuse_unequal_numbers(config: Config, module: torch.nn.Module) -> None:
     synchronised = any(isinstance(layer, torch.nn.SyncBatchNorm) for layer in module.modules())
     if synchronised and config.max_micro_batch_size == 1:
         raise UsageError("--max_micro_batch_size=1: SyncBatchNorm needs as many micro-batches on every rank: raise it")
+    if config.strategy == "fsdp" and config.max_micro_batch_size == 1:
+        raise UsageError("--max_micro_batch_size=1: shards need as many micro-batches on every rank: raise it")
 
 
 def set_arithmetic(config: Config) -> None:
@@ -351,6 +376,7 @@ def _host_group() -> dist.ProcessGroup | None:
 
 _children: list[subprocess.Popen] = []
 _leaving = threading.Event()
+_beating: list[heartbeat.Heartbeat] = []
 
 
 def _is_child() -> bool:
@@ -466,12 +492,22 @@ def leave(status: int) -> int:
     if status == 1 and dist.is_initialized():
         for process in _children:
             process.kill()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        _end_at_once(status)
     if dist.is_initialized():
         dist.destroy_process_group()
-    return 0 if _is_child() else status
+    status = 0 if _is_child() else status
+    for thread in _beating:  # of several processes
+        thread.join(2 * heartbeat.INTERVAL)
+        # All is written. The end of an interpreter aborts the process where a thread is inside the store or frees the
+        # tensors of an exchange (gloo's do).
+        _end_at_once(status)
+    return status
+
+
+def _end_at_once(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def resume_command(out_dir: Path, run_name: str) -> str:

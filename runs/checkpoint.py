@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.fabric.strategies import ModelParallelStrategy
 
 from launch.options import Config, RunError, UsageError
 from launch.processes import errors_go_to, from_first, gathered, together
@@ -32,8 +33,9 @@ from runs.metrics import Totals
 # is cut over devices and passes. All else changes the mathematics.
 FREE = """
     data_dir num_workers batch_ahead compile max_micro_batch_size max_test_micro_batch_size gradient_accumulation_steps
-    accelerator strategy devices num_nodes timeout_minutes deterministic recipe
-    out_dir run_name log_interval eval_interval checkpoint_interval checkpoint_minutes keep_checkpoints resume
+    accelerator strategy shard_modules devices num_nodes timeout_minutes deterministic recipe
+    out_dir run_name log_interval eval_interval eval_samples checkpoint_interval checkpoint_minutes keep_checkpoints
+    resume
 """.split()  # noqa: SIM905
 GROWING = ("max_samples", "max_iters")
 """May differ, but only upwards."""
@@ -91,7 +93,10 @@ class Checkpoints:
         self.fabric, self.config = fabric, config
         self.folder = Path(from_first(fabric, lambda: str(folder.absolute()))) / "checkpoints"
         errors_go_to(self.folder.parent)
-        self.io = fabric.strategy.checkpoint_io = DurableIO()
+        self.io = DurableIO()
+        self.sharded = isinstance(fabric.strategy, ModelParallelStrategy)
+        if not self.sharded:
+            fabric.strategy.checkpoint_io = self.io
         self.saved_at = time.monotonic()
         self.saved_step: int | None = None
 
@@ -120,7 +125,11 @@ class Checkpoints:
             RunError: it cannot be written. The ones before it stand.
         """
         ranks = gathered(self.fabric, own)
-        self.fabric.save(self.path(step), {**state, "ranks": ranks, "options": plain_options(self.config)})
+        state = {**state, "ranks": ranks, "options": plain_options(self.config)}
+        if not self.sharded:
+            self.fabric.save(self.path(step), state)
+        elif self.fabric.is_global_zero:
+            self.io.save_checkpoint(state, self.path(step))
         together(self.fabric, lambda: self._conclude(step, best_step))
         self.saved_at, self.saved_step = time.monotonic(), step
 

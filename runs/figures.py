@@ -335,13 +335,15 @@ def _decorate_pareto(axes) -> None:
 
 def _name_points(axes, places: Sequence[tuple[float, float, str]]) -> None:
     """Names in a column right of the axes, in the order of the points' heights, so that none covers another."""
-    gap, at, heights = 0.065, -math.inf, []
+    top, heights = -math.inf, []
     low, high = (math.log(limit) for limit in axes.get_ylim())
-    for _, y, _ in sorted(places, key=lambda place: place[1]):
-        at = max((math.log(y) - low) / (high - low), at + gap)
-        heights.append(at)
+    places = sorted((y, x, textwrap.fill(name, 40)) for x, y, name in places)
+    for y, _, name in places:
+        room = 0.012 + 0.023 * (name.count("\n") + 1)  # half of it
+        heights.append(max((math.log(y) - low) / (high - low), top + room))
+        top = heights[-1] + room
     above = max(heights[-1] - 1, 0)
-    for height, (x, y, name) in zip(heights, sorted(places, key=lambda place: place[1])):
+    for height, (y, x, name) in zip(heights, places):
         axes.annotate(
             name,
             (x, y),
@@ -349,5 +351,5 @@ def _name_points(axes, places: Sequence[tuple[float, float, str]]) -> None:
             textcoords="axes fraction",
             va="center",
             fontsize=7.5,
-            arrowprops={"arrowstyle": "-", "color": "0.7", "linewidth": 0.5, "shrinkB": 4},
+            arrowprops={"arrowstyle": "-", "color": "0.7", "linewidth": 0.5, "shrinkB": 4, "relpos": (0, 0.5)},
         )

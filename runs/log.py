@@ -77,10 +77,16 @@ def default_name(config: Config) -> str:
     return "_".join([*names, schedule, f"seed{config.seed}", time.strftime("%Y%m%d-%H%M%S")])
 
 
+MODULES = "modules.csv"
 EVENTS = "events.out.tfevents.*"
 """TensorBoard's files; every start of a run makes a new one."""
 QUIET_SECONDS = 60.0
 """Without a progress bar, a line of progress follows after so long without any."""
+
+
+MODULE_COLUMNS = ("step", "samples", "module", "variance", "grad_norm_sq", "batch_noise_scale", "noise_scale")
+"""Of modules.csv: a row for each module that has parameters of its own, in every measured row of metrics.csv. The last
+is (V / (‖ḡ‖² − V/b)) of this batch alone, empty where that is not positive."""
 
 
 class RunLog:
@@ -126,6 +132,7 @@ class RunLog:
         self._writer = csv.DictWriter(self._csv, columns, restval="", extrasaction="ignore")
         if not header:
             self._writer.writeheader()
+        self._modules = _ModuleTable(self.folder / MODULES) if config.monitor_modules else None
         threading.excepthook = _handed_on(threading.excepthook)
         self._tensorboard = TensorBoardLogger(config.out_dir, self.folder.name, version="")
         self._tensorboard.experiment.add_text("run", provenance_card())
@@ -175,7 +182,7 @@ class RunLog:
         with self._writing():
             self._csv.flush()
             self._tensorboard.experiment.flush()
-            for path in (self.folder / "metrics.csv", *self.folder.glob(EVENTS)):
+            for path in _growing(self.folder):
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
                     sizes[path.name] = os.fstat(file.fileno()).st_size
@@ -192,6 +199,8 @@ class RunLog:
         with self._writing():
             self._writer.writerow({name: value for name, value in row.items() if value is not None})
             self._csv.flush()
+            if self._modules:
+                self._modules.write(row)
             self._write_events(row)
         self._progress = (
             f"step {row['step']:>6,}  samples {row['samples']:>10,}  batch {row['batch_size']:>7,}  "
@@ -223,16 +232,18 @@ class RunLog:
             left = max(self._bar.total / done - 1, 0) * (now - self.start)
             self.say(f"{self._progress}  {tqdm.format_interval(left)} left")
 
-    def save_weights(self, module: torch.nn.Module) -> None:
+    def save_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """model.pt: the plain weights, for `module.load_state_dict(torch.load("model.pt"))` on any device."""
         with self._writing(), replacing(self.folder / "model.pt") as file:
-            torch.save({name: value.cpu() for name, value in module.state_dict().items()}, file)
+            torch.save({name: value.cpu() for name, value in weights.items()}, file)
 
     def finish(self, status: str, results: dict[str, Any]) -> dict[str, Any]:
         """Close the files; write summary.json, TensorBoard's hyper-parameters and curves.png. Returns the summary."""
         self._bar.close()
         with self._writing():
             self._csv.close()
+            if self._modules:
+                self._modules.file.close()
         summary = {
             "status": status,
             **results,
@@ -255,10 +266,12 @@ class RunLog:
             figures.curves(self.folder)
         return summary
 
-    def conclude(self, status: str, results: dict[str, Any], module: torch.nn.Module, stop_signal: int) -> None:
+    def conclude(
+        self, status: str, results: dict[str, Any], weights: dict[str, torch.Tensor], stop_signal: int
+    ) -> None:
         """The end of a run: weights, summary, and how to go on."""
         if status == "finished":
-            self.save_weights(module)
+            self.save_weights(weights)
         self.say(summary_text(self.finish(status, results), self.folder))
         if status == "interrupted":
             command = resume_command(self.folder.parent, self.folder.name)
@@ -283,6 +296,34 @@ class RunLog:
         names = [*(name for name in summary if name.startswith(("val_", "best_val_"))), *of_training.split()]
         results = {f"final/{name}": summary[name] for name in names if summary[name] is not None}
         self._tensorboard.log_hyperparams({**options, "status": summary["status"]}, results, summary["steps"])
+
+
+def module_numbers(by_module: dict) -> dict[str, list[float | None]]:
+    """The last four of `MODULE_COLUMNS` by module, from each one's moments."""
+    return {
+        name: [own.variance, own.grad_norm_sq, own.batch_noise_scale, own.statistics(unbiased=True).noise_scale]
+        for name, own in by_module.items()
+    }
+
+
+class _ModuleTable:
+    """modules.csv."""
+
+    def __init__(self, path: Path):
+        self.file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 (closed by `finish`)
+        self.writer = csv.writer(self.file)
+        if not self.file.tell():
+            self.writer.writerow(MODULE_COLUMNS)
+
+    def write(self, row: dict[str, Any]) -> None:
+        for module, numbers in row.get("modules", {}).items():
+            self.writer.writerow([row["step"], row["samples"], module, *numbers])
+        self.file.flush()
+
+
+def _growing(folder: Path) -> list[Path]:
+    """The files of a run that get longer."""
+    return [path for name in ("metrics.csv", MODULES, EVENTS) for path in folder.glob(name)]
 
 
 def _locked(folder: Path) -> IO | None:
@@ -327,7 +368,7 @@ def _rewind(source: Path, folder: Path, sizes: dict[str, int]) -> None:
     """
     for name in ("summary.json", "model.pt"):
         (folder / name).unlink(missing_ok=True)
-    for path in (folder / "metrics.csv", *folder.glob(EVENTS)):
+    for path in _growing(folder):
         if path.name not in sizes:
             path.unlink(missing_ok=True)
     for name, size in sizes.items():

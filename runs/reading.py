@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from launch.names import nearest
-from launch.options import CheckpointOptions, Config, TestOptions, UsageError
+from launch.options import RECIPES, CheckpointOptions, Config, TestOptions, UsageError
 
 FILES = ("config.yaml", "metrics.csv", "summary.json")
 NOT_COMPARED = {"seed", "run_name", "recipe", "out_dir", "data_dir", "num_workers", "batch_ahead"}
@@ -22,6 +22,9 @@ NOT_COMPARED |= {entry.name for entry in fields(CheckpointOptions)}
 
 TEST_NAMES = {"norm": "norm test", "ip": "inner product test", "ip+orth": "augmented inner product test"}
 TEST_PARAMETERS = {"norm": ("eta",), "ip": ("theta",), "ip+orth": ("theta", "nu")}
+UNSAID = (None, False, "none")
+IN_A_RECIPE = {name for recipe in RECIPES.values() for name in recipe}
+"""Defaults that a configuration's name leaves out: these values, and those of these options."""
 TEST_OPTIONS = {entry.name for entry in fields(TestOptions)} - {"test"}
 
 
@@ -246,7 +249,7 @@ def _equal(option: Any, value: str) -> bool:
 
 def without_effect(options: dict[str, Any]) -> set[str]:
     """Options that the run did not read, given the others: they tell no two configurations apart."""
-    unused = set() if options["test_gradients"] == "micro_batch" else {"test_groups"}
+    unused = set() if options["test_gradients"] in ("micro_batch", "worker") else {"test_groups"}
     if options["test"]:
         goodput = options["ramp_up_type"] == "goodput"
         unused |= {"eta", "theta", "nu"} - (set() if goodput else set(TEST_PARAMETERS[options["test_type"]]))
@@ -271,13 +274,19 @@ def without_effect(options: dict[str, Any]) -> set[str]:
 def schedule(options: dict[str, Any]) -> tuple[str, set[str]]:
     """How the batch grows, in words ("norm test, η = 0.1"), and the options that these words tell of."""
     told = {"test", "test_type", "stagewise_ramp_up", "linear_ramp_up", "seesaw_ramp_up"}
+    steady = RECIPES["steady"]
+    otherwise = {name for name, value in steady.items() if options[name] != value}
+    if options["test"] and not otherwise:
+        return "steady", told | set(steady)
     if options["test"] and options["ramp_up_type"] == "goodput":
         return "goodput", told | {"ramp_up_type"}
     if options["test"]:
         used = TEST_PARAMETERS[options["test_type"]]
         letters = {"eta": "η", "theta": "θ", "nu": "ν"}
-        parameters = (f"{letters[name]} = {options[name]:g}" for name in used)
-        return ", ".join([TEST_NAMES[options["test_type"]], *parameters]), told | set(used)
+        words = [TEST_NAMES[options["test_type"]], *(f"{letters[name]} = {options[name]:g}" for name in used)]
+        if otherwise == {"ramp_up_type"}:  # a test in the recipe's place of goodput
+            words, told = [*words, "as steady"], told | set(steady)
+        return ", ".join(words), told | set(used)
     if options["stagewise_ramp_up"]:
         return f"stagewise {', '.join(map(str, options['global_batch_sizes']))}", told | {"global_batch_sizes"}
     if options["linear_ramp_up"]:
@@ -335,7 +344,7 @@ def _name(options: dict[str, Any], differing: set[str]) -> str:
     words, told = schedule(options)
     before, after = [], []
     for name, value in _compared(options).items():
-        if name in differing - told:
+        if name in differing - told and not (value == _defaults()[name] and (value in UNSAID or name in IN_A_RECIPE)):
             value = f"{value:g}" if isinstance(value, float) else str(value)
             speaks_for_itself = name in ("model", "dataset", "optimizer", "precision")
             (before if name in ("model", "dataset") else after).append(
