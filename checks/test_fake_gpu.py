@@ -1,10 +1,13 @@
 """Whole training steps on a fake accelerator: tensors are where they belong, and the host seldom waits."""
 
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+import torchvision
+from torch import nn
 from torch.utils.data import TensorDataset
 
 import gradients
@@ -15,17 +18,37 @@ from launch.interrupts import Interrupts
 from launch.options import Config
 
 
-def _split(count: int) -> TensorDataset:
+def _split(count: int, *shape: int) -> TensorDataset:
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=generator)
     return TensorDataset(images, torch.randint(10, (count,), generator=generator))
 
 
-DIGITS = DataSet(_split(300), _split(100), num_classes=10)  # real numbers: made before anything is fake
+# Real numbers: made before anything is fake
+DIGITS, PHOTOS, LARGE_PHOTOS = (
+    DataSet(_split(300, *shape), _split(100, *shape), num_classes=10)
+    for shape in ((1, 8, 8), (3, 32, 32), (3, 224, 224))
+)
 
 
 def digits(data_dir: Path) -> DataSet:
     return DIGITS
+
+
+def photos(data_dir: Path) -> DataSet:
+    return PHOTOS
+
+
+def large_photos(data_dir: Path) -> DataSet:
+    return LARGE_PHOTOS
+
+
+def resnet18_group_norm(image_shape, num_classes) -> nn.Module:
+    return torchvision.models.resnet18(num_classes=num_classes, norm_layer=partial(nn.GroupNorm, 32))
+
+
+def vit_b_16(image_shape, num_classes) -> nn.Module:
+    return torchvision.models.vit_b_16(num_classes=num_classes)
 
 
 def unchecked(name, *arguments, probe, autocast, in_training_pass, num_groups, notify):
@@ -82,6 +105,23 @@ def test_waits_of_a_step(tmp_path, test_gradients, test_type, micro_batches):
         watch.forget()
         run.train_step(run.plan(testing=False), testing=False)
         assert not watch.waits
+
+
+@pytest.mark.parametrize(
+    "dataset, model, most", [("photos", "resnet18_group_norm", 3), ("large_photos", "vit_b_16", 2)]
+)
+def test_kernels_of_a_step(tmp_path, dataset, model, most):
+    """Of a tested step (norm test) over those of a plain one; every small kernel costs a GPU the same. May only fall."""
+    names = {"dataset": f"checks.test_fake_gpu:{dataset}", "model": f"checks.test_fake_gpu:{model}"}
+    with fake_gpu() as (fabric, watch):
+        run = trainer(fabric, tmp_path, batch_size=16, test_gradients="ghost", ramp_up_type="test", **names)
+        run.step()
+        counts = []
+        for testing in (False, True):
+            watch.forget()
+            run.train_step(run.plan(testing), testing)
+            counts.append(watch.kernels.total())
+        assert counts[1] <= most * counts[0], (counts, watch.kernels.most_common(20))
 
 
 def test_waits_of_evaluation_and_row(tmp_path):

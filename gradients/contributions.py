@@ -119,8 +119,8 @@ class Contribution:
 class Direct(Contribution):
     """Per-sample gradients that are small enough to be at hand: (n, *shape), at least single precision."""
 
-    # Vectors of up to so many numbers (biases, weights of norms) wait for each other: one norm for all of them.
-    SMALL = 2**13
+    # Vectors of up to so many numbers for all samples (biases, weights of norms) wait for each other: one norm for all.
+    SMALL = 2**16
 
     def __init__(self, gradients: Tensor):
         self.gradients, self.n, self.device = gradients, len(gradients), gradients.device
@@ -130,7 +130,7 @@ class Direct(Contribution):
         return self.gradients[chunk]
 
     def parts(self) -> Parts:
-        if self.gradients.dim() == 2 and self.numbers_per_sample <= self.SMALL and not self.gradients.is_complex():
+        if self.gradients.dim() == 2 and self.gradients.numel() <= self.SMALL and not self.gradients.is_complex():
             return Part.GRADIENTS, self.gradients
         return Part.NORMS, per_sample_row_norms(self.gradients)
 
@@ -182,6 +182,7 @@ class Convolution(Contribution):
     ADDITION = 10
     # Grouped convolutions of fewer input channels than this leave most of a processor's vector units idle.
     FEW_CHANNELS = 8
+    QUICK_AT_MANY_KERNELS = ("cpu",)
 
     def __init__(self, x: Tensor, B: Tensor, weight_shape: torch.Size, stride, padding, dilation, groups: int):
         self.x, self.B, self.n, self.device = x, B, len(x), x.device
@@ -244,21 +245,37 @@ class Convolution(Contribution):
         """
         n, outputs, x, B = len(x), B.shape[2:], at_least_single(x), at_least_single(B)
         pixels = torch.bmm(x.flatten(2).mT, x.flatten(2)).view(n, *x.shape[2:], *x.shape[2:])
-        gram_B = torch.bmm(B.flatten(2).mT, B.flatten(2)).view(n, *outputs, *outputs)
-        patches = torch.zeros_like(gram_B)
+        gram_B = torch.bmm(B.flatten(2).mT, B.flatten(2))
+        few_kernels = self.device.type not in self.QUICK_AT_MANY_KERNELS
+        patches = self._summed_at_once(pixels, outputs) if few_kernels else self._summed_in_turn(pixels, outputs)
+        return _sums_of_products(patches.view_as(gram_B), gram_B)
+
+    def _summed_at_once(self, pixels: Tensor, outputs: torch.Size) -> Tensor:
+        """(n, *in, *in) → (n, *out, *out): the offsets are further dimensions of a view, and one sum takes them all."""
+        pixels = F.pad(pixels, [p for p in reversed(self.padding) for _ in range(2)] * 2)
+        of_samples, *strides = pixels.stride()
+        of_t, of_s = strides[: len(outputs)], strides[len(outputs) :]
+        steps = [own * step for axis in (of_t, of_s) for own, step in zip(axis, self.stride)]
+        taps = [(t + s) * step for t, s, step in zip(of_t, of_s, self.dilation)]
+        kernel = self.weight_shape[2:]
+        seen = pixels.as_strided((len(pixels), *outputs, *outputs, *kernel), (of_samples, *steps, *taps))
+        return seen.sum(tuple(range(-len(kernel), 0)))
+
+    def _summed_in_turn(self, pixels: Tensor, outputs: torch.Size) -> Tensor:
+        """(n, *in, *in) → (n, *out, *out) by an addition for every offset: up to seven times as fast on a CPU."""
+        patches = pixels.new_zeros(len(pixels), *outputs, *outputs)
         for offsets in product(*map(range, self.weight_shape[2:])):
-            windows = [self._window(axis, offset, x, B) for axis, offset in enumerate(offsets)]
+            windows = [self._window(*sizes) for sizes in zip(range(len(offsets)), offsets, pixels.shape[1:], outputs)]
             if all(seen.stop > seen.start for seen, _ in windows):
                 out, seen = (tuple(window[i] for window in windows) for i in (0, 1))
                 patches[(slice(None), *out, *out)].add_(pixels[(slice(None), *seen, *seen)])
-        positions = math.prod(outputs)
-        return _sums_of_products(patches.view(n, positions, positions), gram_B.view(n, positions, positions))
+        return patches
 
-    def _window(self, axis: int, offset: int, x: Tensor, B: Tensor) -> tuple[slice, slice]:
+    def _window(self, axis: int, offset: int, inputs: int, outputs: int) -> tuple[slice, slice]:
         """Along one axis: the outputs whose tap at this offset lies inside the input, and the inputs it sees."""
         stride, shift = self.stride[axis], offset * self.dilation[axis] - self.padding[axis]
         first = max(0, -(shift // stride))
-        last = min(B.shape[2 + axis] - 1, (x.shape[2 + axis] - 1 - shift) // stride)
+        last = min(outputs - 1, (inputs - 1 - shift) // stride)
         return slice(first, last + 1), slice(first * stride + shift, max(last * stride + shift + 1, 0), stride)
 
 
