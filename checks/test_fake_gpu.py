@@ -111,7 +111,7 @@ def test_waits_of_a_step(tmp_path, test_gradients, test_type, micro_batches):
     "dataset, model, most", [("photos", "resnet18_group_norm", 3), ("large_photos", "vit_b_16", 2)]
 )
 def test_kernels_of_a_step(tmp_path, dataset, model, most):
-    """Of a tested step (norm test) over those of a plain one; every small kernel costs a GPU the same. May only fall."""
+    """Of a tested step (norm test) over a plain one; every small kernel costs a GPU the same. May only fall."""
     names = {"dataset": f"checks.test_fake_gpu:{dataset}", "model": f"checks.test_fake_gpu:{model}"}
     with fake_gpu() as (fabric, watch):
         run = trainer(fabric, tmp_path, batch_size=16, test_gradients="ghost", ramp_up_type="test", **names)
