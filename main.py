@@ -26,6 +26,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -295,12 +296,12 @@ class Trainer:
         micro_batches = plan.micro_batches(fabric.global_rank)
         # DDP averages over ranks: together this is the mean over the global batch, however it was cut.
         loss_scale = fabric.world_size / plan.batch_size
-        for i, (inputs, targets) in enumerate(self.stream.take(micro_batches), start=1):
-            n = len(micro_batches[i - 1])
+        for i, batch in enumerate(self.stream.pixels(micro_batches), start=1):
+            n, (inputs, targets) = len(micro_batches[i - 1]), self.stream.normalise.batch(batch)
             with (
                 out_of_memory_means("a micro-batch", f"lower --max_micro_batch_size (this one has {n} samples)"),
                 fabric.no_backward_sync(self.model, enabled=i < len(micro_batches)),
-                self.observing(testing, inputs, targets, loss_scale, whole=len(micro_batches) == 1),
+                self.observing(testing, batch[0], inputs, targets, loss_scale, whole=len(micro_batches) == 1),
             ):
                 outputs = self.model(inputs)
                 losses = self.loss(outputs, targets)
@@ -318,14 +319,15 @@ class Trainer:
         return moments
 
     @contextlib.contextmanager
-    def observing(self, testing: bool, inputs: Any, targets: Any, loss_scale: float, whole: bool):
+    def observing(self, testing: bool, pixels: Any, inputs: Any, targets: Any, loss_scale: float, whole: bool):
         """The training pass on a micro-batch, watched by the estimator where the step is tested."""
         if not testing:
             yield
             return
         with contextlib.ExitStack() as observation:
             with self.totals.test(), out_of_memory_means(*IN_THE_TEST):
-                observation.enter_context(self.estimator.observe(inputs, targets, loss_scale, whole))
+                again = partial(self.stream.normalise, pixels)
+                observation.enter_context(self.estimator.observe(inputs, targets, loss_scale, whole, again))
             yield
 
     def test_moments(self) -> tests.Moments:

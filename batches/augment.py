@@ -54,3 +54,8 @@ class Normalise:
     def targets(self, targets: Any) -> Any:
         """Of targets no tensor is an image to be normalised."""
         return tree_map(self._cast, targets)
+
+    def batch(self, batch: tuple[Any, Any]) -> tuple[Any, Any]:
+        """Inputs and targets, each by its own rule."""
+        inputs, targets = batch
+        return self(inputs), self.targets(targets)

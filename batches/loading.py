@@ -5,7 +5,6 @@ import itertools
 import random
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -66,32 +65,35 @@ class LoadedStream:
 
     def read(self, positions: range) -> Batch:
         """The training samples at these positions, read in this process: images (n, C, H, W), labels (n,)."""
-        inputs, targets = tree_map(lambda tensor: tensor.to(self.device), self.train.read(positions))
-        return self._inputs(inputs, positions), self.normalise.targets(targets)
+        batch = tree_map(lambda tensor: tensor.to(self.device), self.train.read(positions))
+        return self.normalise.batch(self._augmented(batch, positions))
 
     def take(self, micro_batches: Iterable[range]) -> Iterator[Batch]:
         """Micro-batches of training samples at these positions."""
+        return map(self.normalise.batch, self.pixels(micro_batches))
+
+    def pixels(self, micro_batches: Iterable[range]) -> Iterator[Batch]:
+        """The same before `normalise`, in a quarter of the memory where the inputs are images: uint8 (n, C, H, W)."""
         for positions in micro_batches:
             start, step = positions.start, positions.step
             if self.recut is None or (start, step) != self.next:
                 chunks = (range(p, p + CHUNK * step, step) for p in itertools.count(start, CHUNK * step))
                 self.recut = Recut(self.train.chunks(chunks), self.device)
             self.next = (positions[-1] + step, step)
-            inputs, targets = self.recut.take(len(positions))
-            yield self._inputs(inputs, positions), self.normalise.targets(targets)
+            yield self._augmented(self.recut.take(len(positions)), positions)
 
-    def _inputs(self, inputs: Any, positions: range) -> Any:
+    def _augmented(self, batch: Batch, positions: range) -> Batch:
+        inputs, targets = batch
         if self.augment:
             inputs = crop_and_flip(inputs, as_tensor(positions, self.device), self.seed)
-        return self.normalise(inputs)
+        return inputs, targets
 
     def validation(self, rank: int, world_size: int, micro_batch_size: int) -> Iterator[Batch]:
         """This rank's share of the validation samples: over all ranks, each exactly once."""
         own = positions_of_rank(0, self.val_size, rank, world_size)
         recut = Recut(self.val.chunks(own[cut : cut + CHUNK] for cut in range(0, len(own), CHUNK)), self.device)
         for cut in range(0, len(own), micro_batch_size):
-            inputs, targets = recut.take(len(own[cut : cut + micro_batch_size]))
-            yield self.normalise(inputs), self.normalise.targets(targets)
+            yield self.normalise.batch(recut.take(len(own[cut : cut + micro_batch_size])))
 
 
 class Recut:

@@ -31,21 +31,27 @@ class InMemoryStream:
 
     def read(self, positions: range) -> Batch:
         """The training samples at these positions: images (n, C, H, W), labels (n,)."""
-        inputs, targets = self.train(self.order.samples(positions))
-        if self.augment:
-            inputs = crop_and_flip(inputs, as_tensor(positions, self.device), self.seed)
-        return self.normalise(inputs), self.normalise.targets(targets)
+        return self.normalise.batch(self._pixels(positions))
 
     def take(self, micro_batches: Iterable[range]) -> Iterator[Batch]:
         """Micro-batches of training samples at these positions."""
-        return map(self.read, micro_batches)
+        return map(self.normalise.batch, self.pixels(micro_batches))
+
+    def pixels(self, micro_batches: Iterable[range]) -> Iterator[Batch]:
+        """The same before `normalise`, in a quarter of the memory where the inputs are images: uint8 (n, C, H, W)."""
+        return map(self._pixels, micro_batches)
+
+    def _pixels(self, positions: range) -> Batch:
+        inputs, targets = self.train(self.order.samples(positions))
+        if self.augment:
+            inputs = crop_and_flip(inputs, as_tensor(positions, self.device), self.seed)
+        return inputs, targets
 
     def validation(self, rank: int, world_size: int, micro_batch_size: int) -> Iterator[Batch]:
         """This rank's share of the validation samples: over all ranks, each exactly once."""
         own = positions_of_rank(0, self.val_size, rank, world_size)
         for cut in range(0, len(own), micro_batch_size):
-            inputs, targets = self.val(as_tensor(own[cut : cut + micro_batch_size], self.device))
-            yield self.normalise(inputs), self.normalise.targets(targets)
+            yield self.normalise.batch(self.val(as_tensor(own[cut : cut + micro_batch_size], self.device)))
 
 
 def _by_number(samples: Dataset, device: torch.device) -> Callable[[Tensor], Batch]:

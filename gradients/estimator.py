@@ -75,13 +75,19 @@ class Estimator:
         self._start()
 
     def observe(
-        self, inputs: Batch, targets: Batch, loss_scale: float = 1.0, whole: bool = True
+        self,
+        inputs: Batch,
+        targets: Batch,
+        loss_scale: float = 1.0,
+        whole: bool = True,
+        again: Callable[[], Batch] | None = None,
     ) -> contextlib.AbstractContextManager:
         """Add a micro-batch; the training pass on it, whose loss is loss_scale · Σ ℓ_i, runs inside.
 
         Args:
             whole: this is all that the process has of the step: no further micro-batch follows (a hint: where it is
                 wrong, memory is used in vain).
+            again: makes the same inputs anew, so that they need not be kept until ḡ is known.
         """
         raise NotImplementedError
 

@@ -52,14 +52,21 @@ class GhostNorms(OwnPass):
         self.forward_mode, self.why_not_forward = True, ""
 
     @contextlib.contextmanager
-    def observe(self, inputs: Batch, targets: Batch, loss_scale: float = 1.0, whole: bool = True) -> Iterator[None]:
+    def observe(
+        self,
+        inputs: Batch,
+        targets: Batch,
+        loss_scale: float = 1.0,
+        whole: bool = True,
+        again: Callable[[], Batch] | None = None,
+    ) -> Iterator[None]:
         before = self._before()
         # Shards are gathered for a pass that all ranks make: what has been kept is all that the p_i can come from.
         sharded = self.sharded
         keep = self.inner_products and not self.uncovered and (sharded or (whole and not self.observed))
         self.kept = self.kept if sharded else []
         if self.inner_products:
-            self.observed.append((inputs, targets, *before))
+            self._keep(inputs, targets, before, again)
         if self.in_training_pass:
             marks = {name: _mark(parameter.grad) for name, parameter in self.parameters().items()}
             refresh = self.parameters if sharded else None

@@ -43,7 +43,14 @@ class MicroBatchGradients(Estimator):
         self.loss_scale = 1.0
 
     @contextlib.contextmanager
-    def observe(self, inputs: Batch, targets: Batch, loss_scale: float = 1.0, whole: bool = True) -> Iterator[None]:
+    def observe(
+        self,
+        inputs: Batch,
+        targets: Batch,
+        loss_scale: float = 1.0,
+        whole: bool = True,
+        again: Callable[[], Batch] | None = None,
+    ) -> Iterator[None]:
         group: dict[str, Tensor] = {}
 
         def hook_for(name: str):

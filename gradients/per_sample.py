@@ -15,8 +15,8 @@ from gradients.estimator import Estimator, dense, is_out_of_memory
 from gradients.samples import Batch, chunks, count, per_sample, taken_apart
 
 Result = TypeVar("Result")
-Observed = tuple[Batch, Batch, list, dict[str, Tensor]]
-"""Inputs, targets, random states and buffers before the pass."""
+Observed = tuple[Callable[[], Batch], Batch, list, dict[str, Tensor]]
+"""What makes the inputs, targets, random states and buffers before the pass."""
 
 
 class OwnPass(Estimator):
@@ -91,11 +91,14 @@ class OwnPass(Estimator):
     def _can_halve(self) -> bool:
         return self.max_micro_batch_size > 1
 
+    def _keep(self, inputs: Batch, targets: Batch, before: tuple, again: Callable[[], Batch] | None) -> None:
+        self.observed.append((again or (lambda: inputs), targets, *before))
+
     def _again(self) -> Iterator[tuple[Batch, Batch, dict[str, Tensor]]]:
         """The observed micro-batches a second time, in chunks, drawing what was drawn the first time."""
         for inputs, targets, states, buffers in self.observed:
             with drawing_from(states, self.device):
-                for chunk in self._chunks(inputs, targets):
+                for chunk in self._chunks(inputs(), targets):
                     yield *chunk, buffers
 
 
@@ -112,7 +115,14 @@ class BySample(OwnPass):
         raise NotImplementedError
 
     @contextlib.contextmanager
-    def observe(self, inputs: Batch, targets: Batch, loss_scale: float = 1.0, whole: bool = True) -> Iterator[None]:
+    def observe(
+        self,
+        inputs: Batch,
+        targets: Batch,
+        loss_scale: float = 1.0,
+        whole: bool = True,
+        again: Callable[[], Batch] | None = None,
+    ) -> Iterator[None]:
         before = self._before()
 
         def norms_and_gradient(chunk: tuple[Batch, Batch]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -121,7 +131,7 @@ class BySample(OwnPass):
 
         self._observe_in_chunks(norms_and_gradient, inputs, targets, before)
         if self.inner_products:
-            self.observed.append((inputs, targets, *before))
+            self._keep(inputs, targets, before, again)
         yield
 
     def inner_products_with(self, mean: dict[str, Tensor], grad_scale: float | Tensor) -> Tensor:
