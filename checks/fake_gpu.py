@@ -7,7 +7,8 @@ different devices do not mix, as on CUDA. `Watch` sees every operation. What it 
   `non_blocking`. (What has a size that depends on numbers, as `nonzero` or a boolean index, raises here.)
 - trailing waits: for an event after which more work was queued, so that the device does not run dry;
 - kernels: operations on the device that are no views and more than an allocation. One that torch runs as one operation
-  counts one, so these are a little fewer than a profiler shows.
+  counts one, so these are a little fewer than a profiler shows;
+- bytes: what all living tensors of the device hold, and the most that they have held.
 """
 
 import contextlib
@@ -140,12 +141,14 @@ class Watch(TorchDispatchMode):
     def __init__(self, fake: FakeTensorMode):
         super().__init__()
         self.fake, self.queued = fake, 0
+        self.bytes, self._storages = 0, weakref.WeakSet()
         self.forget()
 
     def forget(self) -> None:
         self.waits: Counter[str] = Counter()
         self.trailing: Counter[str] = Counter()
         self.kernels: Counter[str] = Counter()
+        self.most_bytes = self.bytes
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         args, kwargs = tree_map(self._faked, (args, kwargs or {}))
@@ -168,7 +171,21 @@ class Watch(TorchDispatchMode):
         if made_here and not _is_view(function) and function._schema.name not in ALLOCATIONS:
             self.kernels[line()] += 1
             self.queued += 1
+        for tensor in results:
+            self._hold(tensor)
         return result
+
+    def _hold(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if tensor.device != DEVICE or storage in self._storages:
+            return
+        self._storages.add(storage)
+        self.bytes += storage.nbytes()
+        self.most_bytes = max(self.most_bytes, self.bytes)
+        weakref.finalize(storage, self._release, storage.nbytes())
+
+    def _release(self, size: int) -> None:
+        self.bytes -= size
 
     def _faked(self, leaf):
         return self.fake.from_tensor(leaf) if isinstance(leaf, Tensor) and not isinstance(leaf, FakeTensor) else leaf

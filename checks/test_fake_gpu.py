@@ -124,6 +124,34 @@ def test_kernels_of_a_step(tmp_path, dataset, model, most):
         assert counts[1] <= most * counts[0], (counts, watch.kernels.most_common(20))
 
 
+@pytest.mark.parametrize("test_type, most", [("norm", 1.15), ("ip+orth", 1.3)])
+def test_memory_of_a_step(tmp_path, test_type, most):
+    """The peak of a tested step of four micro-batches over that of a plain one; the bounds are the promise."""
+    options = {"dataset": "checks.test_fake_gpu:photos", "model": "benchmarks.cases:resnet18_group_norm"}
+    options |= {"batch_size": 128, "max_micro_batch_size": 32, "optimizer": "sgd", "test_type": test_type}
+    with fake_gpu() as (fabric, watch):
+        run = trainer(fabric, tmp_path, test_gradients="ghost", ramp_up_type="test", **options)
+        run.step()
+        peaks = []
+        for testing in (False, True):
+            watch.forget()
+            run.train_step(run.plan(testing), testing)
+            peaks.append(watch.most_bytes)
+        assert peaks[1] <= most * peaks[0], peaks
+
+
+def test_bytes_are_counted():
+    with fake_gpu() as (_, watch):
+        before = watch.bytes
+        x = torch.ones(1000, device=DEVICE)
+        y = x.view(10, 100) * 2
+        assert watch.bytes == before + 8000
+        del x
+        assert watch.bytes == before + 4000 and watch.most_bytes == before + 8000
+        del y
+        assert watch.bytes == before
+
+
 def test_waits_of_evaluation_and_row(tmp_path):
     """A row is written when the device is busy with the next step; an evaluation reads its results at its end."""
     with fake_gpu() as (fabric, watch):

@@ -198,9 +198,13 @@ def test_interrupted_converter_leaves_nothing(tmp_path, ffcv, number):
     """A signal to all processes of the group, as a terminal's Ctrl-C."""
     out = tmp_path / "out"
     slowly = "import time; from imagenet import convert, folders; folders.read = lambda path: time.sleep(60)\n"
-    slowly += f"raise SystemExit(convert.main([{str(write_folder(tmp_path / 'images'))!r}, {str(out)!r}]))"
+    slowly += "convert.run()"
     program = subprocess.Popen(
-        [sys.executable, "-c", slowly], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", slowly, write_folder(tmp_path / "images"), out],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 120
     while not list(out.glob(".*.unreadable")):

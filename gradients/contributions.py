@@ -10,18 +10,26 @@ Notation: n samples, T positions, I and O features; all norms are squared and fl
 import math
 from collections.abc import Iterable
 from enum import Enum
+from functools import lru_cache
 from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Scratch memory of a chunk of samples, in numbers: what fits into a processor's cache; on a GPU, what keeps it busy.
-CHUNK = {"cpu": 2**20, "cuda": 2**27}
+
+@lru_cache
+def _scratch(device: torch.device) -> int:
+    """Numbers that a chunk of samples may take: what fits into a processor's cache, or what keeps a GPU busy."""
+    if device.type == "cpu":
+        return 2**20
+    if device.type == "cuda":
+        return min(2**27, torch.cuda.get_device_properties(device).total_memory // 256)
+    return 2**27
 
 
 def _per_chunk(numbers_per_sample: int, device: torch.device) -> int:
-    return max(1, CHUNK.get(device.type, 2**24) // max(numbers_per_sample, 1))
+    return max(1, _scratch(device) // max(numbers_per_sample, 1))
 
 
 def at_least_single(tensor: Tensor) -> Tensor:

@@ -97,17 +97,20 @@ class MicroBatchGradients(Estimator):
 
     def _add_norms(self) -> None:
         """Of several groups at once: a dozen small operations for each would be most of a small network's price."""
-        norms = [[row_norms(g) if self.inner_products else g for g in group.values()] for _, group in self.groups]
-        rows = [sum(map(len, own)) for own in norms]
         sizes = self._on_device([m for m, _ in self.groups], self.sums.dtype)
         self.sums[0] += sizes.sum()
         self.sums[1] += len(sizes)
-        squares = torch.cat([norm for own in norms for norm in own]).double().square()
-        sizes = sizes.repeat_interleave(self._on_device(rows, torch.int64), output_size=sum(rows))
-        self.sums[2] += (squares / sizes).sum()
+        if self.inner_products:
+            self.norms_sq = [torch.stack([norm_sq(group.values()) for _, group in self.groups])]
+            self.sums[2] += (self.norms_sq[0] / sizes).sum()
+        else:
+            rows = [sum(map(len, group.values())) for _, group in self.groups]
+            squares = torch.cat([norms for _, group in self.groups for norms in group.values()]).double().square()
+            sizes = sizes.repeat_interleave(self._on_device(rows, torch.int64), output_size=sum(rows))
+            self.sums[2] += (squares / sizes).sum()
         if self.by_parameter:
-            for (m, group), own in zip(self.groups, norms):
-                self._add_by_parameter({name: rows.double().square().sum() / m for name, rows in zip(group, own)})
+            for m, group in self.groups:
+                self._add_by_parameter({name: norm_sq([kept]) / m for name, kept in group.items()})
 
     def _on_device(self, numbers: list[int], dtype: torch.dtype) -> Tensor:
         """Copied while the host goes on."""
@@ -131,11 +134,8 @@ class MicroBatchGradients(Estimator):
         groups = [group for _, group in self.groups]
         if not groups:
             return sizes, sizes, sizes
-        return (
-            _inner(groups, mean) / scaled,
-            torch.stack([norm_sq(group.values()) for group in groups]) / scaled**2,
-            sizes,
-        )
+        inner = _inner if self.sums.device.type == "cpu" else _inner_in_few_kernels
+        return inner(groups, mean) / scaled, self.norms_sq[0] / scaled**2, sizes
 
 
 def _merged(groups: list[tuple[int, dict[str, Tensor]]]) -> tuple[int, dict[str, Tensor]]:
@@ -156,3 +156,41 @@ def _inner(groups: list[dict[str, Tensor]], mean: dict[str, Tensor]) -> Tensor:
             if name in group:
                 own += [torch.dot(a, b) for a, b in zip(at_least_single(group[name]).flatten().split(BLOCK), direction)]
     return torch.stack([torch.stack(own).sum(dtype=torch.float64) for own in products])
+
+
+TOGETHER = 2**22
+"""Numbers of parameters that share their kernels; of all groups' together at most 16 times as many."""
+
+
+def _inner_in_few_kernels(groups: list[dict[str, Tensor]], mean: dict[str, Tensor]) -> Tensor:
+    """The same for a device on which every operation costs its start: of several parameters and groups at a time."""
+    shares = list(_shared_out({name: direction.numel() for name, direction in mean.items()}))
+    largest = max(sum(mean[name].numel() for name in names) for names in shares)
+    at_a_time = max(1, 16 * TOGETHER // largest)
+
+    def products(some: list[dict[str, Tensor]], names: list[str]) -> Tensor:
+        blocks = torch.cat([_stretch(group, names, mean) for group in some]).view(len(some), -1, BLOCK)
+        return blocks.mul_(_stretch(mean, names, mean).view(-1, BLOCK)).sum(2).sum(1, dtype=torch.float64)
+
+    parts = (groups[first : first + at_a_time] for first in range(0, len(groups), at_a_time))
+    return torch.cat([sum(products(some, names) for names in shares) for some in parts])
+
+
+def _shared_out(numbers: dict[str, int]) -> Iterator[list[str]]:
+    """Names in order, at most `TOGETHER` numbers at a time (or one name)."""
+    names, total = [], 0
+    for name, own in numbers.items():
+        if names and total + own > TOGETHER:
+            yield names
+            names, total = [], 0
+        names.append(name)
+        total += own
+    if names:
+        yield names
+
+
+def _stretch(tensors: dict[str, Tensor], names: list[str], like: dict[str, Tensor]) -> Tensor:
+    """These tensors' numbers one after the other, filled up with zeros to whole blocks."""
+    pieces = [at_least_single(tensors[n] if n in tensors else torch.zeros_like(like[n])).flatten() for n in names]
+    missing = -sum(map(len, pieces)) % BLOCK
+    return torch.cat([*pieces, pieces[0].new_zeros(missing)])

@@ -222,5 +222,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def run() -> None:
+    """The program, and its end at once: in the interpreter's own, numba's threads (TBB) may wait for each other."""
+    try:
+        status = main()
+    except SystemExit as ending:
+        status = ending.code or 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()
