@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradients
 import models
@@ -17,7 +19,7 @@ from benchmarks.cases import for_comparison
 from checks import oracle
 from checks.kinds import CLASSES, KINDS, Tied, ToLogits
 from checks.test_gradients import assert_matches
-from gradients import contributions
+from gradients import contributions, ghost
 
 
 def assert_ghost_is_exact(model: nn.Module, inputs: torch.Tensor, rel: float = 1e-9, covered: bool = True) -> None:
@@ -83,6 +85,52 @@ def test_convolutions(dims, groups, wide, kernel, stride, padding, dilation, siz
         contributions.Convolution, ADDITION=costs.get(form, 0), QUICK_AT_MANY_KERNELS=devices
     ):  # fmt: skip
         assert_ghost_is_exact(model, images(5, channels, *[size + i for i in range(dims)]), rel=1e-8)
+
+
+def test_under_mixed_precision_16_bits_are_kept():
+    """A normalisation's output is float32; what the layer after it multiplies is not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.LayerNorm(32))
+    model.append(nn.Linear(32, 3))
+    inputs, targets = torch.randn(6, 2, 4, 4), torch.randint(3, (6,))
+    with torch.autocast("cpu", torch.bfloat16), ghost.GhostMode(dict(model.named_parameters()), inputs, keep=True) as m:
+        cross_entropy(model(inputs), targets, reduction="sum").backward()
+    kept = {name: own for name, own in m._contributions if name in ("0.weight", "2.weight", "5.weight")}
+    assert len(kept) == 3
+    assert all(tensor.dtype == torch.bfloat16 for own in kept.values() for tensor in (own.x, own.B))
+
+
+class Products(TorchDispatchMode):
+    """Notes the precision of the factors of batched products."""
+
+    def __init__(self):
+        super().__init__()
+        self.factors = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.name == "aten::bmm":
+            self.factors |= {factor.dtype for factor in args[:2]}
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_gpu_multiplies_16_bits_as_they_are(monkeypatch, dtype):
+    """Without numbers, as no GPU is at hand: which factors, and that sums are single."""
+    monkeypatch.setattr(contributions, "_scratch", lambda device: 2**20)
+    with FakeTensorMode(), Products() as products:
+        x, B, indices = (torch.empty(4, 5, 6, dtype=dtype, device="cuda") for _ in range(3))
+        maps, of_maps = (torch.empty(4, 6, 7, 7, dtype=dtype, device="cuda") for _ in range(2))
+        indices = torch.zeros(4, 5, dtype=torch.int64, device="cuda")
+        layer, rows = contributions.OuterProducts(x, B), contributions.EmbeddingRows(indices, B, 9, None)
+        geometry = (torch.Size([6, 6, 3, 3]), (1, 1), (1, 1), (1, 1), 1)
+        convolution = contributions.Convolution(maps, of_maps, *geometry)
+        few_channels = contributions.Convolution(
+            maps[:, :3].contiguous(), of_maps, torch.Size([6, 3, 3, 3]), *geometry[1:]
+        )
+        summed = [convolution._gram_terms(maps, of_maps), layer.instantiate(slice(0, 4)), layer.parts()[1]]
+        summed += [few_channels.instantiate(slice(0, 4)), rows.parts()[1], layer.norms_sq()]
+        assert few_channels.by_patches
+    assert products.factors == {dtype} and all(sums.dtype in (torch.float32, torch.float64) for sums in summed)
 
 
 @pytest.mark.parametrize("padding, mode", [("same", "zeros"), ("valid", "zeros"), (2, "circular")])

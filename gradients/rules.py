@@ -14,7 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradients.contributions import Contribution, Convolution, Direct, EmbeddingRows, OuterProducts, at_least_single
+from gradients.contributions import (
+    HALF,
+    Contribution,
+    Convolution,
+    Direct,
+    EmbeddingRows,
+    OuterProducts,
+    at_least_single,
+)
 
 if TYPE_CHECKING:
     from gradients.ghost import GhostMode
@@ -29,6 +37,11 @@ def _by_sample(tensor: Tensor, n: int) -> Tensor:
     return tensor.reshape(n, -1, tensor.shape[-1])
 
 
+def _as_multiplied(input: Tensor, output: Tensor) -> Tensor:
+    """What the layer has multiplied: under mixed precision the input in 16 bits, in half the memory."""
+    return input.detach().to(output.dtype) if output.dtype in HALF else input.detach()
+
+
 def _linear(mode: GhostMode, function, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     output = function(input, weight, bias)
     _record_linear(mode, output, input, weight, bias)
@@ -40,7 +53,7 @@ def _record_linear(mode: GhostMode, output: Tensor, input: Tensor, weight: Tenso
     if not mode.rows_by_sample(input):
         mode._give_up([weight, *([bias] if bias is not None else [])])
         return
-    x = input.detach()
+    x = _as_multiplied(input, output)
     mode.use(output, weight, lambda B: OuterProducts(_by_sample(x, n), _by_sample(B, n)))
     mode.use(output, bias, lambda B: Direct(_by_sample(at_least_single(B), n).sum(1)))
 
@@ -50,7 +63,7 @@ def _matmul(mode: GhostMode, function, input: Tensor, other: Tensor) -> Tensor:
     if other.dim() != 2 or input.dim() < 2 or not mode.rows_by_sample(input):
         mode._give_up([tensor for tensor in (input, other) if mode._ancestors(tensor)])
         return output
-    x, n = input.detach(), mode.n
+    x, n = _as_multiplied(input, output), mode.n
     # x @ W: the gradient of W is that of a linear layer's weight, transposed.
     mode.use(output, other, lambda B: OuterProducts(_by_sample(B, n), _by_sample(x, n)))
     return output
@@ -65,7 +78,7 @@ def _convolution(mode: GhostMode, function, input, weight, bias=None, stride=1, 
     stride, dilation = (tuple(v) if isinstance(v, (tuple, list)) else (v,) * dims for v in (stride, dilation))
     if len(stride) != dims:
         stride, dilation = stride * dims, dilation * dims
-    x, padding = _explicit_padding(input.detach(), weight, padding, dilation)
+    x, padding = _explicit_padding(_as_multiplied(input, output), weight, padding, dilation)
     k, n = len(input) // mode.n, mode.n
 
     def weight_gradient(B: Tensor) -> Contribution:
@@ -283,7 +296,7 @@ def _multi_head_attention(mode: GhostMode, function, query: Tensor, key: Tensor,
                 if part._base is not None:  # a part of the packed projection
                     mode._mark(part, mode._ancestors(part._base))
                 watched.add(mode._ancestors(part))
-        x, n = input.detach(), mode.n
+        x, n = _as_multiplied(input, output), mode.n
 
         def by_sample(tensor: Tensor) -> Tensor:
             return tensor.reshape(-1, n, tensor.shape[-1]).transpose(0, 1)
