@@ -9,6 +9,7 @@ import gradients
 import models
 import tests
 from checks import oracle
+from gradients import micro_batch
 
 
 def small_net(shape=(1, 6, 6), classes=4) -> nn.Module:
@@ -108,6 +109,20 @@ def test_norms_of_many_uneven_groups():
     expected = sum(len(piece) * vectors[piece].mean(0).square().sum() for piece in pieces)
     assert (moments.batch_size, moments.num_groups) == (23, 7)
     assert moments.sum_norm_sq == pytest.approx(float(expected), rel=1e-9)
+
+
+@pytest.mark.parametrize("together", [1, 30, 10**6])
+def test_inner_products_in_few_kernels(monkeypatch, together):
+    """As on a GPU, whatever is cut where: with groups that lack a parameter, and more groups than go at a time."""
+    monkeypatch.setattr(micro_batch, "TOGETHER", together)
+    monkeypatch.setattr(micro_batch, "BLOCK", 7)
+    torch.manual_seed(0)
+    shapes = {"a": (3, 4), "b": (5,), "c": (6, 5, 2), "d": ()}
+    mean = {name: torch.randn(shape).double() for name, shape in shapes.items()}
+    groups = [{name: torch.randn(shape).double() for name, shape in shapes.items()} for _ in range(40)]
+    del groups[3]["c"]
+    expected = [float(sum((g * mean[name]).sum() for name, g in group.items())) for group in groups]
+    assert micro_batch._inner_in_few_kernels(groups, mean).tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("test_gradients", ["vmap", "ghost", "micro_batch"])
