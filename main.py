@@ -134,8 +134,8 @@ class Trainer:
         if config.compile:
             notices.append("--compile: the first steps wait for the compiler, minutes for a large network")
         with naming_long_work(fabric, "measuring which size of micro-batches is quickest"):
-            size, told_of_size = rehearsal.rehearse(self)
-        self.config = config = replace(config, max_micro_batch_size=size)
+            size, evaluation_size, told_of_size = rehearsal.rehearse(self)
+        self.config = config = replace(config, max_micro_batch_size=size, eval_micro_batch_size=evaluation_size)
         marks = self.restore(self.resumed) if self.resumed else None
         self.log = together(fabric, lambda: self.open_log(marks))
         self.checkpoints = checkpoint.Checkpoints(fabric, config, self.log and self.log.folder)
@@ -367,12 +367,12 @@ class Trainer:
             own_buffers = [buffer.clone() for buffer in self.module.buffers()]
             average_over_ranks(self.module.buffers(), world_size)
             self.model.eval()
-            micro_batch_size = min(self.config.max_micro_batch_size, 1024)
+            micro_batch_size = self.config.eval_micro_batch_size
             last = self.stream.read(range(1)) if self.sharded else None
             rounds = -(-self.validation_samples // (micro_batch_size * world_size))  # the last one is not every rank's
             micro_batches = self.stream.validation(rank, world_size, micro_batch_size)
             with (
-                out_of_memory_means("a validation micro-batch", "lower --max_micro_batch_size"),
+                out_of_memory_means("a validation micro-batch", "lower --eval_micro_batch_size"),
                 sharding.forward_only(self.module),
             ):
                 for _, batch in itertools.zip_longest(range(rounds), micro_batches):

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 import batches
 import gradients
-from launch import processes
+from launch import processes, sharding
 from launch.options import RunError
 from runs import checkpoint
 from runs.metrics import Mark, Totals, sum_over_samples
@@ -23,8 +23,12 @@ ENOUGH = 0.2
 """Seconds of them after which no more are needed."""
 
 
-def rehearse(trainer) -> tuple[int, list[str]]:
-    """The most samples of a micro-batch, and what the user should be told of it. On all ranks.
+LARGEST_OF_EVALUATION = 1024
+"""Where nothing is measured [samples]."""
+
+
+def rehearse(trainer) -> tuple[int, int, list[str]]:
+    """The most samples of a micro-batch in training, in evaluation, and what the user should be told. On all ranks.
 
     Raises:
         RunError: a micro-batch of the size in the options does not fit into the device's memory.
@@ -35,7 +39,7 @@ def rehearse(trainer) -> tuple[int, list[str]]:
         # a run, and of its continuation, would sum in another order than the steps after it.
         seconds_of_pass(trainer, trainer.min_micro_batch_size, in_step=False)
     largest = -(-c.max_batch_size // fabric.world_size)
-    size, told = c.max_micro_batch_size, []
+    size, evaluation_size, told = c.max_micro_batch_size, c.eval_micro_batch_size, []
     if size == "auto":
         largest = min(largest, trainer.largest_micro_batch or largest)
         least = min(largest, max(8, trainer.min_micro_batch_size))
@@ -45,25 +49,44 @@ def rehearse(trainer) -> tuple[int, list[str]]:
         for n, rate in rates.items():
             if rate:
                 trainer.controller.step_time.probe(n * fabric.world_size, n / rate)
-        measured = ", ".join(f"{n}: {rate:,.0f}" for n, rate in rates.items())
-        told = [f"max_micro_batch_size=auto takes {size} (samples/s by size: {measured})"]
+        told = [_told("max_micro_batch_size", size, rates)]
+        if evaluation_size == "auto":
+            of_rank = max(1, -(-trainer.validation_samples // fabric.world_size))
+            largest = max(1, min(of_rank, trainer.largest_micro_batch or of_rank))
+            evaluation_size, rates = batches.quickest(
+                lambda size: samples_per_second(trainer, size, seconds_of_evaluation), min(size, largest), largest
+            )
+            evaluation_size = evaluation_size or size
+            told.append(_told("eval_micro_batch_size", evaluation_size, rates))
     elif fabric.device.type != "cpu" and math.isinf(seconds_of_pass(trainer, min(size, largest))):
         # (On a CPU what is too large is slow, and no error.)
         raise RunError(
             f"out of memory on the device with {min(size, largest)} samples, to which the batch can grow: lower "
             "--max_micro_batch_size, or leave it out: auto takes what fits"
         )
+    if evaluation_size == "auto":
+        evaluation_size = min(size, LARGEST_OF_EVALUATION)
     if fabric.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    return size, told
+    return size, evaluation_size, told
 
 
-def samples_per_second(trainer, size: int) -> float:
-    """Of a device, with micro-batches of so many samples; 0 where they do not fit into the memory of every rank's."""
-    seconds = [seconds_of_pass(trainer, size)]  # the first one makes plans and fills caches
+def _told(option: str, size: int, rates: dict[int, float]) -> str:
+    measured = ", ".join(f"{n}: {rate:,.0f}" for n, rate in rates.items())
+    return f"{option}=auto takes {size} (samples/s by size: {measured})"
+
+
+def samples_per_second(trainer, size: int, seconds_of: Callable[..., float] | None = None) -> float:
+    """Of a device, with micro-batches of so many samples; 0 where they do not fit into the memory of every rank's.
+
+    Args:
+        seconds_of: (trainer, size) → seconds of a pass, which are measured; default: `seconds_of_pass`.
+    """
+    seconds_of = seconds_of or seconds_of_pass
+    seconds = [seconds_of(trainer, size)]  # the first one makes plans and fills caches
     while not math.isinf(seconds[-1]) and len(seconds) <= REPETITIONS and sum(seconds[1:]) < ENOUGH:
-        seconds.append(seconds_of_pass(trainer, size))
+        seconds.append(seconds_of(trainer, size))
     return size / min(seconds[1:], default=math.inf)
 
 
@@ -77,8 +100,7 @@ def seconds_of_pass(trainer, size: int, in_step: bool = True) -> float:
         in_step: as a micro-batch within a step; else as its last one, with the exchange of gradients, untested.
     """
     fabric, testing = trainer.fabric, in_step and bool(trainer.estimator)
-    inputs, targets = trainer.stream.read(range(min(size, 32, trainer.samples_per_epoch)))
-    inputs, targets = tree_map(lambda part: part[torch.arange(size, device=part.device) % len(part)], (inputs, targets))
+    inputs, targets = _samples(trainer, size)
 
     def forward_and_backward() -> None:
         observing = trainer.estimator.observe(inputs, targets, 1 / size) if testing else contextlib.nullcontext()
@@ -91,6 +113,20 @@ def seconds_of_pass(trainer, size: int, in_step: bool = True) -> float:
         if testing and not math.isinf(seconds):
             seconds += _slowest(trainer, trainer.test_moments)
     return seconds
+
+
+def seconds_of_evaluation(trainer, size: int) -> float:
+    """The slowest rank's time for a forward pass of the evaluation; infinite where one runs out of memory."""
+    inputs, _ = _samples(trainer, size)
+    with undone(trainer), torch.no_grad(), sharding.forward_only(trainer.module):
+        trainer.model.eval()
+        return _slowest(trainer, lambda: trainer.model(inputs))
+
+
+def _samples(trainer, size: int) -> batches.stream.Batch:
+    """As many as are asked for, of a few that are read."""
+    few = trainer.stream.read(range(min(size, 32, trainer.samples_per_epoch)))
+    return tree_map(lambda part: part[torch.arange(size, device=part.device) % len(part)], few)
 
 
 def _slowest(trainer, work: Callable[[], object]) -> float:

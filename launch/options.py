@@ -113,6 +113,9 @@ class BatchOptions:
     max_micro_batch_size: int | Literal["auto"] = "auto"
     """most samples a device processes at once; larger batches are accumulated [samples per device]; auto: the smallest
     size that is about as quick as any and fits into the device's memory, measured before the training"""
+    eval_micro_batch_size: int | Literal["auto"] = "auto"
+    """most samples a device evaluates at once; auto: measured in the same way where max_micro_batch_size is, else that
+    size, at most 1024"""
     gradient_accumulation_steps: int = 1
     """least number of accumulation steps in a batch"""
     batch_size_multiple: int = 1
@@ -367,10 +370,11 @@ class Config(
 
     def _check_ranges(self):
         positive = (
-            "batch_size max_batch_size max_micro_batch_size max_test_micro_batch_size gradient_accumulation_steps "
-            "eta theta nu test_interval test_groups learning_rate max_lr gamma max_samples max_iters devices num_nodes "
-            "log_interval linear_ramp_up_increment lr_decay_samples lr_decay_iters batch_ahead keep_checkpoints "
-            "timeout_minutes batch_size_multiple growth_interval patience sequence_length vocab_size knee eval_samples"
+            "batch_size max_batch_size max_micro_batch_size eval_micro_batch_size max_test_micro_batch_size "
+            "gradient_accumulation_steps eta theta nu test_interval test_groups learning_rate max_lr gamma "
+            "max_samples max_iters devices num_nodes log_interval linear_ramp_up_increment lr_decay_samples "
+            "lr_decay_iters batch_ahead keep_checkpoints timeout_minutes batch_size_multiple growth_interval "
+            "patience sequence_length vocab_size knee eval_samples"
         )
         not_negative = (
             "num_workers weight_decay grad_clip min_lr warmup_samples warmup_iters eval_interval momentum seed "

@@ -32,7 +32,8 @@ from runs.metrics import Totals
 # What may differ between a run and its continuation: where things are, how often something is written, and how a batch
 # is cut over devices and passes. All else changes the mathematics.
 FREE = """
-    data_dir num_workers batch_ahead compile max_micro_batch_size max_test_micro_batch_size gradient_accumulation_steps
+    data_dir num_workers batch_ahead compile gradient_accumulation_steps
+    max_micro_batch_size eval_micro_batch_size max_test_micro_batch_size
     accelerator strategy shard_modules devices num_nodes timeout_minutes deterministic recipe
     out_dir run_name log_interval eval_interval eval_samples checkpoint_interval checkpoint_minutes keep_checkpoints
     resume
@@ -255,8 +256,9 @@ def continued(config: Config, path: Path) -> Config:
     except OSError as error:
         raise UsageError(f"--resume: {path}: {error.strerror}: all machines must see the run's folder") from None
     kept = {name: old[name] for name in FROM_THE_LENGTH if not getattr(config, name) and old[name]}
-    if config.max_micro_batch_size == "auto":  # measured already
-        kept["max_micro_batch_size"] = old["max_micro_batch_size"]
+    for name in ("max_micro_batch_size", "eval_micro_batch_size"):
+        if getattr(config, name) == "auto" and name in old:  # measured already
+            kept[name] = old[name]
     run_folder = path.absolute().parent.parent
     if config.run_name is None and path.parent.name == "checkpoints":
         kept |= {"out_dir": run_folder.parent, "run_name": run_folder.name}
