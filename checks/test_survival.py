@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from checks import fault_drill
 from checks.conftest import FIXED_CUT, ROOT, launch, process_of_rank, train
@@ -122,6 +123,29 @@ def test_a_rank_that_hangs_ends_the_run(tmp_path):
     told, _ = process.communicate(timeout=60)
     assert time.monotonic() - stopped_at < 60 and process.returncode == 1
     assert re.search(r"error: rank 1 on \S+ has given no sign of life for 30 s: the run ends", told), told
+
+
+class FallsAsleep(torch.nn.Linear):
+    """On rank 1, in some pass of the training: it lives, and its heart beats."""
+
+    passes = 0
+
+    def forward(self, x):
+        self.passes += self.training
+        if self.passes > 12 and os.environ.get("LOCAL_RANK") == "1":
+            time.sleep(600)
+        return super().forward(x.flatten(1))
+
+
+def falls_asleep(image_shape, num_classes) -> torch.nn.Module:
+    return FallsAsleep(64, num_classes)
+
+
+def test_a_rank_that_does_not_answer_ends_the_run(tmp_path):
+    options = [f"--out_dir={tmp_path}", "--model=checks.test_survival:falls_asleep", "--timeout_minutes=0.5"]
+    told, _ = (process := begin("python", 0, *ENDLESS, *options)).communicate(timeout=150)
+    assert process.returncode == 1 and "Traceback" not in told and not processes_of(tmp_path)
+    assert re.search(r"error: rank 0 on \S+: another rank has not answered within --timeout_minutes", told), told
 
 
 def test_machines_that_do_not_reach_each_other(tmp_path):

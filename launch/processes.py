@@ -434,7 +434,9 @@ def report(error: Exception) -> None:
     if several and _is_lost_contact(error):
         time.sleep(GRACE)  # for the launcher, which knows which process died, to say so
         _leaving.set()
-        say_error(f"{where}another rank is gone ({_first_line(error)}): the run ends")
+        reason = _first_line(error)
+        silent = "has not answered within --timeout_minutes" if "timed out" in reason.lower() else "is gone"
+        say_error(f"{where}another rank {silent} ({reason}): the run ends")
         return
     _leaving.set()
     if isinstance(error, UsageError) or getattr(error, "on_all_ranks", False):
