@@ -255,3 +255,31 @@ def test_graphs_of_a_cnn_with_changing_batch_sizes(tmp_path, monkeypatch):
     """The same of convolutions; graphs are captured, but run as they are (compiling them takes a minute)."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     assert 1 <= compiled_run(tmp_path, "--model=cnn") <= 4
+
+
+class KnowsItsBatchSize(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(700, 700) for _ in range(4))
+
+    def forward(self, x):
+        n = x.shape[0]
+        for layer in self.layers:
+            x = layer(x).view(n, 7, 100).transpose(1, 2).reshape(n, 700) * (n / (n + 1))
+        return x
+
+
+def compiled_over_several_buckets(rank: int, port: int) -> None:
+    processes.set_arithmetic(Config(compile=True))
+    address = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=1)
+    compiled = torch.compile(KnowsItsBatchSize(), backend="aot_eager")
+    model = torch.nn.parallel.DistributedDataParallel(compiled, bucket_cap_mb=1)
+    for n in (4, 6, 9):
+        model(torch.randn(n, 700)).sum().backward()
+    torch.distributed.destroy_process_group()
+
+
+def test_compiled_over_several_buckets(free_port):
+    """Where DDP cuts the graph by its buckets, a forward pass that computes with the batch size ends in a traceback."""
+    torch.multiprocessing.spawn(compiled_over_several_buckets, (free_port,), nprocs=1)
