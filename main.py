@@ -93,8 +93,11 @@ class Trainer:
         torch.manual_seed(config.seed + 1 + fabric.global_rank)  # dropout differs between ranks
         with out_of_memory_means("the model", "take a smaller --model"):
             self.module = fabric.strategy.precision.convert_module(self.module).to(fabric.device)
-        dtype = next(self.module.parameters()).dtype
-        arguments = (config.seed, config.shuffle, fabric.device, dtype, config.num_workers, config.batch_ahead)
+            memory_format = torch.contiguous_format if self.sharded else models.memory_format(self.module)
+            if memory_format != torch.contiguous_format:  # else it stays what the model has chosen for itself
+                self.module = self.module.to(memory_format=memory_format)
+        dtype, workers = next(self.module.parameters()).dtype, (config.num_workers, config.batch_ahead)
+        arguments = (config.seed, config.shuffle, fabric.device, dtype, *workers, memory_format)
         with out_of_memory_means("the data set", "take one that is read while training goes on (docs/extending.md)"):
             self.stream = batches.build(data_set, *arguments)
         if not data_set.num_classes or config.loss:

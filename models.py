@@ -112,6 +112,18 @@ def build(
     return model
 
 
+def memory_format(model: nn.Module) -> torch.memory_format:
+    """The order in which images lie in memory while this model is trained: chosen once, for it and for its inputs.
+
+    With channels last, convolutions take about two thirds of the time on CPUs, and on GPUs meet tensor cores without a
+    copy. GroupNorm is slower with it.
+    """
+    kinds = {type(module) for module in model.modules()}
+    convolves = any(issubclass(kind, nn.Conv2d) for kind in kinds)
+    grouped = any(issubclass(kind, nn.GroupNorm) for kind in kinds)
+    return torch.channels_last if convolves and not grouped else torch.contiguous_format
+
+
 def smallest_micro_batch(model: nn.Module, input_shape: Any, example: Any = None) -> int:
     """Samples that a training pass needs at least: two where BatchNorm meets maps of a single position, else one."""
     if not couples_samples(model):

@@ -5,6 +5,7 @@
 
 import torch
 
+from batches.augment import Normalise
 from batches.loading import LoadedStream
 from batches.plan import Plan, cut, positions_of_rank, quickest
 from batches.sizes import controller, test
@@ -32,8 +33,15 @@ def build(
     dtype: torch.dtype,
     num_workers: int = 0,
     batch_ahead: int = 2,
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> "InMemoryStream | LoadedStream":
-    """The stream of a data set: by number where its samples are at hand, else by worker processes."""
+    """The stream of a data set: by number where its samples are at hand, else by worker processes.
+
+    Args:
+        dtype: of the inputs, where they are images or floating-point numbers.
+        memory_format: of the images.
+    """
+    normalise = Normalise(data_set, device, dtype, memory_format)
     if data_set.at_hand:
-        return InMemoryStream(data_set, seed, shuffle, device, dtype)
-    return LoadedStream(data_set, seed, shuffle, device, dtype, num_workers, batch_ahead)
+        return InMemoryStream(data_set, seed, shuffle, device, normalise)
+    return LoadedStream(data_set, seed, shuffle, device, normalise, num_workers, batch_ahead)

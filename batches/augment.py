@@ -31,10 +31,19 @@ def crop_and_flip(images: Tensor, positions: Tensor, seed: int, padding: int = 4
 
 class Normalise:
     """uint8 pixels → (pixel/255 − mean)/std in the training's dtype, on the device; floating-point numbers in that
-    dtype, too; all else as it is. Of tensors (n, …), or nested tuples, lists and dicts of them."""
+    dtype, too; all else as it is. Of tensors (n, …), or nested tuples, lists and dicts of them.
 
-    def __init__(self, data_set: DataSet, device: torch.device, dtype: torch.dtype):
-        self.dtype = dtype
+    Inputs of four dimensions lie in memory in the order of `memory_format`, whatever they come in.
+    """
+
+    def __init__(
+        self,
+        data_set: DataSet,
+        device: torch.device,
+        dtype: torch.dtype,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ):
+        self.dtype, self.memory_format = dtype, memory_format
         self.mean, self.std = (
             torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)
             for values in (data_set.mean, data_set.std)
@@ -45,8 +54,10 @@ class Normalise:
 
     def _one(self, tensor: Tensor) -> Tensor:
         if tensor.dtype == torch.uint8 and tensor.dim() == 4:
-            return tensor.to(self.dtype).div_(255).sub_(self.mean).div_(self.std)
-        return self._cast(tensor)
+            pixels = tensor.to(self.dtype, memory_format=self.memory_format)
+            return pixels.div_(255).sub_(self.mean).div_(self.std)
+        cast = self._cast(tensor)
+        return cast.contiguous(memory_format=self.memory_format) if cast.dim() == 4 else cast
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor

@@ -39,12 +39,12 @@ class LoadedStream:
         seed: int,
         shuffle: bool,
         device: torch.device,
-        dtype: torch.dtype,
+        normalise: Normalise,
         num_workers: int,
         batch_ahead: int,
     ):
         self.device, self.augment, self.seed = device, data_set.crop_and_flip, seed
-        self.normalise = Normalise(data_set, device, dtype)
+        self.normalise = normalise
         self.val_size = len(data_set.val)
         self.train, self.val = (
             ChunkReader(

@@ -22,12 +22,11 @@ Batch = tuple[Any, Any]
 class InMemoryStream:
     """Micro-batches from a data set in the device's memory, or one that gathers its samples."""
 
-    def __init__(self, data_set: DataSet, seed: int, shuffle: bool, device: torch.device, dtype: torch.dtype):
+    def __init__(self, data_set: DataSet, seed: int, shuffle: bool, device: torch.device, normalise: Normalise):
         self.train, self.val = (_by_number(samples, device) for samples in (data_set.train, data_set.val))
         self.val_size, self.device = len(data_set.val), device
         self.order = SampleOrder(len(data_set.train), seed, shuffle, device)
-        self.normalise = Normalise(data_set, device, dtype)
-        self.augment, self.seed = data_set.crop_and_flip, seed
+        self.normalise, self.augment, self.seed = normalise, data_set.crop_and_flip, seed
 
     def read(self, positions: range) -> Batch:
         """The training samples at these positions: images (n, C, H, W), labels (n,)."""

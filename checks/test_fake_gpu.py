@@ -1,5 +1,6 @@
 """Whole training steps on a fake accelerator: tensors are where they belong, and the host seldom waits."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -37,6 +38,10 @@ def digits(data_dir: Path) -> DataSet:
 
 def photos(data_dir: Path) -> DataSet:
     return PHOTOS
+
+
+def cropped_photos(data_dir: Path) -> DataSet:
+    return replace(PHOTOS, crop_and_flip=True)
 
 
 def large_photos(data_dir: Path) -> DataSet:
@@ -147,6 +152,27 @@ def test_memory_of_a_step(tmp_path, test_type, most):
             run.train_step(run.plan(testing), testing)
             peaks.append(watch.most_bytes)
         assert peaks[1] <= most * peaks[0], peaks
+
+
+@pytest.mark.parametrize(
+    "model, memory_format", [("cnn", torch.channels_last), ("checks.test_fake_gpu:resnet18_group_norm", None)]
+)
+def test_images_lie_in_memory_as_the_weights_do(tmp_path, model, memory_format):
+    """In training, with crops and flips or without, and in evaluation."""
+    expected = memory_format or torch.contiguous_format
+    for dataset in ("photos", "cropped_photos"):
+        with fake_gpu() as (fabric, _):
+            options = {"model": model, "dataset": f"checks.test_fake_gpu:{dataset}", "run_name": dataset}
+            run = trainer(fabric, tmp_path, test=False, **options)
+            weights = [p for p in run.module.parameters() if p.dim() == 4]
+            images = [run.stream.read(range(8))[0], next(run.stream.validation(0, 1, 8))[0]]
+            assert weights and all(t.is_contiguous(memory_format=expected) for t in (*weights, *images))
+            run.step()
+            assert all(
+                state["exp_avg"].is_contiguous(memory_format=expected)
+                for parameter, state in run.optimizer.optimizer.state.items()
+                if parameter.dim() == 4
+            )
 
 
 def test_bytes_are_counted():

@@ -64,9 +64,10 @@ def images(*shape: int) -> torch.Tensor:
     dilation=st.integers(1, 2),
     size=st.integers(4, 9),
     bias=st.booleans(),
+    channels_last=st.booleans(),
     form=st.sampled_from(["gram", "gram, as on a GPU", "instantiate", "cheaper"]),
 )
-def test_convolutions(dims, groups, wide, kernel, stride, padding, dilation, size, bias, form):
+def test_convolutions(dims, groups, wide, kernel, stride, padding, dilation, size, bias, channels_last, form):
     """All forms of the norm, whatever shape and device would choose."""
     if (kernel - 1) * dilation >= size + 2 * padding:
         return
@@ -84,7 +85,10 @@ def test_convolutions(dims, groups, wide, kernel, stride, padding, dilation, siz
     with mock.patch.multiple(
         contributions.Convolution, ADDITION=costs.get(form, 0), QUICK_AT_MANY_KERNELS=devices
     ):  # fmt: skip
-        assert_ghost_is_exact(model, images(5, channels, *[size + i for i in range(dims)]), rel=1e-8)
+        inputs = images(5, channels, *[size + i for i in range(dims)])
+        if channels_last and dims == 2:
+            model, inputs = (thing.to(memory_format=torch.channels_last) for thing in (model, inputs))
+        assert_ghost_is_exact(model, inputs, rel=1e-8)
 
 
 def test_under_mixed_precision_16_bits_are_kept():

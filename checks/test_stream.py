@@ -46,7 +46,7 @@ def stream_of(n: int, augment: bool = False) -> batches.InMemoryStream:
     labels = torch.arange(n) % 5
     sets = torch.utils.data.TensorDataset(images, labels)
     data_set = data.DataSet(sets, sets, 5, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), crop_and_flip=augment)
-    return batches.InMemoryStream(data_set, 0, False, torch.device("cpu"), torch.float64)
+    return batches.build(data_set, 0, False, torch.device("cpu"), torch.float64)
 
 
 def test_normalisation():
