@@ -300,16 +300,14 @@ class Trainer:
         # DDP averages over ranks: together this is the mean over the global batch, however it was cut.
         loss_scale = fabric.world_size / plan.batch_size
         for i, batch in enumerate(self.stream.pixels(micro_batches), start=1):
-            n, (inputs, targets) = len(micro_batches[i - 1]), self.stream.normalise.batch(batch)
-            with (
-                out_of_memory_means("a micro-batch", f"lower --max_micro_batch_size (this one has {n} samples)"),
-                fabric.no_backward_sync(self.model, enabled=i < len(micro_batches)),
-                self.observing(testing, batch[0], inputs, targets, loss_scale, whole=len(micro_batches) == 1),
-            ):
-                outputs = self.model(inputs)
-                losses = self.loss(outputs, targets)
-                fabric.backward(sum_over_samples(losses, n) * loss_scale)
-            self.totals.add(losses.detach(), outputs, targets, n, progress.steps)
+            self.pass_micro_batch(
+                batch,
+                len(micro_batches[i - 1]),
+                loss_scale,
+                testing,
+                whole=len(micro_batches) == 1,
+                last=i == len(micro_batches),
+            )
         moments = self.test_moments() if testing else None
         if self.config.grad_clip:
             # A gradient that is not finite is the scaler's business (it skips the step) or shows in the next loss.
@@ -320,6 +318,27 @@ class Trainer:
         progress.steps += 1
         progress.samples += plan.batch_size
         return moments
+
+    def pass_micro_batch(
+        self, batch: batches.stream.Batch, n: int, loss_scale: float, testing: bool, whole: bool, last: bool
+    ) -> None:
+        """Forward and backward pass; what it computes is gone before the next one begins.
+
+        Args:
+            batch: pixels and targets of n samples.
+            whole: there is no other micro-batch in this step.
+            last: gradients are exchanged.
+        """
+        fabric, (inputs, targets) = self.fabric, self.stream.normalise.batch(batch)
+        with (
+            out_of_memory_means("a micro-batch", f"lower --max_micro_batch_size (this one has {n} samples)"),
+            fabric.no_backward_sync(self.model, enabled=not last),
+            self.observing(testing, batch[0], inputs, targets, loss_scale, whole),
+        ):
+            outputs = self.model(inputs)
+            losses = self.loss(outputs, targets)
+            fabric.backward(sum_over_samples(losses, n) * loss_scale)
+        self.totals.add(losses.detach(), outputs, targets, n, self.progress.steps)
 
     @contextlib.contextmanager
     def observing(self, testing: bool, pixels: Any, inputs: Any, targets: Any, loss_scale: float, whole: bool):
@@ -537,7 +556,7 @@ def run(config: Config) -> int:
         UsageError: the options cannot be met.
         RunError: the run cannot go on.
     """
-    processes.set_arithmetic(config)
+    processes.set_up_devices(config)
     fabric = processes.start_fabric(config)
     if fabric._precision.precision == "64-true":
         torch.set_default_dtype(torch.float64)  # else Fabric hands the model's outputs back in float32

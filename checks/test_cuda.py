@@ -24,6 +24,7 @@ OPTIMIZERS = ("adagrad", "adagradnorm", "adam", "adamw", "sgd", "sgdm")
 def trainer(out_dir: Path, **options) -> main.Trainer:
     defaults = {"accelerator": "cuda", "devices": 1, "out_dir": out_dir, "run_name": "run", "max_batch_size": 64}
     config = Config(**{**defaults, "max_micro_batch_size": 64, **options})
+    processes.set_up_devices(config)
     return main.Trainer(processes.start_fabric(config), config, Interrupts())
 
 
@@ -33,6 +34,11 @@ def test_every_optimizer_steps(tmp_path, optimizer):
     before = next(run.module.parameters()).clone()
     run.step()
     assert not torch.equal(before, next(run.module.parameters()))
+
+
+def test_memory_grows_without_gaps(tmp_path):
+    trainer(tmp_path)
+    assert {segment["is_expandable"] for segment in torch.cuda.memory_snapshot()} == {True}
 
 
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])

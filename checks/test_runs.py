@@ -270,7 +270,7 @@ class KnowsItsBatchSize(torch.nn.Module):
 
 
 def compiled_over_several_buckets(rank: int, port: int) -> None:
-    processes.set_arithmetic(Config(compile=True))
+    processes.set_up_devices(Config(compile=True))
     address = f"tcp://127.0.0.1:{port}"
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=1)
     compiled = torch.compile(KnowsItsBatchSize(), backend="aot_eager")

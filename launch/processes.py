@@ -275,8 +275,11 @@ def refuse_unequal_numbers(config: Config, module: torch.nn.Module) -> None:
         raise UsageError("--max_micro_batch_size=1: shards need as many micro-batches on every rank: raise it")
 
 
-def set_arithmetic(config: Config) -> None:
-    """How exact and how repeatable the devices calculate. Before the first use of a GPU."""
+def set_up_devices(config: Config) -> None:
+    """How exactly and how repeatably the devices calculate, and how they keep memory. Before the first use of a GPU."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        # Batches of growing sizes leave gaps in memory that is kept in pieces of fixed size.
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     exact = config.matmul_precision == "highest"
     torch.set_float32_matmul_precision(config.matmul_precision)
     torch.backends.cudnn.allow_tf32 = not exact
