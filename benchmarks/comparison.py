@@ -5,9 +5,9 @@
     python report.py benchmarks/results/comparison/mnist_logistic --target=0.92 --knee=30,300,3000
 
 The protocol (docs/results.md has it in words). Each method of a part is tuned over the learning rate alone, by factors
-of about 3 from the part's rates on, and further where the best is at the edge (seed 0). The best is the quickest to the
-part's second target: by samples for a constant batch, by samples + P · steps for a method that is told the knee P, by
-seconds for all others; where no rate reaches the target, the most accurate. Then three runs (seeds 1, 2, 3) at that
+of about 3 from the part's rates on: four at least, and more where the best is at the edge (seed 0). The best is the
+quickest to the part's second target: by samples for a constant batch, by samples + P · steps for a method that is told
+the knee P, by seconds for all others; where no rate reaches the target, the most accurate. Then three runs (seeds 1, 2, 3) at that
 rate. A run is one process on one core, `-j` of them at a time. Runs that have ended are skipped, so that the command
 can be given again after an interruption. Kept in benchmarks/results/comparison/PART/: tuning.json, and of every final
 run what report.py reads, with the rows of its evaluations. Further options are handed on to main.py.
@@ -15,6 +15,7 @@ run what report.py reads, with the rows of its evaluations. Further options are 
 
 import argparse
 import csv
+import fnmatch
 import json
 import math
 import os
@@ -42,6 +43,8 @@ SEEDS = (1, 2, 3)
 KNEES = (30, 300, 3000)
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """All that a sweep may come to."""
+FEWEST = 4
+"""Rates that every method tries."""
 LARGEST = 4096
 
 CONSTANT: Options = {"test": False}
@@ -123,12 +126,14 @@ class Tuning:
         return min(self.scores, key=lambda rate: (self.scores[rate], rate))
 
     def next_rate(self) -> float | None:
-        """The neighbour of the best rate, where that is at the edge of what was tried."""
+        """The neighbour of the best rate, where that is at the edge of what was tried; and at least four in all."""
         at = [RATES.index(rate) for rate in sorted(self.scores)]
         best = RATES.index(self.chosen)
         if best == at[0] and best > 0:
             return RATES[best - 1]
-        return RATES[best + 1] if best == at[-1] and best + 1 < len(RATES) else None
+        if (best == at[-1] or len(at) < FEWEST) and at[-1] + 1 < len(RATES):
+            return RATES[at[-1] + 1]
+        return None
 
 
 def run(folder: Path, options: Options, further: Sequence[str]) -> Run:
@@ -319,7 +324,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     )
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("-j", "--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
-    parser.add_argument("--methods", help="only these, separated by commas (default: all)")
+    parser.add_argument("--methods", help="only these, separated by commas; * is anything (default: all)")
     parser.add_argument("--out_dir", type=Path, default=Path("out/comparison"), help="folder that takes the runs")
     parser.add_argument("--results", type=Path, default=RESULTS / "comparison", help="folder that takes the summaries")
     parser.add_argument("--table", action="store_true", help="print the table of what is kept, and run nothing")
@@ -329,10 +334,10 @@ def main(arguments: Iterable[str] | None = None) -> None:
         print(table(options.part, part, options.results))
         return
     if options.methods:
-        names = options.methods.split(",")
-        if unknown := sorted(set(names) - set(part.methods)):
+        found = {word: fnmatch.filter(part.methods, word) for word in options.methods.split(",")}
+        if unknown := [word for word, names in found.items() if not names]:
             parser.error(f"--methods: no {', '.join(unknown)} there, but {', '.join(part.methods)}")
-        chosen = {name: part.methods[name] for name in names}
+        chosen = {name: part.methods[name] for names in found.values() for name in names}
         part = Part(part.shared, chosen, part.targets, part.learning_rates)
     folder = options.out_dir.resolve() / options.part
     keep(options.part, *compare(part, folder, options.jobs, further), options.results)

@@ -1,6 +1,9 @@
 """On a GPU: what the rest of the suite can only imitate. Skipped where there is none."""
 
 import json
+import os
+import re
+import signal
 import sys
 from pathlib import Path
 
@@ -11,13 +14,16 @@ from torch.nn.functional import cross_entropy
 import gradients
 import main
 from benchmarks.cases import resnet18_group_norm
-from checks.conftest import launch
+from checks.conftest import launch, process_of_rank
 from checks.test_gradients import assert_matches
+from checks.test_survival import ENDLESS, begin, processes_of, wait_for_rows
 from launch import processes
 from launch.interrupts import Interrupts
 from launch.options import Config
 
+ACCELERATOR = "--accelerator=cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 OPTIMIZERS = ("adagrad", "adagradnorm", "adam", "adamw", "sgd", "sgdm")
 
 
@@ -82,6 +88,41 @@ def test_a_plain_step_waits_for_nothing(tmp_path):
         run.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+class Exhausts(torch.nn.Linear):
+    """On rank 1, in some pass of the training, the memory does not suffice."""
+
+    passes = 0
+
+    def forward(self, x):
+        self.passes += self.training
+        if self.passes > 12 and os.environ.get("LOCAL_RANK") == "1":
+            torch.empty(2**46, device=x.device)
+        return super().forward(x.flatten(1))
+
+
+def exhausts(image_shape, num_classes) -> torch.nn.Module:
+    return Exhausts(64, num_classes)
+
+
+@needs_two
+def test_a_rank_that_dies_ends_the_run(tmp_path):
+    process = begin("python", 0, *ENDLESS, ACCELERATOR, f"--out_dir={tmp_path}")
+    wait_for_rows(tmp_path / "run", 3)
+    os.kill(process_of_rank(1, tmp_path), signal.SIGKILL)
+    told, _ = process.communicate(timeout=90)
+    assert process.returncode == 1 and "rank 1" in told and not processes_of(tmp_path)
+
+
+@needs_two
+def test_a_rank_without_memory_ends_the_run(tmp_path):
+    model = "--model=checks.test_cuda:exhausts"
+    told, _ = (process := begin("python", 0, *ENDLESS, ACCELERATOR, model, f"--out_dir={tmp_path}")).communicate(
+        timeout=150
+    )
+    assert process.returncode == 1 and "Traceback" not in told and not processes_of(tmp_path)
+    assert re.search(r"error: rank 1 on \S+: out of memory on the device in a micro-batch: lower", told), told
 
 
 def test_a_continuation_is_the_same_bit_for_bit(tmp_path):
