@@ -7,10 +7,10 @@
 The protocol (docs/results.md has it in words). Each method of a part is tuned over the learning rate alone, by factors
 of about 3 from the part's rates on: four at least, and more where the best is at the edge (seed 0). The best is the
 quickest to the part's second target: by samples for a constant batch, by samples + P · steps for a method that is told
-the knee P, by seconds for all others; where no rate reaches the target, the most accurate. Then three runs (seeds 1, 2, 3) at that
-rate. A run is one process on one core, `-j` of them at a time. Runs that have ended are skipped, so that the command
-can be given again after an interruption. Kept in benchmarks/results/comparison/PART/: tuning.json, and of every final
-run what report.py reads, with the rows of its evaluations. Further options are handed on to main.py.
+the knee P, by seconds for all others; where no rate reaches the target, the most accurate. Then three runs (seeds 1, 2,
+3) at that rate. A run is one process on one core, `-j` of them at a time. Runs that have ended are skipped, so that the
+command can be given again after an interruption. Kept in benchmarks/results/comparison/PART/: tuning.json, and of every
+final run what report.py reads, with the rows of its evaluations. Further options are handed on to main.py.
 """
 
 import argparse

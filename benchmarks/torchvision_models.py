@@ -70,12 +70,12 @@ def difference(one: dict, other: dict) -> float:
     return max(abs(one[name] / other[name] - 1) for name in STATISTICS)
 
 
-def examine(name: str, batch_size: int | None = None) -> Iterator[dict]:
-    """The three ways on one model; by default 4 samples, 2 where the model or its images are large.
+def examine(name: str, batch_size: int | None = None, size: int | None = None) -> Iterator[dict]:
+    """The three ways on one model; by default 4 samples, 2 where the model or its images are large, at its own size.
 
     Gives the result, and where the difference is large once more, with the comparison in float64.
     """
-    size = image_size(name)
+    size = size or image_size(name)
     torch.manual_seed(0)
     model = for_comparison(models.build(name, (3, size, size), CLASSES))
     if batch_size is None:
@@ -119,16 +119,19 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def examine_all(names: list[str] = NAMES, out: Path = RESULTS, worker: str | None = None) -> None:
+def examine_all(
+    names: list[str] = NAMES, out: Path = RESULTS, size: int | None = None, worker: str | None = None
+) -> None:
     """One tested training step of each of torchvision's classifiers.
 
     Args:
         names: models.
         out: folder for models.md and models.json.
+        size: of the images [pixels]; default: each model's own. Small ones take minutes in the place of an hour.
         worker: the model of a process of its own (used by the program itself).
     """
     if worker:
-        for result in examine(worker):
+        for result in examine(worker, size=size):
             print(json.dumps(result), flush=True)
         return
     out.mkdir(parents=True, exist_ok=True)
@@ -138,6 +141,7 @@ def examine_all(names: list[str] = NAMES, out: Path = RESULTS, worker: str | Non
         if name in results:
             continue
         command = [sys.executable, "-m", "benchmarks.torchvision_models", f"--worker={name}"]
+        command += [f"--size={size}"] if size else []
         done = subprocess.run(command, capture_output=True, text=True)
         given, lines = done.stdout.strip().splitlines(), done.stderr.strip().splitlines()
         if given and done.returncode <= 0:  # a signal may have ended the comparison in float64
