@@ -90,9 +90,9 @@ def test_fabric_run_shares_the_cores(tmp_path, free_port):
     cores = len(os.sched_getaffinity(0))
     command = [BIN / "fabric", "run", "main.py", f"--main-port={free_port}", "--devices=2", *TINY]
     command += ["--model=counted:Net", f"--out_dir={tmp_path}"]
-    for chosen, expected in ((cores, max(1, cores // 2)), (1, 1)):
+    for number, (chosen, expected) in enumerate(((cores, max(1, cores // 2)), (1, 1))):
         environment = {"OMP_NUM_THREADS": str(chosen), "PYTHONPATH": str(tmp_path)}
-        done = launch(*command, f"--run_name=of_{chosen}", **environment)
+        done = launch(*command, f"--run_name=run_{number}", **environment)
         assert done.returncode == 0, done.stdout + done.stderr
         assert [(tmp_path / f"threads{rank}").read_text() for rank in (0, 1)] == [str(expected)] * 2
 
