@@ -93,9 +93,9 @@ class Trainer:
         torch.manual_seed(config.seed + 1 + fabric.global_rank)  # dropout differs between ranks
         with out_of_memory_means("the model", "take a smaller --model"):
             self.module = fabric.strategy.precision.convert_module(self.module).to(fabric.device)
-            memory_format = torch.contiguous_format if self.sharded else models.memory_format(self.module)
-            if memory_format != torch.contiguous_format:  # else it stays what the model has chosen for itself
-                self.module = self.module.to(memory_format=memory_format)
+            memory_format = torch.contiguous_format  # which shards need
+            if not self.sharded:
+                memory_format = models.choose_memory_format(self.module, shape)
         dtype, workers = next(self.module.parameters()).dtype, (config.num_workers, config.batch_ahead)
         arguments = (config.seed, config.shuffle, fabric.device, dtype, *workers, memory_format)
         with out_of_memory_means("the data set", "take one that is read while training goes on (docs/extending.md)"):
@@ -299,7 +299,7 @@ class Trainer:
         micro_batches = plan.micro_batches(fabric.global_rank)
         # DDP averages over ranks: together this is the mean over the global batch, however it was cut.
         loss_scale = fabric.world_size / plan.batch_size
-        for i, batch in enumerate(self.stream.pixels(micro_batches), start=1):
+        for i, batch in enumerate(self.stream.raw(micro_batches), start=1):
             self.pass_micro_batch(
                 batch,
                 len(micro_batches[i - 1]),
@@ -325,7 +325,7 @@ class Trainer:
         """Forward and backward pass; what it computes is gone before the next one begins.
 
         Args:
-            batch: pixels and targets of n samples.
+            batch: inputs and targets of n samples, not normalised.
             whole: there is no other micro-batch in this step.
             last: gradients are exchanged.
         """
@@ -341,14 +341,14 @@ class Trainer:
         self.totals.add(losses.detach(), outputs, targets, n, self.progress.steps)
 
     @contextlib.contextmanager
-    def observing(self, testing: bool, pixels: Any, inputs: Any, targets: Any, loss_scale: float, whole: bool):
+    def observing(self, testing: bool, raw: Any, inputs: Any, targets: Any, loss_scale: float, whole: bool):
         """The training pass on a micro-batch, watched by the estimator where the step is tested."""
         if not testing:
             yield
             return
         with contextlib.ExitStack() as observation:
             with self.totals.test(), out_of_memory_means(*IN_THE_TEST):
-                again = partial(self.stream.normalise, pixels)
+                again = partial(self.stream.normalise, raw) if batches.smaller(raw, inputs) else None
                 observation.enter_context(self.estimator.observe(inputs, targets, loss_scale, whole, again))
             yield
 
@@ -487,7 +487,9 @@ class Trainer:
     def load(self, path: Path) -> dict[str, Any]:
         """Model, optimizer and scaler as a checkpoint has them; gives the rest of it."""
         if not self.sharded:
-            return self.fabric.load(path, self.state(), weights_only=True)
+            rest = self.fabric.load(path, self.state(), weights_only=True)
+            optim.lay_as_parameters(self.optimizer.optimizer)
+            return rest
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         sharding.load_whole_state(self.module, self.optimizer.optimizer, saved)
         return saved

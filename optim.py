@@ -237,3 +237,11 @@ class LearningRate:
         return warmup_decay(
             position, c.learning_rate, warmup, end, c.min_lr, {"cosine": cosine, "linear": linear}[c.scheduler]
         )
+
+
+def lay_as_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """What it keeps of a parameter, in the parameter's order in memory: a checkpoint may have another one."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

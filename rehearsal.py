@@ -38,7 +38,7 @@ def rehearse(trainer) -> tuple[int, int, list[str]]:
         # DDP puts its buckets into the order in which gradients come after the first pass: without it the first step of
         # a run, and of its continuation, would sum in another order than the steps after it.
         seconds_of_pass(trainer, trainer.min_micro_batch_size, in_step=False)
-    largest = -(-c.max_batch_size // fabric.world_size)
+    largest, of_rank = (-(-samples // fabric.world_size) for samples in (c.max_batch_size, trainer.validation_samples))
     size, evaluation_size, told = c.max_micro_batch_size, c.eval_micro_batch_size, []
     if size == "auto":
         largest = min(largest, trainer.largest_micro_batch or largest)
@@ -51,7 +51,6 @@ def rehearse(trainer) -> tuple[int, int, list[str]]:
                 trainer.controller.step_time.probe(n * fabric.world_size, n / rate)
         told = [_told("max_micro_batch_size", size, rates)]
         if evaluation_size == "auto":
-            of_rank = max(1, -(-trainer.validation_samples // fabric.world_size))
             largest = max(1, min(of_rank, trainer.largest_micro_batch or of_rank))
             evaluation_size, rates = batches.quickest(
                 lambda size: samples_per_second(trainer, size, seconds_of_evaluation), min(size, largest), largest
@@ -66,6 +65,11 @@ def rehearse(trainer) -> tuple[int, int, list[str]]:
         )
     if evaluation_size == "auto":
         evaluation_size = min(size, LARGEST_OF_EVALUATION)
+    elif fabric.device.type != "cpu" and math.isinf(seconds_of_evaluation(trainer, min(evaluation_size, of_rank))):
+        raise RunError(
+            f"out of memory on the device in an evaluation of {min(evaluation_size, of_rank)} samples: lower "
+            "--eval_micro_batch_size"
+        )
     if fabric.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -116,11 +120,14 @@ def seconds_of_pass(trainer, size: int, in_step: bool = True) -> float:
 
 
 def seconds_of_evaluation(trainer, size: int) -> float:
-    """The slowest rank's time for a forward pass of the evaluation; infinite where one runs out of memory."""
-    inputs, _ = _samples(trainer, size)
+    """The slowest rank's time for a micro-batch of the evaluation; infinite where one runs out of memory."""
+    inputs, targets = _samples(trainer, size)
     with undone(trainer), torch.no_grad(), sharding.forward_only(trainer.module):
         trainer.model.eval()
-        return _slowest(trainer, lambda: trainer.model(inputs))
+        try:
+            return _slowest(trainer, lambda: trainer.validation.update(trainer.model(inputs), targets))
+        finally:
+            trainer.validation.forget()
 
 
 def _samples(trainer, size: int) -> batches.stream.Batch:
@@ -161,6 +168,7 @@ def undone(trainer) -> Iterator[None]:
             for buffer, before in zip(trainer.module.buffers(), buffers):
                 buffer.copy_(before)
         checkpoint.set_random_states(random_states, device)
+        trainer.model.train()
         trainer.totals = Totals(device, trainer.totals.metrics)
         if trainer.estimator:
             trainer.estimator.forget()

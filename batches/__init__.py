@@ -5,7 +5,7 @@
 
 import torch
 
-from batches.augment import Normalise
+from batches.augment import Normalise, smaller
 from batches.loading import LoadedStream
 from batches.plan import Plan, cut, positions_of_rank, quickest
 from batches.sizes import controller, test
@@ -21,6 +21,7 @@ __all__ = [
     "cut",
     "positions_of_rank",
     "quickest",
+    "smaller",
     "test",
 ]
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from batches.order import position_hash
 from data import DataSet
@@ -70,3 +70,9 @@ class Normalise:
         """Inputs and targets, each by its own rule."""
         inputs, targets = batch
         return self(inputs), self.targets(targets)
+
+
+def smaller(one: Any, other: Any) -> bool:
+    """The tensors of one tree take less memory than those of the other."""
+    first, second = (sum(leaf.nbytes for leaf in tree_leaves(t) if isinstance(leaf, Tensor)) for t in (one, other))
+    return first < second

@@ -70,10 +70,10 @@ class LoadedStream:
 
     def take(self, micro_batches: Iterable[range]) -> Iterator[Batch]:
         """Micro-batches of training samples at these positions."""
-        return map(self.normalise.batch, self.pixels(micro_batches))
+        return map(self.normalise.batch, self.raw(micro_batches))
 
-    def pixels(self, micro_batches: Iterable[range]) -> Iterator[Batch]:
-        """The same before `normalise`, in a quarter of the memory where the inputs are images: uint8 (n, C, H, W)."""
+    def raw(self, micro_batches: Iterable[range]) -> Iterator[Batch]:
+        """The same before `normalise`: images as uint8 (n, C, H, W), in a quarter of the memory."""
         for positions in micro_batches:
             start, step = positions.start, positions.step
             if self.recut is None or (start, step) != self.next:

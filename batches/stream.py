@@ -30,17 +30,17 @@ class InMemoryStream:
 
     def read(self, positions: range) -> Batch:
         """The training samples at these positions: images (n, C, H, W), labels (n,)."""
-        return self.normalise.batch(self._pixels(positions))
+        return self.normalise.batch(self._read(positions))
 
     def take(self, micro_batches: Iterable[range]) -> Iterator[Batch]:
         """Micro-batches of training samples at these positions."""
-        return map(self.normalise.batch, self.pixels(micro_batches))
+        return map(self.normalise.batch, self.raw(micro_batches))
 
-    def pixels(self, micro_batches: Iterable[range]) -> Iterator[Batch]:
-        """The same before `normalise`, in a quarter of the memory where the inputs are images: uint8 (n, C, H, W)."""
-        return map(self._pixels, micro_batches)
+    def raw(self, micro_batches: Iterable[range]) -> Iterator[Batch]:
+        """The same before `normalise`: images as uint8 (n, C, H, W), in a quarter of the memory."""
+        return map(self._read, micro_batches)
 
-    def _pixels(self, positions: range) -> Batch:
+    def _read(self, positions: range) -> Batch:
         inputs, targets = self.train(self.order.samples(positions))
         if self.augment:
             inputs = crop_and_flip(inputs, as_tensor(positions, self.device), self.seed)

@@ -83,7 +83,7 @@ def test_convolutions(dims, groups, wide, kernel, stride, padding, dilation, siz
     costs = {"instantiate": 10**9, "cheaper": contributions.Convolution.ADDITION}
     devices = () if form == "gram, as on a GPU" else ("cpu",)
     with mock.patch.multiple(
-        contributions.Convolution, ADDITION=costs.get(form, 0), QUICK_AT_MANY_KERNELS=devices
+        contributions.Convolution, ADDITION=costs.get(form, 0), SUMS_IN_TURN_ON=devices, LITTLE=2**40
     ):  # fmt: skip
         inputs = images(5, channels, *[size + i for i in range(dims)])
         if channels_last and dims == 2:
@@ -121,6 +121,7 @@ class Products(TorchDispatchMode):
 def test_a_gpu_multiplies_16_bits_as_they_are(monkeypatch, dtype):
     """Without numbers, as no GPU is at hand: which factors, and that sums are single."""
     monkeypatch.setattr(contributions, "_scratch", lambda device: 2**20)
+    monkeypatch.setattr(contributions, "_multiplies_halves", lambda device, dtype: dtype in contributions.HALF)
     with FakeTensorMode(), Products() as products:
         x, B, indices = (torch.empty(4, 5, 6, dtype=dtype, device="cuda") for _ in range(3))
         maps, of_maps = (torch.empty(4, 6, 7, 7, dtype=dtype, device="cuda") for _ in range(2))

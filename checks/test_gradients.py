@@ -122,7 +122,49 @@ def test_inner_products_in_few_kernels(monkeypatch, together):
     groups = [{name: torch.randn(shape).double() for name, shape in shapes.items()} for _ in range(40)]
     del groups[3]["c"]
     expected = [float(sum((g * mean[name]).sum() for name, g in group.items())) for group in groups]
-    assert micro_batch._inner_in_few_kernels(groups, mean).tolist() == pytest.approx(expected)
+    for inner in (micro_batch._inner_in_few_kernels, micro_batch._inner):
+        assert inner(groups, mean).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("inner", [micro_batch._inner, micro_batch._inner_in_few_kernels])
+def test_inner_products_of_complex_gradients(inner):
+    torch.manual_seed(0)
+    mean, group = ({"a": torch.randn(3, 4, dtype=torch.complex128)} for _ in range(2))
+    expected = float((torch.view_as_real(mean["a"]) * torch.view_as_real(group["a"])).sum())
+    assert inner([group], mean).tolist() == pytest.approx([expected])
+
+
+class Branches(nn.Module):
+    """The layer that a micro-batch passes depends on its first sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 4) for _ in range(2))
+
+    def forward(self, x):
+        return self.layers[int(x[0, 0] > 0)](x)
+
+
+def test_groups_that_lack_a_parameter_are_merged():
+    """More micro-batches than groups, of which each has the gradient of one layer only."""
+    torch.manual_seed(0)
+    model, (inputs, targets) = Branches().double(), batch(10, (6,))
+    inputs[:, 0] = torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0]).repeat_interleave(2)
+    estimator = gradients.MicroBatchGradients(model, cross_entropy, True, 2, num_groups=2)
+    for x, y in zip(inputs.split(2), targets.split(2)):  # five groups are one too many: neighbours become one
+        with estimator.observe(x, y, 1 / 10):
+            (cross_entropy(model(x), y, reduction="sum") / 10).backward()
+    moments = estimator.moments()
+    expected = 0.0
+    for pieces in ([0, 1], [2, 3], [4]):
+        model.zero_grad()
+        n = 2 * len(pieces)
+        for piece in pieces:
+            x, y = inputs[2 * piece : 2 * piece + 2], targets[2 * piece : 2 * piece + 2]
+            (cross_entropy(model(x), y, reduction="sum") / n).backward()
+        expected += n * sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None)
+    assert moments.num_groups == 3
+    assert moments.sum_norm_sq == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("test_gradients", ["vmap", "ghost", "micro_batch"])

@@ -81,5 +81,36 @@ def test_batch_norm_on_single_positions_needs_two_samples(size, least):
     assert models.smallest_micro_batch(models.build("cnn", (3, size, size), 10), (3, size, size)) == 1
 
 
+class LeNet(nn.Module):
+    """Its maps become vectors by `view`, which channels last do not bear."""
+
+    def __init__(self, image_shape, num_classes):
+        super().__init__()
+        self.maps, self.logits = nn.Conv2d(image_shape[0], 6, 5), nn.Linear(6 * 4 * 4, num_classes)
+
+    def forward(self, x):
+        return self.logits(torch.relu(self.maps(x)).view(-1, 6 * 4 * 4))
+
+
+@pytest.mark.parametrize(
+    "build, expected",
+    [
+        (models.cnn, torch.channels_last),
+        (LeNet, torch.contiguous_format),
+        (models.logistic, torch.contiguous_format),
+        (lambda *of: nn.Sequential(models.cnn(*of), nn.GroupNorm(1, 10)), torch.contiguous_format),
+    ],
+)
+def test_order_in_memory(build, expected):
+    """Chosen by what the model can have; all else of it is as before."""
+    torch.manual_seed(0)
+    model = build((3, 8, 8), 10).eval()
+    before, state = {name: weight.clone() for name, weight in model.state_dict().items()}, torch.get_rng_state()
+    assert models.choose_memory_format(model, (3, 8, 8)) == expected and not model.training
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert all(p.grad is None and (p.dim() != 4 or p.is_contiguous(memory_format=expected)) for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def wrong_output(image_shape, num_classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, num_classes + 1))

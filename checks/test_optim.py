@@ -147,3 +147,21 @@ def test_first_rung_of_a_warmup(scheduler, unit, first):
     for step in range(1, 40):
         assert ours(8 * step, step) == published(8 * step, step) > 0
     assert optim.rising(0, 0.5, warmup=4, first=8) == 0.5  # a warm-up shorter than the first batch
+
+
+def test_state_lies_in_memory_as_the_parameters():
+    """A checkpoint's order may be another one; fused optimizers read both as one stretch of numbers."""
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last))
+    optimizer = torch.optim.Adam([weight])
+    weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    for name in ("exp_avg", "exp_avg_sq"):
+        saved["state"][0][name] = saved["state"][0][name].contiguous()
+    optimizer.load_state_dict(saved)
+    optim.lay_as_parameters(optimizer)
+    assert all(
+        torch.equal(optimizer.state[weight][name], saved["state"][0][name]) for name in ("exp_avg", "exp_avg_sq")
+    )
+    assert optimizer.state[weight]["exp_avg"].stride() == weight.stride()

@@ -39,12 +39,22 @@ def at_least_single(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in HALF else tensor
 
 
+@lru_cache
+def _multiplies_halves(device: torch.device, dtype: torch.dtype) -> bool:
+    """The device has products of such numbers that are added up in float32."""
+    if device.type != "cuda" or dtype not in HALF or torch.version.hip:
+        return False
+    if dtype == torch.float16:
+        return not torch.backends.cuda.matmul.allow_fp16_accumulation
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def _products(first: Tensor, second: Tensor) -> Tensor:
     """Matrix products (n, A, B) × (n, B, C) → (n, A, C), added up in single precision at least.
 
     A GPU multiplies numbers of 16 bits as they are: the products are exact, and several times as fast.
     """
-    if first.device.type in ("cuda", "xpu") and first.dtype == second.dtype and first.dtype in HALF:
+    if first.dtype == second.dtype and _multiplies_halves(first.device, first.dtype):
         return torch.bmm(first, second, out_dtype=torch.float32)
     return torch.bmm(at_least_single(first), at_least_single(second))
 
@@ -62,6 +72,11 @@ def per_sample_row_norms(per_sample: Tensor) -> Tensor:
     per_sample = at_least_single(per_sample)
     rows = per_sample.flatten(2) if per_sample.dim() > 2 else per_sample.reshape(len(per_sample), 1, -1)
     return torch.linalg.vector_norm(rows, dim=2)
+
+
+def real(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _sums_of_products(first: Tensor, second: Tensor) -> Tensor:
@@ -161,7 +176,7 @@ class Direct(Contribution):
 class OuterProducts(Contribution):
     """Σ_t B_t x_tᵀ: linear layers and 1×1 convolutions. x (n, T, I), B (n, T, O) → (n, O, I).
 
-    Both are held as they come, under mixed precision in 16 bits; products of them are made in single precision.
+    Both are held as they come, under mixed precision in 16 bits; products of them are added up in single precision.
     """
 
     def __init__(self, x: Tensor, B: Tensor):
@@ -198,7 +213,9 @@ class Convolution(Contribution):
     ADDITION = 10
     # Grouped convolutions of fewer input channels than this leave most of a processor's vector units idle.
     FEW_CHANNELS = 8
-    QUICK_AT_MANY_KERNELS = ("cpu",)
+    # Elsewhere every operation costs its start: one sum over all offsets, where that needs little more memory.
+    SUMS_IN_TURN_ON = ("cpu",)
+    LITTLE = 2**14
 
     def __init__(self, x: Tensor, B: Tensor, weight_shape: torch.Size, stride, padding, dilation, groups: int):
         self.x, self.B, self.n, self.device = x, B, len(x), x.device
@@ -210,7 +227,9 @@ class Convolution(Contribution):
         fits = _per_chunk(patches + self.numbers_per_sample, self.device) > 1
         self.by_patches = groups == 1 and x.shape[1] < self.FEW_CHANNELS and fits
         self.numbers_per_sample += patches if self.by_patches else 0
-        self.gram_numbers = inputs**2 + 2 * outputs**2
+        padded = math.prod(size + 2 * p for size, p in zip(x.shape[2:], padding)) ** 2
+        self.sums_at_once = self.device.type not in self.SUMS_IN_TURN_ON and padded <= max(4 * inputs**2, self.LITTLE)
+        self.gram_numbers = inputs**2 + 3 * outputs**2 + (padded if self.sums_at_once else 0)
         self.instantiate_cost = outputs * math.prod(weight_shape)
         self.gram_cost = inputs**2 * x.shape[1] + outputs**2 * (B.shape[1] + kernel * self.ADDITION)
 
@@ -264,8 +283,8 @@ class Convolution(Contribution):
         n, outputs = len(x), B.shape[2:]
         pixels = _products(x.flatten(2).mT, x.flatten(2)).view(n, *x.shape[2:], *x.shape[2:])
         gram_B = _products(B.flatten(2).mT, B.flatten(2))
-        few_kernels = self.device.type not in self.QUICK_AT_MANY_KERNELS
-        patches = self._summed_at_once(pixels, outputs) if few_kernels else self._summed_in_turn(pixels, outputs)
+        summed = self._summed_at_once if self.sums_at_once else self._summed_in_turn
+        patches = summed(pixels, outputs)
         return _sums_of_products(patches.view_as(gram_B), gram_B)
 
     def _summed_at_once(self, pixels: Tensor, outputs: torch.Size) -> Tensor:

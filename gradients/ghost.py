@@ -30,7 +30,7 @@ from gradients.contributions import (
     norms_sq_of_sum,
     total_norms_sq,
 )
-from gradients.estimator import is_out_of_memory
+from gradients.estimator import first_line, is_out_of_memory
 from gradients.rules import EXPANSIONS, OF_FIRST_ALONE, PICKS, RULES, VIEWS
 from gradients.samples import count, leaves
 
@@ -54,6 +54,7 @@ class GhostMode(TorchFunctionMode):
 
     Attributes:
         uncovered: names of the parameters for which no rule was found; they have no share in the norms.
+        failure: what a rule has failed on that was found, in the backward pass.
         expansions: calls, by number, that expanded a parameter over the batch.
     """
 
@@ -69,6 +70,7 @@ class GhostMode(TorchFunctionMode):
         self.names = {id(parameter): name for name, parameter in parameters.items()}
         self.parameters, self.n, self._refresh = parameters, count(inputs), refresh
         self.uncovered: set[str] = set()
+        self.failure = ""
         self.expansions: set[int] = set()
         self._known_expansions, self._expansion_calls = expansions, 0
         self._keep, self._contributions, self._all_kept = keep, [], keep
@@ -219,6 +221,7 @@ class GhostMode(TorchFunctionMode):
             if is_out_of_memory(error):
                 raise
             self.uncovered |= ancestors
+            self.failure = first_line(error)
 
     def _add(self, source: Tensor, ancestors: frozenset[str], contribution: Contribution) -> None:
         for name in ancestors - self.uncovered:
@@ -256,6 +259,9 @@ class GhostMode(TorchFunctionMode):
         counts = (lambda own: own == name) if name else (lambda own: own not in self.uncovered)
         if parts := [parts for own, parts in self._parts if counts(own)]:
             return total_norms_sq(parts)
+        return self._zeros()
+
+    def _zeros(self) -> Tensor:
         device = next(iter(self.parameters.values())).device
         return torch.zeros(self.n, dtype=torch.float64, device=device)
 
@@ -271,12 +277,12 @@ class GhostMode(TorchFunctionMode):
     def inner_products(self, direction: dict[str, Tensor]) -> Tensor:
         """Of every sample's gradient with `direction` (by parameter), all parameters as one vector: float64 (n,)."""
         own = (own.inner_products(at_least_single(direction[name])) for name, own in self._contributions)
-        return sum(own, start=self.norms_sq() * 0)
+        return sum(own, start=self._zeros())
 
     def inner_products_with(self, name: str, direction: Tensor) -> Tensor:
         """Of every sample's gradient by one parameter, with a direction of its shape: float64 (n,)."""
         own = (own.inner_products(at_least_single(direction)) for kept, own in self._contributions if kept == name)
-        return sum(own, start=self.norms_sq() * 0)
+        return sum(own, start=self._zeros())
 
     def __exit__(self, *exception):
         for name in list(self._shared):  # some of the uses had no part in the loss

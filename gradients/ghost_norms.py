@@ -72,6 +72,7 @@ class GhostNorms(OwnPass):
             refresh = self.parameters if sharded else None
             with GhostMode(self.parameters(), inputs, self.expansions, keep, refresh) as mode:
                 yield
+            self._say_what_failed(mode)
             mode.uncovered |= {name for name in mode.unseen() if _mark(self.parameters()[name].grad) != marks[name]}
             self._add(mode.norms_sq() / loss_scale**2)
             if self.by_parameter:
@@ -154,9 +155,16 @@ class GhostNorms(OwnPass):
             with torch._C.DisableTorchFunction():  # the loss has no parameters
                 loss = self._losses(outputs, targets).sum()
                 gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        self._say_what_failed(mode)
         found = {name: dense(gradient) for name, gradient in zip(parameters, gradients) if gradient is not None}
         mode.uncovered |= mode.unseen() & set(found)
         return mode, {name: found.get(name, torch.zeros_like(parameter)) for name, parameter in parameters.items()}
+
+    def _say_what_failed(self, mode: GhostMode) -> None:
+        if mode.failure:
+            self.notify(
+                f"a rule of test_gradients=ghost fails in a pass ({mode.failure}): per-sample gradients take over"
+            )
 
     def _total(self, grad_scale: float | Tensor) -> Tensor:
         if self.in_training_pass:

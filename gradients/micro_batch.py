@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from gradients.contributions import at_least_single
+from gradients.contributions import at_least_single, real
 from gradients.estimator import BLOCK, Estimator, dense, norm_sq, row_norms, training_gradient
 from gradients.samples import Batch, count
 
@@ -101,7 +101,9 @@ class MicroBatchGradients(Estimator):
         self.sums[0] += sizes.sum()
         self.sums[1] += len(sizes)
         if self.inner_products:
-            self.norms_sq = [torch.stack([norm_sq(group.values()) for _, group in self.groups])]
+            nothing = self.sums.new_zeros(())
+            norms_sq = [norm_sq(group.values()) if group else nothing for _, group in self.groups]
+            self.norms_sq = [torch.stack(norms_sq)]
             self.sums[2] += (self.norms_sq[0] / sizes).sum()
         else:
             rows = [sum(map(len, group.values())) for _, group in self.groups]
@@ -141,7 +143,13 @@ class MicroBatchGradients(Estimator):
 def _merged(groups: list[tuple[int, dict[str, Tensor]]]) -> tuple[int, dict[str, Tensor]]:
     """One group of two (or of one, the last of an odd number)."""
     sizes, gradients = zip(*groups)
-    return sum(sizes), {name: sum(group[name] for group in gradients) for name in gradients[0]}
+    names = dict.fromkeys(name for group in gradients for name in group)
+    return sum(sizes), {name: sum(group[name] for group in gradients if name in group) for name in names}
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """Its numbers as a vector, at least in single precision."""
+    return at_least_single(real(tensor)).flatten()
 
 
 def _inner(groups: list[dict[str, Tensor]], mean: dict[str, Tensor]) -> Tensor:
@@ -151,10 +159,10 @@ def _inner(groups: list[dict[str, Tensor]], mean: dict[str, Tensor]) -> Tensor:
     """
     products: list[list[Tensor]] = [[] for _ in groups]
     for name, direction in mean.items():
-        direction = at_least_single(direction).flatten().split(BLOCK)
+        direction = _flat(direction).split(BLOCK)
         for own, group in zip(products, groups):
             if name in group:
-                own += [torch.dot(a, b) for a, b in zip(at_least_single(group[name]).flatten().split(BLOCK), direction)]
+                own += [torch.dot(a, b) for a, b in zip(_flat(group[name]).split(BLOCK), direction)]
     return torch.stack([torch.stack(own).sum(dtype=torch.float64) for own in products])
 
 
@@ -191,6 +199,6 @@ def _shared_out(numbers: dict[str, int]) -> Iterator[list[str]]:
 
 def _stretch(tensors: dict[str, Tensor], names: list[str], like: dict[str, Tensor]) -> Tensor:
     """These tensors' numbers one after the other, filled up with zeros to whole blocks."""
-    pieces = [at_least_single(tensors[n] if n in tensors else torch.zeros_like(like[n])).flatten() for n in names]
+    pieces = [_flat(tensors[n] if n in tensors else torch.zeros_like(like[n])) for n in names]
     missing = -sum(map(len, pieces)) % BLOCK
     return torch.cat([*pieces, pieces[0].new_zeros(missing)])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from gradients.alone import alone, drawing_from, random_states
-from gradients.contributions import per_sample_norms_sq
+from gradients.contributions import per_sample_norms_sq, real
 from gradients.estimator import Estimator, dense, is_out_of_memory
 from gradients.samples import Batch, chunks, count, per_sample, taken_apart
 
@@ -246,8 +246,3 @@ def rowwise(gradients: Tensor) -> Tensor:
     """Each sample's gradient of a parameter as a vector: (n, …) → float64 (n, numbers)."""
     gradients = real(gradients)
     return gradients.reshape(len(gradients), math.prod(gradients.shape[1:])).double()
-
-
-def real(tensor: Tensor) -> Tensor:
-    """Complex numbers as pairs."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

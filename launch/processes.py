@@ -277,9 +277,9 @@ def refuse_unequal_numbers(config: Config, module: torch.nn.Module) -> None:
 
 def set_up_devices(config: Config) -> None:
     """How exactly and how repeatably the devices calculate, and how they keep memory. Before the first use of a GPU."""
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & set(os.environ):
         # Batches of growing sizes leave gaps in memory that is kept in pieces of fixed size.
-        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     exact = config.matmul_precision == "highest"
     torch.set_float32_matmul_precision(config.matmul_precision)
     torch.backends.cudnn.allow_tf32 = not exact

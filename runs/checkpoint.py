@@ -256,9 +256,10 @@ def continued(config: Config, path: Path) -> Config:
     except OSError as error:
         raise UsageError(f"--resume: {path}: {error.strerror}: all machines must see the run's folder") from None
     kept = {name: old[name] for name in FROM_THE_LENGTH if not getattr(config, name) and old[name]}
-    for name in ("max_micro_batch_size", "eval_micro_batch_size"):
-        if getattr(config, name) == "auto" and name in old:  # measured already
-            kept[name] = old[name]
+    if config.max_micro_batch_size == "auto":  # measured already, and with it:
+        kept["max_micro_batch_size"] = old["max_micro_batch_size"]
+        if config.eval_micro_batch_size == "auto" and "eval_micro_batch_size" in old:
+            kept["eval_micro_batch_size"] = old["eval_micro_batch_size"]
     run_folder = path.absolute().parent.parent
     if config.run_name is None and path.parent.name == "checkpoints":
         kept |= {"out_dir": run_folder.parent, "run_name": run_folder.name}

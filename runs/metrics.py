@@ -240,10 +240,14 @@ class Validation:
             name: float(metric.compute()) for name, metric in {"val_loss": self.mean_loss, **self.metrics}.items()
         }
         measured |= {name: of(measured["val_loss"]) for name, of in self.of_loss.items()}
-        for metric in (self.mean_loss, *self.metrics.values()):
-            metric.reset()
+        self.forget()
         self.history.append({name: measured[name] for name in self.names})
         return self.history[-1]
+
+    def forget(self) -> None:
+        """What was seen since the last `compute`."""
+        for metric in (self.mean_loss, *self.metrics.values()):
+            metric.reset()
 
     def is_best(self) -> bool:
         """The last evaluation is better than all before it."""
