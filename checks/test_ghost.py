@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -105,16 +104,18 @@ def test_under_mixed_precision_16_bits_are_kept():
 
 
 class Products(TorchDispatchMode):
-    """Notes the precision of the factors of batched products."""
+    """Notes the precision of batched products: of the factors, and of the sums."""
 
     def __init__(self):
         super().__init__()
-        self.factors = set()
+        self.factors, self.sums = set(), set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
         if function._schema.name == "aten::bmm":
             self.factors |= {factor.dtype for factor in args[:2]}
-        return function(*args, **(kwargs or {}))
+            self.sums.add(result.dtype)
+        return result
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -122,10 +123,10 @@ def test_a_gpu_multiplies_16_bits_as_they_are(monkeypatch, dtype):
     """Without numbers, as no GPU is at hand: which factors, and that sums are single."""
     monkeypatch.setattr(contributions, "_scratch", lambda device: 2**20)
     monkeypatch.setattr(contributions, "_multiplies_halves", lambda device, dtype: dtype in contributions.HALF)
-    with FakeTensorMode(), Products() as products:
-        x, B, indices = (torch.empty(4, 5, 6, dtype=dtype, device="cuda") for _ in range(3))
-        maps, of_maps = (torch.empty(4, 6, 7, 7, dtype=dtype, device="cuda") for _ in range(2))
-        indices = torch.zeros(4, 5, dtype=torch.int64, device="cuda")
+    with Products() as products:
+        x, B, indices = (torch.empty(4, 5, 6, dtype=dtype, device="meta") for _ in range(3))
+        maps, of_maps = (torch.empty(4, 6, 7, 7, dtype=dtype, device="meta") for _ in range(2))
+        indices = torch.zeros(4, 5, dtype=torch.int64, device="meta")
         layer, rows = contributions.OuterProducts(x, B), contributions.EmbeddingRows(indices, B, 9, None)
         geometry = (torch.Size([6, 6, 3, 3]), (1, 1), (1, 1), (1, 1), 1)
         convolution = contributions.Convolution(maps, of_maps, *geometry)
@@ -135,7 +136,8 @@ def test_a_gpu_multiplies_16_bits_as_they_are(monkeypatch, dtype):
         summed = [convolution._gram_terms(maps, of_maps), layer.instantiate(slice(0, 4)), layer.parts()[1]]
         summed += [few_channels.instantiate(slice(0, 4)), rows.parts()[1], layer.norms_sq()]
         assert few_channels.by_patches
-    assert products.factors == {dtype} and all(sums.dtype in (torch.float32, torch.float64) for sums in summed)
+    assert products.factors == {dtype} and products.sums == {torch.float32}
+    assert all(sums.dtype in (torch.float32, torch.float64) for sums in summed)
 
 
 @pytest.mark.parametrize("padding, mode", [("same", "zeros"), ("valid", "zeros"), (2, "circular")])
