@@ -103,6 +103,25 @@ def test_under_mixed_precision_16_bits_are_kept():
     assert all(tensor.dtype == torch.bfloat16 for own in kept.values() for tensor in (own.x, own.B))
 
 
+def test_a_rule_that_fails_on_the_device_is_told(monkeypatch):
+    """The check in double precision cannot see it; the numbers stay right, and the user learns why it is slow."""
+
+    def fails(self):
+        raise RuntimeError("no such product on this device")
+
+    model = nn.Sequential(nn.Linear(6, 4), ToLogits()).double()
+    inputs, targets, told = images(5, 6).double(), torch.arange(5) % CLASSES, []
+    expected = oracle.statistics(oracle.gradient_vectors(model, cross_entropy, inputs, targets))
+    estimator = gradients.GhostNorms(model, cross_entropy, True, 5, in_training_pass=True, notify=told.append)
+    monkeypatch.setattr(contributions.OuterProducts, "parts", fails)
+    for _ in range(2):
+        model.zero_grad()
+        with estimator.observe(inputs, targets, 1 / 5):
+            (cross_entropy(model(inputs), targets, reduction="sum") / 5).backward()
+        assert_matches(estimator.moments(), expected, rel=1e-9)
+    assert any("fails in a pass (no such product on this device)" in line for line in told)
+
+
 class Products(TorchDispatchMode):
     """Notes the precision of batched products: of the factors, and of the sums."""
 

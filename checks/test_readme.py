@@ -53,8 +53,7 @@ COMMANDS = {
     "python -m benchmarks.comparison mnist_logistic -j 2 --data_dir=data": MEASURES,
     "python -m benchmarks.comparison mnist_mlp -j 1 --data_dir=data"
     " --methods='constant_*,norm_eta1,ip,unbiased_eta2,steady,steady_knee*'": MEASURES,
-    "python -m benchmarks.comparison mnist_cnn -j 1 --data_dir=data"
-    " --methods='constant_*,norm_eta1,steady'": MEASURES,
+    "python -m benchmarks.comparison mnist_cnn -j 1 --data_dir=data --methods='constant_*,norm_eta1,steady'": MEASURES,
     "python -m benchmarks.comparison mnist_logistic --table": RUN,
     "python report.py benchmarks/results/comparison/mnist_logistic --target=0.92 --knee=30,300,3000": RUN,
     "python main.py --model=cnn --dataset=mnist": SHORT,
