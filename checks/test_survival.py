@@ -57,8 +57,8 @@ def test_drill():
 
 
 SOURCES = {
-    "in memory": ["--max_samples=6000"],
-    "streamed": ["--max_samples=3000", "--dataset=checks.fault_drill:streamed_digits", "--num_workers=1"],
+    "in memory": ["--max_samples=12000"],
+    "streamed": ["--max_samples=6000", "--dataset=checks.fault_drill:streamed_digits", "--num_workers=1"],
 }
 
 
@@ -69,7 +69,7 @@ def test_two_processes_stopped_on_one_and_resumed(tmp_path, source):
     options += [*source, "--eval_interval=11", FIXED_CUT]
     whole = train(tmp_path, *options, processes=2, name="whole")
     process = begin("python", 0, "--accelerator=cpu", *options, f"--out_dir={tmp_path}", "--run_name=run")
-    wait_for_rows(tmp_path / "run", 5)
+    wait_for_rows(tmp_path / "run", 2)
     os.kill(process_of_rank(1, tmp_path), signal.SIGUSR1)
     told, _ = process.communicate(timeout=60)
     assert process.returncode == 85, told
