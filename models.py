@@ -116,15 +116,19 @@ def choose_memory_format(model: nn.Module, input_shape: Any) -> torch.memory_for
     """The order in which images lie in memory while this model is trained, for its inputs; its weights are moved to it.
 
     With channels last, convolutions take about two thirds of the time on CPUs, and on GPUs meet tensor cores without a
-    copy. GroupNorm is slower with it, and some models cannot have it (a `view` of maps as vectors): that is tried.
+    copy. GroupNorm is slower with it, on a CPU also BatchNorm in small micro-batches, and some models cannot have it (a
+    `view` of maps as vectors): that is tried.
     """
     layers = list(model.modules())
     convolutions = [layer for layer in layers if isinstance(layer, nn.Conv2d) and "weight" in layer._parameters]
     images = isinstance(input_shape, tuple) and len(input_shape) == 3
-    if not (images and convolutions) or any(isinstance(layer, nn.GroupNorm) for layer in layers):
+    if not (images and convolutions):
         return torch.contiguous_format
     before = [layer.weight.data for layer in convolutions]
     device, dtype = before[0].device, before[0].dtype
+    slower = (nn.GroupNorm, nn.BatchNorm2d) if device.type == "cpu" else (nn.GroupNorm,)
+    if any(isinstance(layer, slower) for layer in layers):
+        return torch.contiguous_format
     example = torch.rand((2, *input_shape), generator=torch.Generator().manual_seed(0))
     example = example.to(device, dtype, memory_format=torch.channels_last)
     modes = [(layer, layer.training) for layer in layers]

@@ -121,6 +121,10 @@ def test_inner_products_in_few_kernels(monkeypatch, together):
     mean = {name: torch.randn(shape).double() for name, shape in shapes.items()}
     groups = [{name: torch.randn(shape).double() for name, shape in shapes.items()} for _ in range(40)]
     del groups[3]["c"]
+    mean["e"] = torch.randn(3, 2, 4, 4).double().to(memory_format=torch.channels_last)
+    for i, group in enumerate(groups):  # some lie in memory as the mean does, others do not
+        e = torch.randn(3, 2, 4, 4).double()
+        group["e"] = e.to(memory_format=torch.channels_last) if i % 2 else e
     expected = [float(sum((g * mean[name]).sum() for name, g in group.items())) for group in groups]
     for inner in (micro_batch._inner_in_few_kernels, micro_batch._inner):
         assert inner(groups, mean).tolist() == pytest.approx(expected)

@@ -99,6 +99,7 @@ class LeNet(nn.Module):
         (LeNet, torch.contiguous_format),
         (models.logistic, torch.contiguous_format),
         (lambda *of: nn.Sequential(models.cnn(*of), nn.GroupNorm(1, 10)), torch.contiguous_format),
+        (lambda *of: nn.Sequential(nn.BatchNorm2d(3), models.cnn(*of)), torch.contiguous_format),
     ],
 )
 def test_order_in_memory(build, expected):

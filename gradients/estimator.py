@@ -218,15 +218,24 @@ BLOCK = 2**18
 """Numbers in a stretch of a norm or of an inner product: single precision adds up so many without harm."""
 
 
+def in_memory_order(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """The same numbers in the order in which they (or those of `like`) lie in memory: flattened without a copy."""
+    like = tensor if like is None else like
+    channels_last = like.dim() == 4 and not like.is_contiguous()
+    if channels_last and like.is_contiguous(memory_format=torch.channels_last):
+        return tensor.permute(0, 2, 3, 1)
+    return tensor
+
+
 def row_norms(tensor: Tensor) -> Tensor:
     """‖row‖ of every row of the first dimension; of a vector, its norm."""
-    tensor = at_least_single(tensor)
+    tensor = in_memory_order(at_least_single(tensor))
     return torch.linalg.vector_norm(tensor.flatten(1) if tensor.dim() > 1 else tensor.reshape(1, -1), dim=1)
 
 
 def stretches(tensor: Tensor) -> list[Tensor]:
     """Its numbers, at least in single precision, at most `BLOCK` of them at a time; of an empty shard, none."""
-    tensor = at_least_single(tensor)
+    tensor = in_memory_order(at_least_single(tensor))
     return list(tensor.flatten().split(BLOCK)) if tensor.numel() > BLOCK else [tensor] * (tensor.numel() > 0)
 
 

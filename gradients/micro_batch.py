@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from gradients.contributions import at_least_single, real
-from gradients.estimator import BLOCK, Estimator, dense, norm_sq, row_norms, training_gradient
+from gradients.estimator import BLOCK, Estimator, dense, in_memory_order, norm_sq, row_norms, training_gradient
 from gradients.samples import Batch, count
 
 
@@ -147,9 +147,9 @@ def _merged(groups: list[tuple[int, dict[str, Tensor]]]) -> tuple[int, dict[str,
     return sum(sizes), {name: sum(group[name] for group in gradients if name in group) for name in names}
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    """Its numbers as a vector, at least in single precision."""
-    return at_least_single(real(tensor)).flatten()
+def _flat(tensor: Tensor, like: Tensor) -> Tensor:
+    """Its numbers as a vector, at least in single precision, in the order in which those of `like` lie in memory."""
+    return at_least_single(real(in_memory_order(tensor, like))).flatten()
 
 
 def _inner(groups: list[dict[str, Tensor]], mean: dict[str, Tensor]) -> Tensor:
@@ -159,10 +159,10 @@ def _inner(groups: list[dict[str, Tensor]], mean: dict[str, Tensor]) -> Tensor:
     """
     products: list[list[Tensor]] = [[] for _ in groups]
     for name, direction in mean.items():
-        direction = _flat(direction).split(BLOCK)
+        flat = _flat(direction, direction).split(BLOCK)
         for own, group in zip(products, groups):
             if name in group:
-                own += [torch.dot(a, b) for a, b in zip(_flat(group[name]).split(BLOCK), direction)]
+                own += [torch.dot(a, b) for a, b in zip(_flat(group[name], direction).split(BLOCK), flat)]
     return torch.stack([torch.stack(own).sum(dtype=torch.float64) for own in products])
 
 
@@ -199,6 +199,6 @@ def _shared_out(numbers: dict[str, int]) -> Iterator[list[str]]:
 
 def _stretch(tensors: dict[str, Tensor], names: list[str], like: dict[str, Tensor]) -> Tensor:
     """These tensors' numbers one after the other, filled up with zeros to whole blocks."""
-    pieces = [_flat(tensors[n] if n in tensors else torch.zeros_like(like[n])) for n in names]
+    pieces = [_flat(tensors[n] if n in tensors else torch.zeros_like(like[n]), like[n]) for n in names]
     missing = -sum(map(len, pieces)) % BLOCK
     return torch.cat([*pieces, pieces[0].new_zeros(missing)])
