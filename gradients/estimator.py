@@ -3,7 +3,7 @@
 import contextlib
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,17 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What `Estimator.observe` is given."""
+
+    inputs: Batch
+    targets: Batch
+    loss_scale: float
+    whole: bool
+    again: Callable[[], Batch]
 
 
 class Estimator:
@@ -89,6 +100,9 @@ class Estimator:
                 wrong, memory is used in vain).
             again: makes the same inputs anew, so that they need not be kept until ḡ is known.
         """
+        return self._observing(MicroBatch(inputs, targets, loss_scale, whole, again or (lambda: inputs)))
+
+    def _observing(self, batch: MicroBatch) -> contextlib.AbstractContextManager:
         raise NotImplementedError
 
     def moments(self, grad_scale: float | Tensor = 1.0) -> Moments:

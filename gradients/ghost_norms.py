@@ -12,7 +12,7 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradients.alone import alone
-from gradients.estimator import dense, first_line, is_out_of_memory, listed, training_gradient
+from gradients.estimator import MicroBatch, dense, first_line, is_out_of_memory, listed, training_gradient
 from gradients.ghost import GhostMode
 from gradients.per_sample import (
     BySample,
@@ -52,21 +52,15 @@ class GhostNorms(OwnPass):
         self.forward_mode, self.why_not_forward = True, ""
 
     @contextlib.contextmanager
-    def observe(
-        self,
-        inputs: Batch,
-        targets: Batch,
-        loss_scale: float = 1.0,
-        whole: bool = True,
-        again: Callable[[], Batch] | None = None,
-    ) -> Iterator[None]:
+    def _observing(self, batch: MicroBatch) -> Iterator[None]:
+        inputs, targets = batch.inputs, batch.targets
         before = self._before()
         # Shards are gathered for a pass that all ranks make: what has been kept is all that the p_i can come from.
         sharded = self.sharded
-        keep = self.inner_products and not self.uncovered and (sharded or (whole and not self.observed))
+        keep = self.inner_products and not self.uncovered and (sharded or (batch.whole and not self.observed))
         self.kept = self.kept if sharded else []
         if self.inner_products:
-            self._keep(inputs, targets, before, again)
+            self.observed.append((batch.again, targets, *before))
         if self.in_training_pass:
             marks = {name: _mark(parameter.grad) for name, parameter in self.parameters().items()}
             refresh = self.parameters if sharded else None
@@ -74,12 +68,12 @@ class GhostNorms(OwnPass):
                 yield
             self._say_what_failed(mode)
             mode.uncovered |= {name for name in mode.unseen() if _mark(self.parameters()[name].grad) != marks[name]}
-            self._add(mode.norms_sq() / loss_scale**2)
+            self._add(mode.norms_sq() / batch.loss_scale**2)
             if self.by_parameter:
-                self._tell_apart(mode, loss_scale)
+                self._tell_apart(mode, batch.loss_scale)
             uncovered = self.uncovered | mode.uncovered
             if mode.is_complete and not uncovered:
-                self.kept.append((mode, loss_scale))
+                self.kept.append((mode, batch.loss_scale))
         else:
             uncovered = set(self.uncovered)
 
@@ -90,7 +84,7 @@ class GhostNorms(OwnPass):
                 uncovered.update(mode.uncovered)
                 return mode.norms_sq(), gradient
 
-            self._observe_in_chunks(norms_and_gradient, inputs, targets, before)
+            self._observe_in_chunks(norms_and_gradient, batch, before)
             yield
         if uncovered:
             self.kept = []

@@ -10,8 +10,17 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from gradients.contributions import at_least_single, real
-from gradients.estimator import BLOCK, Estimator, dense, in_memory_order, norm_sq, row_norms, training_gradient
-from gradients.samples import Batch, count
+from gradients.estimator import (
+    BLOCK,
+    Estimator,
+    MicroBatch,
+    dense,
+    in_memory_order,
+    norm_sq,
+    row_norms,
+    training_gradient,
+)
+from gradients.samples import count
 
 
 class MicroBatchGradients(Estimator):
@@ -43,14 +52,7 @@ class MicroBatchGradients(Estimator):
         self.loss_scale = 1.0
 
     @contextlib.contextmanager
-    def observe(
-        self,
-        inputs: Batch,
-        targets: Batch,
-        loss_scale: float = 1.0,
-        whole: bool = True,
-        again: Callable[[], Batch] | None = None,
-    ) -> Iterator[None]:
+    def _observing(self, batch: MicroBatch) -> Iterator[None]:
         group: dict[str, Tensor] = {}
 
         def hook_for(name: str):
@@ -64,8 +66,8 @@ class MicroBatchGradients(Estimator):
 
         with self._hooked(hook_for):
             yield
-        self.loss_scale = loss_scale
-        self.groups.append((count(inputs), group))
+        self.loss_scale = batch.loss_scale
+        self.groups.append((count(batch.inputs), group))
         if len(self.groups) > 2 * self.num_groups:
             if self.inner_products:
                 self.groups = [_merged(self.groups[i : i + 2]) for i in range(0, len(self.groups), 2)]

@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, vmap
 
 from gradients.alone import alone, drawing_from, random_states
 from gradients.contributions import per_sample_norms_sq, real
-from gradients.estimator import Estimator, dense, is_out_of_memory
+from gradients.estimator import Estimator, MicroBatch, dense, is_out_of_memory
 from gradients.samples import Batch, chunks, count, per_sample, taken_apart
 
 Result = TypeVar("Result")
@@ -55,13 +55,13 @@ class OwnPass(Estimator):
     def _chunks(self, inputs: Batch, targets: Batch) -> Iterator[tuple[Batch, Batch]]:
         return chunks(self.max_micro_batch_size, inputs, targets)
 
-    def _observe_in_chunks(self, measure: Callable, inputs: Batch, targets: Batch, before: tuple) -> None:
+    def _observe_in_chunks(self, measure: Callable, batch: MicroBatch, before: tuple) -> None:
         """Add a micro-batch by `measure`: a chunk → ‖g_i‖² (n,), Σ g_i by parameter."""
 
         def measure_all() -> tuple[Tensor, dict[str, Tensor]]:
             norms_sq, total = [], {}
             with drawing_from(before[0], self.device):
-                for chunk in self._chunks(inputs, targets):
+                for chunk in self._chunks(batch.inputs, batch.targets):
                     of_chunk, gradients = measure(chunk)
                     norms_sq.append(of_chunk)
                     total = added(total, gradients)
@@ -91,9 +91,6 @@ class OwnPass(Estimator):
     def _can_halve(self) -> bool:
         return self.max_micro_batch_size > 1
 
-    def _keep(self, inputs: Batch, targets: Batch, before: tuple, again: Callable[[], Batch] | None) -> None:
-        self.observed.append((again or (lambda: inputs), targets, *before))
-
     def _again(self) -> Iterator[tuple[Batch, Batch, dict[str, Tensor]]]:
         """The observed micro-batches a second time, in chunks, drawing what was drawn the first time."""
         for inputs, targets, states, buffers in self.observed:
@@ -115,23 +112,16 @@ class BySample(OwnPass):
         raise NotImplementedError
 
     @contextlib.contextmanager
-    def observe(
-        self,
-        inputs: Batch,
-        targets: Batch,
-        loss_scale: float = 1.0,
-        whole: bool = True,
-        again: Callable[[], Batch] | None = None,
-    ) -> Iterator[None]:
+    def _observing(self, batch: MicroBatch) -> Iterator[None]:
         before = self._before()
 
         def norms_and_gradient(chunk: tuple[Batch, Batch]) -> tuple[Tensor, dict[str, Tensor]]:
             gradients = self.per_sample_gradients(*chunk, before[1])
             return norms_sq(gradients), {name: gradient.sum(0) for name, gradient in gradients.items()}
 
-        self._observe_in_chunks(norms_and_gradient, inputs, targets, before)
+        self._observe_in_chunks(norms_and_gradient, batch, before)
         if self.inner_products:
-            self._keep(inputs, targets, before, again)
+            self.observed.append((batch.again, batch.targets, *before))
         yield
 
     def inner_products_with(self, mean: dict[str, Tensor], grad_scale: float | Tensor) -> Tensor:
