@@ -21,8 +21,6 @@ REPETITIONS = 5
 """At most so many timed passes of a size."""
 ENOUGH = 0.2
 """Seconds of them after which no more are needed."""
-
-
 LARGEST_OF_EVALUATION = 1024
 """Where nothing is measured [samples]."""
 
@@ -33,47 +31,59 @@ def rehearse(trainer) -> tuple[int, int, list[str]]:
     Raises:
         RunError: a micro-batch of the size in the options does not fit into the device's memory.
     """
-    c, fabric = trainer.config, trainer.fabric
+    fabric = trainer.fabric
     if fabric.world_size > 1:
         # DDP puts its buckets into the order in which gradients come after the first pass: without it the first step of
         # a run, and of its continuation, would sum in another order than the steps after it.
         seconds_of_pass(trainer, trainer.min_micro_batch_size, in_step=False)
-    largest, of_rank = (-(-samples // fabric.world_size) for samples in (c.max_batch_size, trainer.validation_samples))
-    size, evaluation_size, told = c.max_micro_batch_size, c.eval_micro_batch_size, []
-    if size == "auto":
-        largest = min(largest, trainer.largest_micro_batch or largest)
-        least = min(largest, max(8, trainer.min_micro_batch_size))
-        size, rates = batches.quickest(lambda size: samples_per_second(trainer, size), least, largest)
-        if not size:
-            raise RunError(f"out of memory on the device with {least} samples: take a smaller --model")
-        for n, rate in rates.items():
-            if rate:
-                trainer.controller.step_time.probe(n * fabric.world_size, n / rate)
-        told = [_told("max_micro_batch_size", size, rates)]
-        if evaluation_size == "auto":
-            largest = max(1, min(of_rank, trainer.largest_micro_batch or of_rank))
-            evaluation_size, rates = batches.quickest(
-                lambda size: samples_per_second(trainer, size, seconds_of_evaluation), min(size, largest), largest
-            )
-            evaluation_size = evaluation_size or size
-            told.append(_told("eval_micro_batch_size", evaluation_size, rates))
-    elif fabric.device.type != "cpu" and math.isinf(seconds_of_pass(trainer, min(size, largest))):
-        # (On a CPU what is too large is slow, and no error.)
-        raise RunError(
-            f"out of memory on the device with {min(size, largest)} samples, to which the batch can grow: lower "
-            "--max_micro_batch_size, or leave it out: auto takes what fits"
-        )
-    if evaluation_size == "auto":
-        evaluation_size = min(size, LARGEST_OF_EVALUATION)
-    elif fabric.device.type != "cpu" and math.isinf(seconds_of_evaluation(trainer, min(evaluation_size, of_rank))):
-        raise RunError(
-            f"out of memory on the device in an evaluation of {min(evaluation_size, of_rank)} samples: lower "
-            "--eval_micro_batch_size"
-        )
+    size, told = _size_of_training(trainer)
+    evaluation_size, told_of_evaluation = _size_of_evaluation(trainer, size)
     if fabric.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    return size, evaluation_size, told
+    return size, evaluation_size, told + told_of_evaluation
+
+
+def _size_of_training(trainer) -> tuple[int, list[str]]:
+    c, fabric = trainer.config, trainer.fabric
+    largest = -(-c.max_batch_size // fabric.world_size)
+    size = c.max_micro_batch_size
+    if size != "auto":
+        # (On a CPU what is too large is slow, and no error.)
+        if fabric.device.type != "cpu" and math.isinf(seconds_of_pass(trainer, min(size, largest))):
+            raise RunError(
+                f"out of memory on the device with {min(size, largest)} samples, to which the batch can grow: lower "
+                "--max_micro_batch_size, or leave it out: auto takes what fits"
+            )
+        return size, []
+    largest = min(largest, trainer.largest_micro_batch or largest)
+    least = min(largest, max(8, trainer.min_micro_batch_size))
+    size, rates = batches.quickest(lambda n: samples_per_second(trainer, n, seconds_of_pass), least, largest)
+    if not size:
+        raise RunError(f"out of memory on the device with {least} samples: take a smaller --model")
+    for n, rate in rates.items():
+        if rate:
+            trainer.controller.step_time.probe(n * fabric.world_size, n / rate)
+    return size, [_told("max_micro_batch_size", size, rates)]
+
+
+def _size_of_evaluation(trainer, size_of_training: int) -> tuple[int, list[str]]:
+    c, fabric = trainer.config, trainer.fabric
+    share = -(-trainer.validation_samples // fabric.world_size)
+    size = c.eval_micro_batch_size
+    if size != "auto":
+        if fabric.device.type != "cpu" and math.isinf(seconds_of_evaluation(trainer, min(size, share))):
+            raise RunError(
+                f"out of memory on the device in an evaluation of {min(size, share)} samples: lower "
+                "--eval_micro_batch_size"
+            )
+        return size, []
+    if c.max_micro_batch_size != "auto":
+        return min(size_of_training, LARGEST_OF_EVALUATION), []
+    largest = min(share, trainer.largest_micro_batch or share)
+    least = min(size_of_training, largest)
+    size, rates = batches.quickest(lambda n: samples_per_second(trainer, n, seconds_of_evaluation), least, largest)
+    return size or least, [_told("eval_micro_batch_size", size or least, rates)]
 
 
 def _told(option: str, size: int, rates: dict[int, float]) -> str:
@@ -81,13 +91,12 @@ def _told(option: str, size: int, rates: dict[int, float]) -> str:
     return f"{option}=auto takes {size} (samples/s by size: {measured})"
 
 
-def samples_per_second(trainer, size: int, seconds_of: Callable[..., float] | None = None) -> float:
+def samples_per_second(trainer, size: int, seconds_of: Callable[..., float]) -> float:
     """Of a device, with micro-batches of so many samples; 0 where they do not fit into the memory of every rank's.
 
     Args:
-        seconds_of: (trainer, size) → seconds of a pass, which are measured; default: `seconds_of_pass`.
+        seconds_of: (trainer, size) → seconds of a pass, which are measured.
     """
-    seconds_of = seconds_of or seconds_of_pass
     seconds = [seconds_of(trainer, size)]  # the first one makes plans and fills caches
     while not math.isinf(seconds[-1]) and len(seconds) <= REPETITIONS and sum(seconds[1:]) < ENOUGH:
         seconds.append(seconds_of(trainer, size))
