@@ -84,6 +84,16 @@ def test_as_ddp(tmp_path, words, model, test_type):
         torch.testing.assert_close(other[name], one[name], rtol=1e-7, atol=1e-10)
 
 
+def test_the_measured_size_leaves_no_trace(tmp_path, words):
+    """Gradients of passes before the first step do not come into it."""
+    options = [*options_of("gpt", words), *STEPS, "--max_iters=3", "--strategy=fsdp", *TESTS["norm"]]
+    fixed, auto = (
+        train(tmp_path, *options, f"--max_micro_batch_size={size}", processes=2, name=size) for size in ("16", "auto")
+    )
+    for name in ("train_loss", "variance", "grad_norm_sq"):
+        assert column(auto, name) == pytest.approx(column(fixed, name), rel=1e-9), name
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, words):
     """The run of one process that is never interrupted."""

@@ -90,3 +90,18 @@ def hparams_view(folder):
         options = {name: getattr(value, value.WhichOneof("kind")) for name, value in group.hparams.items()}
         view[group.sessions[0].name] = (options, {entry.name.tag: entry.value for entry in group.metric_values})
     return view
+
+
+@pytest.mark.parametrize(
+    "noise_scale, knee, best, words",
+    [
+        (None, None, None, ""),
+        (0.47, 0.36, 1, "about 1: noise scale 0.47, knee 0.36; above that batches do not save time here"),
+        (1834.2, 179.0, 573, "about 573: noise scale 1,834, knee 179; above that batches do not save time here"),
+        (0.0, 37.0, 1, "1 or more: noise scale 0, samples cost next to nothing"),
+        (12.0, 5000.0, 245, "120 or more: noise scale 12, samples cost next to nothing"),
+    ],
+)
+def test_quickest_batch_in_words(noise_scale, knee, best, words):
+    summary = {"noise_scale": noise_scale, "knee": knee, "quickest_batch_size": best}
+    assert runlog.quickest_text(summary) == words

@@ -468,6 +468,11 @@ def quickest_text(summary: dict[str, Any]) -> str:
     noise_scale, knee, best = (summary[name] for name in ("noise_scale", "knee", "quickest_batch_size"))
     if best is None:
         return ""
+    noise, least = _in_samples(noise_scale), max(1, round(10 * noise_scale))
     if knee > 100 * noise_scale:
-        return f"{10 * noise_scale:,.0f} or more: noise scale {noise_scale:,.0f}, samples cost next to nothing"
-    return f"about {best:,}: noise scale {noise_scale:,.0f}, knee {knee:,.0f}; above that batches do not save time here"
+        return f"{least:,} or more: noise scale {noise}, samples cost next to nothing"
+    return f"about {best:,}: noise scale {noise}, knee {_in_samples(knee)}; above that batches do not save time here"
+
+
+def _in_samples(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 or not number else f"{number:.2g}"
