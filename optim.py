@@ -121,6 +121,21 @@ def build(parameters: Iterable[Tensor], config: Config) -> torch.optim.Optimizer
         ) from None
 
 
+def bytes_of_state_to_come(optimizer: torch.optim.Optimizer, config: Config) -> int:
+    """What the optimizer will keep beside each parameter from its first step on [bytes].
+
+    As many times a parameter's size as a step of such an optimizer keeps for a small one.
+    """
+    trial = torch.nn.Parameter(torch.zeros(2, 3))
+    trial.grad = torch.ones_like(trial)
+    small = build([trial], config)
+    small.step()
+    kept = [value for value in small.state[trial].values() if torch.is_tensor(value) and value.shape == trial.shape]
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if not optimizer.state.get(p)]
+    own = (parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in parameters)
+    return len(kept) * sum(part.numel() * part.element_size() for part in own)
+
+
 def is_adaptive(optimizer: torch.optim.Optimizer) -> bool:
     """It divides by the gradient's size, as Adam and AdaGrad do: all but SGD and its average."""
     return not isinstance(optimizer, (torch.optim.SGD, torch.optim.ASGD))

@@ -1,6 +1,6 @@
 """Before the first step: passes that leave no trace choose the size of micro-batches and find what does not fit.
 
-`trainer` is main.py's, set up but for its log.
+`parts` are those of the run (assembly.py), put together and not used yet.
 """
 
 import contextlib
@@ -12,10 +12,14 @@ from torch.utils._pytree import tree_map
 
 import batches
 import gradients
-from launch import processes, sharding
+import optim
+from assembly import Parts
+from control.timing import StepTime
+from launch import sharding
+from launch.agreement import gathered
 from launch.options import RunError
 from runs import checkpoint
-from runs.metrics import Mark, Totals, sum_over_samples
+from runs.metrics import Mark, Validation, sum_over_samples
 
 REPETITIONS = 5
 """At most so many timed passes of a size."""
@@ -25,54 +29,57 @@ LARGEST_OF_EVALUATION = 1024
 """Where nothing is measured [samples]."""
 
 
-def rehearse(trainer) -> tuple[int, int, list[str]]:
+def rehearse(parts: Parts, step_time: StepTime) -> tuple[int, int, list[str]]:
     """The most samples of a micro-batch in training, in evaluation, and what the user should be told. On all ranks.
+
+    Args:
+        step_time: learns what was measured.
 
     Raises:
         RunError: a micro-batch of the size in the options does not fit into the device's memory.
     """
-    fabric = trainer.fabric
+    fabric = parts.fabric
     if fabric.world_size > 1:
         # DDP puts its buckets into the order in which gradients come after the first pass: without it the first step of
         # a run, and of its continuation, would sum in another order than the steps after it.
-        seconds_of_pass(trainer, trainer.min_micro_batch_size, in_step=False)
-    size, told = _size_of_training(trainer)
-    evaluation_size, told_of_evaluation = _size_of_evaluation(trainer, size)
+        seconds_of_pass(parts, parts.min_micro_batch_size, in_step=False)
+    size, told = _size_of_training(parts, step_time)
+    evaluation_size, told_of_evaluation = _size_of_evaluation(parts, size)
     if fabric.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     return size, evaluation_size, told + told_of_evaluation
 
 
-def _size_of_training(trainer) -> tuple[int, list[str]]:
-    c, fabric = trainer.config, trainer.fabric
+def _size_of_training(parts: Parts, step_time: StepTime) -> tuple[int, list[str]]:
+    c, fabric = parts.config, parts.fabric
     largest = -(-c.max_batch_size // fabric.world_size)
     size = c.max_micro_batch_size
     if size != "auto":
         # (On a CPU what is too large is slow, and no error.)
-        if fabric.device.type != "cpu" and math.isinf(seconds_of_pass(trainer, min(size, largest))):
+        if fabric.device.type != "cpu" and math.isinf(seconds_of_pass(parts, min(size, largest))):
             raise RunError(
                 f"out of memory on the device with {min(size, largest)} samples, to which the batch can grow: lower "
                 "--max_micro_batch_size, or leave it out: auto takes what fits"
             )
         return size, []
-    largest = min(largest, trainer.largest_micro_batch or largest)
-    least = min(largest, max(8, trainer.min_micro_batch_size))
-    size, rates = batches.quickest(lambda n: samples_per_second(trainer, n, seconds_of_pass), least, largest)
+    largest = min(largest, parts.largest_micro_batch or largest)
+    least = min(largest, max(8, parts.min_micro_batch_size))
+    size, rates = batches.quickest(lambda n: samples_per_second(parts, n, seconds_of_pass), least, largest)
     if not size:
         raise RunError(f"out of memory on the device with {least} samples: take a smaller --model")
     for n, rate in rates.items():
         if rate:
-            trainer.controller.step_time.probe(n * fabric.world_size, n / rate)
+            step_time.probe(n * fabric.world_size, n / rate)
     return size, [_told("max_micro_batch_size", size, rates)]
 
 
-def _size_of_evaluation(trainer, size_of_training: int) -> tuple[int, list[str]]:
-    c, fabric = trainer.config, trainer.fabric
-    share = -(-trainer.validation_samples // fabric.world_size)
+def _size_of_evaluation(parts: Parts, size_of_training: int) -> tuple[int, list[str]]:
+    c, fabric = parts.config, parts.fabric
+    share = -(-parts.validation_samples // fabric.world_size)
     size = c.eval_micro_batch_size
     if size != "auto":
-        if fabric.device.type != "cpu" and math.isinf(seconds_of_evaluation(trainer, min(size, share))):
+        if fabric.device.type != "cpu" and math.isinf(seconds_of_evaluation(parts, min(size, share))):
             raise RunError(
                 f"out of memory on the device in an evaluation of {min(size, share)} samples: lower "
                 "--eval_micro_batch_size"
@@ -80,9 +87,9 @@ def _size_of_evaluation(trainer, size_of_training: int) -> tuple[int, list[str]]
         return size, []
     if c.max_micro_batch_size != "auto":
         return min(size_of_training, LARGEST_OF_EVALUATION), []
-    largest = min(share, trainer.largest_micro_batch or share)
+    largest = min(share, parts.largest_micro_batch or share)
     least = min(size_of_training, largest)
-    size, rates = batches.quickest(lambda n: samples_per_second(trainer, n, seconds_of_evaluation), least, largest)
+    size, rates = batches.quickest(lambda n: samples_per_second(parts, n, seconds_of_evaluation), least, largest)
     return size or least, [_told("eval_micro_batch_size", size or least, rates)]
 
 
@@ -91,19 +98,19 @@ def _told(option: str, size: int, rates: dict[int, float]) -> str:
     return f"{option}=auto takes {size} (samples/s by size: {measured})"
 
 
-def samples_per_second(trainer, size: int, seconds_of: Callable[..., float]) -> float:
+def samples_per_second(parts: Parts, size: int, seconds_of: Callable[..., float]) -> float:
     """Of a device, with micro-batches of so many samples; 0 where they do not fit into the memory of every rank's.
 
     Args:
-        seconds_of: (trainer, size) → seconds of a pass, which are measured.
+        seconds_of: (parts, size) → seconds of a pass, which are measured.
     """
-    seconds = [seconds_of(trainer, size)]  # the first one makes plans and fills caches
+    seconds = [seconds_of(parts, size)]  # the first one makes plans and fills caches
     while not math.isinf(seconds[-1]) and len(seconds) <= REPETITIONS and sum(seconds[1:]) < ENOUGH:
-        seconds.append(seconds_of(trainer, size))
+        seconds.append(seconds_of(parts, size))
     return size / min(seconds[1:], default=math.inf)
 
 
-def seconds_of_pass(trainer, size: int, in_step: bool = True) -> float:
+def seconds_of_pass(parts: Parts, size: int, in_step: bool = True) -> float:
     """The slowest rank's time for forward and backward pass, and for the test's work where the run is to test.
 
     Infinite where one of them runs out of memory.
@@ -112,76 +119,82 @@ def seconds_of_pass(trainer, size: int, in_step: bool = True) -> float:
         size: samples of the pass.
         in_step: as a micro-batch within a step; else as its last one, with the exchange of gradients, untested.
     """
-    fabric, testing = trainer.fabric, in_step and bool(trainer.estimator)
+    fabric, testing = parts.fabric, in_step and bool(parts.estimator)
     # What FSDP2 adds up between exchanges is beyond the optimizer's reach: it would come into the first step.
-    exchanged = not in_step or trainer.sharded
-    inputs, targets = _samples(trainer, size)
+    exchanged = not in_step or parts.sharded
+    inputs, targets = _samples(parts, size)
 
     def forward_and_backward() -> None:
-        observing = trainer.estimator.observe(inputs, targets, 1 / size) if testing else contextlib.nullcontext()
-        with fabric.no_backward_sync(trainer.model, enabled=not exchanged), observing:
-            losses = trainer.loss(trainer.model(inputs), targets)
+        observing = parts.estimator.observe(inputs, targets, 1 / size) if testing else contextlib.nullcontext()
+        with fabric.no_backward_sync(parts.model, enabled=not exchanged), observing:
+            losses = parts.loss(parts.model(inputs), targets)
             fabric.backward(sum_over_samples(losses, size) / size)
 
-    with undone(trainer):
-        seconds = _slowest(trainer, forward_and_backward)
+    with undone(parts):
+        seconds = _slowest(parts, forward_and_backward)
         if testing and not math.isinf(seconds):
-            seconds += _slowest(trainer, trainer.test_moments)
+            seconds += _slowest(parts, parts.moments)
     return seconds
 
 
-def seconds_of_evaluation(trainer, size: int) -> float:
+def seconds_of_evaluation(parts: Parts, size: int) -> float:
     """The slowest rank's time for a micro-batch of the evaluation; infinite where one runs out of memory."""
-    inputs, targets = _samples(trainer, size)
-    with undone(trainer), torch.no_grad(), sharding.forward_only(trainer.module):
-        trainer.model.eval()
+    inputs, targets = _samples(parts, size)
+    validation = Validation(parts.loss, parts.metrics, parts.fabric.device)
+    with undone(parts), torch.no_grad(), sharding.forward_only(parts.module):
+        parts.model.eval()
         try:
-            return _slowest(trainer, lambda: trainer.validation.update(trainer.model(inputs), targets))
+            return _slowest(parts, lambda: validation.update(parts.model(inputs), targets))
         finally:
-            trainer.validation.forget()
+            validation.forget()
 
 
-def _samples(trainer, size: int) -> batches.stream.Batch:
+def _samples(parts: Parts, size: int) -> batches.stream.Batch:
     """As many as are asked for, of a few that are read."""
-    few = trainer.stream.read(range(min(size, 32, trainer.samples_per_epoch)))
+    few = parts.stream.read(range(min(size, 32, parts.samples_per_epoch)))
     return tree_map(lambda part: part[torch.arange(size, device=part.device) % len(part)], few)
 
 
-def _slowest(trainer, work: Callable[[], object]) -> float:
+def _slowest(parts: Parts, work: Callable[[], object]) -> float:
     """Seconds of the slowest rank, infinite where one has run out of memory: the same on all ranks."""
-    start, seconds = Mark(trainer.fabric.device), math.inf
+    start, seconds = Mark(parts.fabric.device), math.inf
     try:
         work()
-        end = Mark(trainer.fabric.device)
+        end = Mark(parts.fabric.device)
         end.wait()
         seconds = end.seconds_since(start)
     except (RuntimeError, MemoryError) as error:
         if not gradients.is_out_of_memory(error):
             raise
     except RunError:  # out of memory in the test; where ranks exchange there, the others cannot be called back
-        if trainer.fabric.world_size > 1:
+        if parts.fabric.world_size > 1:
             raise
-    return max(processes.gathered(trainer.fabric, seconds))
+    return max(gathered(parts.fabric, seconds))
 
 
 @contextlib.contextmanager
-def undone(trainer) -> Iterator[None]:
-    """What is inside leaves no trace: buffers, random states, gradients and what is summed up are as before."""
-    device = trainer.fabric.device
-    buffers = [buffer.clone() for buffer in trainer.module.buffers()]
+def undone(parts: Parts) -> Iterator[None]:
+    """What is inside leaves no trace: buffers, random states and gradients are as before.
+
+    On a GPU it has no more memory than a step will have: the optimizer's state is made by the first step only.
+    """
+    device = parts.fabric.device
+    to_come = 0 if device.type == "cpu" else optim.bytes_of_state_to_come(parts.optimizer.optimizer, parts.config)
+    state = torch.empty(to_come, dtype=torch.uint8, device=device)
+    buffers = [buffer.clone() for buffer in parts.module.buffers()]
     random_states = checkpoint.random_states(device)
-    trainer.model.train()
+    parts.model.train()
     try:
         yield
     finally:
-        trainer.optimizer.zero_grad(set_to_none=True)
+        del state
+        parts.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            for buffer, before in zip(trainer.module.buffers(), buffers):
+            for buffer, before in zip(parts.module.buffers(), buffers):
                 buffer.copy_(before)
         checkpoint.set_random_states(random_states, device)
-        trainer.model.train()
-        trainer.totals = Totals(device, trainer.totals.metrics)
-        if trainer.estimator:
-            trainer.estimator.forget()
+        parts.model.train()
+        if parts.estimator:
+            parts.estimator.forget()
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -54,7 +54,7 @@ def measured_run(options: list[str]) -> int:
             forget_peak()
         row = step(trainer)
         if trainer.progress.steps == 4:
-            parameters = sum(p.numel() for p in trainer.module.parameters())
+            parameters = sum(p.numel() for p in trainer.parts.module.parameters())
             print(CHILD, parameters, resident("VmRSS") - before, resident("VmHWM") - before, flush=True)
         return row
 

@@ -131,7 +131,7 @@ def _batches(trainer):
     """The batches that the plain steps see."""
     while True:
         plan = trainer.plan(testing=False)
-        yield from trainer.stream.take(plan.micro_batches(0))
+        yield from trainer.parts.stream.take(plan.micro_batches(0))
 
 
 def opacus_step(trainer) -> Callable[[], object]:
@@ -139,9 +139,9 @@ def opacus_step(trainer) -> Callable[[], object]:
     from opacus.grad_sample import GradSampleModuleFastGradientClipping
 
     module = GradSampleModuleFastGradientClipping(
-        without_in_place(trainer.module), max_grad_norm=1.0, use_ghost_clipping=True, strict=True
+        without_in_place(trainer.parts.module), max_grad_norm=1.0, use_ghost_clipping=True, strict=True
     )
-    optimizer, batches = type(trainer.optimizer.optimizer)(module.parameters()), _batches(trainer)
+    optimizer, batches = type(trainer.parts.optimizer.optimizer)(module.parameters()), _batches(trainer)
 
     def step() -> None:
         inputs, targets = next(batches)
@@ -159,8 +159,8 @@ def backpack_step(trainer) -> Callable[[], object]:
     from backpack import backpack, extend
     from backpack.extensions import BatchL2Grad
 
-    model, loss = extend(without_in_place(trainer.module), use_converter=True), extend(nn.CrossEntropyLoss())
-    optimizer, batches = type(trainer.optimizer.optimizer)(model.parameters()), _batches(trainer)
+    model, loss = extend(without_in_place(trainer.parts.module), use_converter=True), extend(nn.CrossEntropyLoss())
+    optimizer, batches = type(trainer.parts.optimizer.optimizer)(model.parameters()), _batches(trainer)
 
     def step() -> None:
         inputs, targets = next(batches)

@@ -18,8 +18,8 @@ import yaml
 
 import main
 from checks.conftest import FIXED_CUT, ROOT
+from launch import environments
 from launch import options as config
-from launch import processes
 from launch.options import UsageError
 from runs import checkpoint
 
@@ -186,7 +186,7 @@ def test_what_a_full_disk_leaves(copy, tmp_path):
 def test_the_command_that_goes_on_when_the_launcher_has_died(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # but the parent is no launcher of this process
     monkeypatch.setattr(sys, "orig_argv", ["python", "main.py", "--seed=3"])
-    command = processes.resume_command(Path("out"), "run")
+    command = environments.resume_command(Path("out"), "run")
     assert command == "python main.py --seed=3 --out_dir=out --run_name=run --resume=auto"
 
 

@@ -37,9 +37,9 @@ def trainer(out_dir: Path, **options) -> main.Trainer:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_steps(tmp_path, optimizer):
     run = trainer(tmp_path, optimizer=optimizer)
-    before = next(run.module.parameters()).clone()
+    before = next(run.parts.module.parameters()).clone()
     run.step()
-    assert not torch.equal(before, next(run.module.parameters()))
+    assert not torch.equal(before, next(run.parts.module.parameters()))
 
 
 def test_memory_grows_without_gaps(tmp_path):
@@ -53,7 +53,7 @@ def test_half_precision_with_clipping(tmp_path, precision):
     for _ in range(30):
         run.log_step(run.step(), {})
     run.write_row()
-    assert not run.diverged and all(parameter.isfinite().all() for parameter in run.module.parameters())
+    assert not run.diverged and all(parameter.isfinite().all() for parameter in run.parts.module.parameters())
 
 
 def test_ghost_equals_vmap_in_double_precision():

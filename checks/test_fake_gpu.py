@@ -132,7 +132,7 @@ def test_kernels_of_a_step(tmp_path, dataset, model, test_gradients, test_type, 
         counts = []
         for testing in (False, True):
             watch.forget()
-            with mock.patch.object(run.optimizer, "step"):  # on CUDA a few kernels for all parameters, here for each
+            with mock.patch.object(run.parts.optimizer, "step"):  # on CUDA a few kernels for all parameters, here for each
                 run.train_step(run.plan(testing), testing)
             counts.append(watch.kernels.total())
         assert counts[1] <= most * counts[0], (counts, watch.kernels.most_common(20))
@@ -164,13 +164,13 @@ def test_images_lie_in_memory_as_the_weights_do(tmp_path, model, memory_format):
         with fake_gpu() as (fabric, _):
             options = {"model": model, "dataset": f"checks.test_fake_gpu:{dataset}", "run_name": dataset}
             run = trainer(fabric, tmp_path, test=False, **options)
-            weights = [p for p in run.module.parameters() if p.dim() == 4]
-            images = [run.stream.read(range(8))[0], next(run.stream.validation(0, 1, 8))[0]]
+            weights = [p for p in run.parts.module.parameters() if p.dim() == 4]
+            images = [run.parts.stream.read(range(8))[0], next(run.parts.stream.validation(0, 1, 8))[0]]
             assert weights and all(t.is_contiguous(memory_format=expected) for t in (*weights, *images))
             run.step()
             assert all(
                 state["exp_avg"].is_contiguous(memory_format=expected)
-                for parameter, state in run.optimizer.optimizer.state.items()
+                for parameter, state in run.parts.optimizer.optimizer.state.items()
                 if parameter.dim() == 4
             )
 

@@ -174,10 +174,10 @@ def test_half_precision_with_clipping(tmp_path):
     fabric = Fabric(accelerator="cpu", devices=1, plugins=MixedPrecision("16-mixed", "cpu", scaler))
     config = Config(model="logistic", optimizer="sgd", grad_clip=1.0, test=False, out_dir=tmp_path, run_name="run")
     trainer = main.Trainer(fabric, config, Interrupts())
-    weights = [next(trainer.module.parameters()).clone()]
+    weights = [next(trainer.parts.module.parameters()).clone()]
     for _ in range(2):
         trainer.step()
-        weights.append(next(trainer.module.parameters()).clone())
+        weights.append(next(trainer.parts.module.parameters()).clone())
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
 
 

@@ -325,15 +325,15 @@ def test_out_of_memory(tmp_path, where):
 
 BUSY_HEARTBEAT = """
 import sys
-from launch import heartbeat, processes
+from launch import ending, heartbeat
 address = heartbeat.open_store()
-beats = heartbeat.Heartbeat(0, ["here"] * 200, address, processes._leaving, lambda: None)
+beats = heartbeat.Heartbeat(0, ["here"] * 200, address, ending._leaving, lambda: None)
 beats.store = heartbeat._connected(address)
 heartbeat.INTERVAL, interval = 0.0, heartbeat.INTERVAL  # it is inside the store all the time
 beats.start()
-processes._beating.append(beats)
+ending._beating.append(beats)
 heartbeat.INTERVAL = interval if "leaving" in sys.argv else 0.0
-sys.exit(processes.leave(3) if "leaving" in sys.argv else 3)
+sys.exit(ending.leave(3) if "leaving" in sys.argv else 3)
 """
 
 

@@ -1,4 +1,4 @@
-"""Who has started this process: torchrun (also inside `fabric run`), srun, the program itself, or nobody of these.
+"""Who has started this process, and how: torchrun (also in `fabric run`), srun, the program itself, or nobody of these.
 
 Containers and shells carry variables of launchers that are gone or were never asked. Taken at their word, a process
 waits for others that nobody starts.
@@ -6,7 +6,10 @@ waits for others that nobody starts.
 
 import functools
 import os
-from collections.abc import Mapping
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 BY_TORCHRUN = {"TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR"}
 BY_SRUN = {"SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_JOB_ID"}
@@ -89,3 +92,32 @@ def forget_left_overs(num_nodes: int) -> None:
         names |= {"NODE_RANK", "MASTER_ADDR", "MASTER_PORT"}
     for name in names:
         os.environ.pop(name, None)
+
+
+def by_torchrun() -> bool:
+    """`fabric run` is torchrun inside."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def resume_command(out_dir: Path, run_name: str) -> str:
+    """The command that started this run, made to go on with it."""
+    command, kept = _started_by(), []
+    for word in command:
+        option, _, value = word.partition("=")
+        if kept and kept[-1] is None:  # the value of an option that is left out
+            kept[-1] = ""
+        elif option.lstrip("-").replace("-", "_") in ("out_dir", "run_name", "resume") and word.startswith("--"):
+            kept.append("" if value else None)
+        else:
+            kept.append(word)
+    options = [f"--out_dir={out_dir}", f"--run_name={run_name}", "--resume=auto"]
+    return shlex.join([*filter(None, kept), *options])
+
+
+def _started_by() -> Sequence[str]:
+    """The command line of the launcher, or of this process where there is none."""
+    if by_torchrun():
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().rstrip("\0").split("\0")
+        if sys.orig_argv[-1] in words:  # else it has died, and this is the process that inherits orphans
+            return words
+    return ["srun", *sys.orig_argv] if launcher() == "srun" else sys.orig_argv

@@ -25,8 +25,9 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.strategies import ModelParallelStrategy
 
+from launch.agreement import from_first, gathered, together
+from launch.ending import errors_go_to
 from launch.options import Config, RunError, UsageError
-from launch.processes import errors_go_to, from_first, gathered, together
 from runs.metrics import Totals
 
 # What may differ between a run and its continuation: where things are, how often something is written, and how a batch

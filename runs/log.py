@@ -26,8 +26,9 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard.summary import scalar
 from tqdm import tqdm
 
+from launch.ending import errors_go_to
+from launch.environments import resume_command
 from launch.options import Config, UsageError
-from launch.processes import errors_go_to, resume_command
 from runs import figures, reading
 from runs.checkpoint import plain_options, remove_left_overs, replacing, unwritable
 
