@@ -289,7 +289,7 @@ def test_goodput_finds_the_quickest_batch(knee_over_noise_scale):
     for seed in range(3):
         controller = control.Controller(
             b0,
-            rule=control.Goodput(),
+            rule=control.Goodput(critical=1.0),  # the curvature is the same everywhere
             growth=control.Growth(max_growth=2.0),
             unbiased=True,
             smoothing=20 * noise_scale,
@@ -302,18 +302,18 @@ def test_goodput_finds_the_quickest_batch(knee_over_noise_scale):
 
 
 def test_goodput_moves_only_for_a_gain_and_shrinks_only_where_it_may():
-    step_time, noise_scale = (1.0, 0.01), 100.0  # b* = 100
-    assert quickest_batch(noise_scale, step_time) == 100
+    step_time, noise_scale = (1.0, 0.01), 50.0  # C = 100, b* = 100
+    assert quickest_batch(2 * noise_scale, step_time) == 100
     found = Found(None, noise_scale, step_time)
     assert control.Goodput()(50, 0, found) == 100
-    assert progress_rate(100, noise_scale, step_time) / progress_rate(75, noise_scale, step_time) < 1.05
+    assert progress_rate(100, 100.0, step_time) / progress_rate(75, 100.0, step_time) < 1.05
     assert control.Goodput()(75, 0, found) == 75
     assert control.Goodput()(400, 0, found) == 400
     assert control.Goodput(may_shrink=True)(400, 0, found) == 100
     assert control.Goodput()(16, 0, Found(None, None, step_time)) == 16  # the noise hides the gradient
     assert control.Goodput()(16, 0, Found(None, noise_scale, None)) == 32  # another size, to know the times
-    assert control.Goodput()(16, 0, Found(None, 10.0, (1e9, 1.0))) == 100  # ten noise scales
-    assert control.Goodput(knee=400)(16, 0, found) == control.Goodput(knee=400)(16, 0, Found(None, 100.0)) == 200
+    assert control.Goodput()(16, 0, Found(None, 5.0, (1e9, 1.0))) == 100  # ten critical batch sizes
+    assert control.Goodput(knee=400)(16, 0, found) == control.Goodput(knee=400)(16, 0, Found(None, 50.0)) == 200
 
 
 def test_a_knee_that_is_told_stands_above_the_times():
@@ -324,7 +324,7 @@ def test_a_knee_that_is_told_stands_above_the_times():
     assert controller.step().batch_size == 16 and controller.noise_scale is None
     controller.observe(Moments(16, 16, 100.0, 15 * 1000.0 + 1600))
     assert controller.noise_scale == pytest.approx(1000 / 37.5)
-    assert controller.step().batch_size == controller.findings()["quickest_batch_size"] == 41
+    assert controller.step().batch_size == controller.findings()["quickest_batch_size"] == 58
     assert controller.knee == 64
 
 

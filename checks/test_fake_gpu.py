@@ -132,7 +132,9 @@ def test_kernels_of_a_step(tmp_path, dataset, model, test_gradients, test_type, 
         counts = []
         for testing in (False, True):
             watch.forget()
-            with mock.patch.object(run.parts.optimizer, "step"):  # on CUDA a few kernels for all parameters, here for each
+            with mock.patch.object(
+                run.parts.optimizer, "step"
+            ):  # on CUDA a few kernels for all parameters, here for each
                 run.train_step(run.plan(testing), testing)
             counts.append(watch.kernels.total())
         assert counts[1] <= most * counts[0], (counts, watch.kernels.most_common(20))
@@ -152,6 +154,17 @@ def test_memory_of_a_step(tmp_path, test_type, most):
             run.train_step(run.plan(testing), testing)
             peaks.append(watch.most_bytes)
         assert peaks[1] <= most * peaks[0], peaks
+
+
+def test_rehearsal_leaves_room_for_the_optimizer(tmp_path):
+    """Adam's moments come with the first step: what fits in the rehearsal must fit beside them, too."""
+    peaks = {}
+    for optimizer in ("sgd", "adamw"):
+        with fake_gpu() as (fabric, watch):
+            run = trainer(fabric, tmp_path, optimizer=optimizer, test=False, run_name=optimizer)
+            peaks[optimizer] = watch.most_bytes
+            parameters = sum(p.numel() * p.element_size() for p in run.parts.module.parameters())
+    assert peaks["adamw"] - peaks["sgd"] == pytest.approx(2 * parameters, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -165,3 +165,20 @@ def test_state_lies_in_memory_as_the_parameters():
         torch.equal(optimizer.state[weight][name], saved["state"][0][name]) for name in ("exp_avg", "exp_avg_sq")
     )
     assert optimizer.state[weight]["exp_avg"].stride() == weight.stride()
+
+
+@pytest.mark.parametrize(
+    "words", [{"optimizer": name} for name in optim.NAMES] + [{"optimizer": "sgd", "momentum": 0.0}]
+)
+def test_bytes_of_state_to_come(words):
+    """What the first step adds is told before it; Adagrad has made its state already."""
+    model = torch.nn.Linear(7, 5).double()
+    optimizer = optim.build(model.parameters(), Config(**words))
+    kept = lambda: sum(  # noqa: E731
+        t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values() if t.dim()
+    )
+    before, told = kept(), optim.bytes_of_state_to_come(optimizer, Config(**words))
+    model(torch.ones(2, 7, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    assert kept() - before == told
+    assert optim.bytes_of_state_to_come(optimizer, Config(**words)) == 0

@@ -3,7 +3,18 @@
 from dataclasses import dataclass
 
 from control.coupling import LearningRateScaling
-from control.sizes import Adaptive, Constant, Found, Goodput, Growth, Linear, Seesaw, Stagewise, quickest_batch
+from control.sizes import (
+    CRITICAL,
+    Adaptive,
+    Constant,
+    Found,
+    Goodput,
+    Growth,
+    Linear,
+    Seesaw,
+    Stagewise,
+    quickest_batch,
+)
 from control.smoothing import Smoothing
 from control.timing import StepTime
 from tests import Decision, Moments, Statistics, Test
@@ -119,7 +130,7 @@ class Controller:
         return {
             "noise_scale": self.noise_scale,
             "knee": self.knee,
-            "quickest_batch_size": quickest_batch(self.noise_scale, self._step_time()) if known else None,
+            "quickest_batch_size": quickest_batch(CRITICAL * self.noise_scale, self._step_time()) if known else None,
         }
 
     def state_dict(self) -> dict:

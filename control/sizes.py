@@ -98,27 +98,36 @@ class Seesaw:
         return max(batch_size, round(self.initial_batch_size / left)) if left > 1e-9 else 10**18
 
 
+CRITICAL = 2.0
+"""Critical batch size over noise scale V/‖G‖². They are the same where the curvature is the same in all directions
+(McCandlish et al., section 2.2); where it is not, steps have left little of the gradient in the steep directions, in
+which the noise remains, and the critical batch size is larger: 1 to 4 noise scales on the problems of docs/results.md,
+by the samples that constant batches needed to a target."""
+
+
 @dataclass(frozen=True)
 class Goodput:
     """The batch with the most progress a second on this hardware.
 
-    A step of b samples takes α + βb seconds and makes progress in proportion to b/(b + B), B the noise scale. The most
-    progress a second is at b* = √(B · α/β), the geometric mean of the noise scale and the hardware's knee P = α/β. The
-    batch moves there where that gains more than `least_gain`; it becomes smaller only with `may_shrink`. Above
-    `most_noise_scales` · B it does not go: a step of 10 B makes 10/11 of the progress of the largest there can be, and
-    the estimate of the knee is not to decide over more samples than that.
+    A step of b samples takes α + βb seconds and makes progress in proportion to b/(b + C), C the critical batch size,
+    `critical` noise scales. The most progress a second is at b* = √(C · α/β), the geometric mean of the critical batch
+    size and the hardware's knee P = α/β. The batch moves there where that gains more than `least_gain`; it becomes
+    smaller only with `may_shrink`. Above `most_critical` · C it does not go: a step of 10 C makes 10/11 of the progress
+    of the largest there can be, and the estimate of the knee is not to decide over more samples than that.
 
     Args:
         knee: P [samples], where it is known; default: what the steps' times say.
         least_gain: of progress a second, over the present batch, below which nothing changes.
         may_shrink: move to smaller batches, too.
-        most_noise_scales: bound on the batch, in noise scales.
+        critical: the batch of which a step makes half the progress of the largest there can be, in noise scales.
+        most_critical: bound on the batch, in critical batch sizes.
     """
 
     knee: float | None = None
     least_gain: float = 0.05
     may_shrink: bool = False
-    most_noise_scales: float = 10.0
+    critical: float = CRITICAL
+    most_critical: float = 10.0
     measures = True
 
     @property
@@ -135,25 +144,24 @@ class Goodput:
         step_time = self.step_time(found.step_time)
         if step_time is None:  # one other size tells what sizes cost here
             return 2 * batch_size
-        best = quickest_batch(found.noise_scale, step_time)
-        best = min(best, max(round(self.most_noise_scales * found.noise_scale), 1))
+        critical = self.critical * found.noise_scale
+        best = min(quickest_batch(critical, step_time), max(round(self.most_critical * critical), 1))
         if best < batch_size and not self.may_shrink:
             return batch_size
-        gain = progress_rate(best, found.noise_scale, step_time)
-        gain /= progress_rate(batch_size, found.noise_scale, step_time)
+        gain = progress_rate(best, critical, step_time) / progress_rate(batch_size, critical, step_time)
         return best if gain > 1 + self.least_gain else batch_size
 
 
-def quickest_batch(noise_scale: float, step_time: tuple[float, float]) -> int:
-    """b* = √(B · α/β) [samples], at least 1."""
+def quickest_batch(critical: float, step_time: tuple[float, float]) -> int:
+    """b* = √(C · α/β) [samples], at least 1."""
     fixed, per_sample = step_time
-    return max(1, round(math.sqrt(noise_scale * fixed / per_sample)))
+    return max(1, round(math.sqrt(critical * fixed / per_sample)))
 
 
-def progress_rate(batch_size: float, noise_scale: float, step_time: tuple[float, float]) -> float:
-    """Progress a second, b/(b + B) / (α + βb), in the units of a step of an infinite batch."""
+def progress_rate(batch_size: float, critical: float, step_time: tuple[float, float]) -> float:
+    """Progress a second, b/(b + C) / (α + βb), in the units of a step of an infinite batch."""
     fixed, per_sample = step_time
-    return batch_size / (batch_size + noise_scale) / (fixed + per_sample * batch_size)
+    return batch_size / (batch_size + critical) / (fixed + per_sample * batch_size)
 
 
 @dataclass

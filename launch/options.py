@@ -165,7 +165,8 @@ class TestOptions:
     """most samples of a device in a pass of the test's own [samples per device]"""
     ramp_up_type: Literal["test", "factor", "goodput"] = "test"
     """test: where the test fails, take the size that it asks for; factor: multiply the batch size by ramp_up_factor
-    there; goodput: no test, but the size with the most progress a second, √(noise scale · knee), by the steps' times"""
+    there; goodput: no test, but the size with the most progress a second, √(2 · noise scale · knee), by the steps'
+    times"""
     ramp_up_factor: float = 2.0
     """factor of ramp_up_type=factor"""
     may_shrink: bool = False

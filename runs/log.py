@@ -469,9 +469,9 @@ def quickest_text(summary: dict[str, Any]) -> str:
     noise_scale, knee, best = (summary[name] for name in ("noise_scale", "knee", "quickest_batch_size"))
     if best is None:
         return ""
-    noise, least = _in_samples(noise_scale), max(1, round(10 * noise_scale))
-    if knee > 100 * noise_scale:
-        return f"{least:,} or more: noise scale {noise}, samples cost next to nothing"
+    noise, critical = _in_samples(noise_scale), best**2 / knee if knee else math.inf  # control/sizes.py
+    if knee > 100 * critical:
+        return f"{max(1, round(10 * critical)):,} or more: noise scale {noise}, samples cost next to nothing"
     return f"about {best:,}: noise scale {noise}, knee {_in_samples(knee)}; above that batches do not save time here"
 
 
