@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 from torchvision.models.resnet import BasicBlock
 
 import models
-from data import DataSet
+from data import DataSet, load
 from runs.log import versions
 
 RESULTS = Path(__file__).parent / "results"
@@ -46,6 +46,19 @@ def cifar10_npz(data_dir: Path) -> DataSet:
         for name in ("train", "test")
     )
     return DataSet(*splits, 10, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), crop_and_flip=True)
+
+
+def stdlib_short(data_dir: Path) -> DataSet:
+    """The standard library's bytes in windows of 64; 1,024 of them validate, as all would take most of the time."""
+    whole = load("stdlib", data_dir, sequence_length=64)
+    tokens, width = whole.val.tokens, whole.val.width
+    whole.val.tokens = np.concatenate([tokens[start : start + width] for start in _spread(len(tokens) - width, 1024)])
+    return whole
+
+
+def _spread(end: int, count: int) -> np.ndarray:
+    """Whole numbers from 0 to `end`, equally far apart."""
+    return np.linspace(0, end, count, dtype=int)
 
 
 def _random_images(shape: tuple[int, int, int], count: int = 4096) -> DataSet:

@@ -1,7 +1,7 @@
 """What adaptive batches are worth: time to a target, against constant batches that were tuned in two dimensions.
 
     python -m benchmarks.comparison mnist_logistic -j 2 --data_dir=data
-    python -m benchmarks.comparison mnist_logistic --table          # of what is kept
+    python -m benchmarks.tables                                     # what is kept, into docs/results.md
     python report.py benchmarks/results/comparison/mnist_logistic --target=0.92 --knee=30,300,3000
 
 The protocol (docs/results.md has it in words). Each method of a part is tuned over the learning rate alone, by factors
@@ -21,7 +21,6 @@ import math
 import os
 import queue
 import shutil
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -30,10 +29,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from tabulate import tabulate
 
 from benchmarks.cases import RESULTS
-from runs.reading import Run, is_share, read_run
+from runs.reading import Run, read_run
 
 ROOT = Path(__file__).parent.parent
 Options = dict[str, object]
@@ -41,8 +39,8 @@ Options = dict[str, object]
 SWEEP_SEED = 0
 SEEDS = (1, 2, 3)
 KNEES = (30, 300, 3000)
-RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-"""All that a sweep may come to."""
+RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+"""All that a sweep may come to, each about three times the one before."""
 FEWEST = 4
 """Rates that every method tries."""
 LARGEST = 4096
@@ -93,9 +91,32 @@ class Part:
 # On a CPU, pieces of one or two hundred take half the time of whole batches of some thousands.
 SGD: Options = {"optimizer": "sgd", "momentum": 0.9, "decay_lr": False, "batch_size": 16, "max_micro_batch_size": 256}
 MNIST: Options = {**SGD, "dataset": "mnist", "eval_samples": 3000}
-CIFAR10: Options = {**SGD, "dataset": "benchmarks.cases:cifar10_npz", "eval_samples": 10_000}
-GPT: Options = {"dataset": "stdlib", "model": "gpt", "optimizer": "adamw", "decay_lr": False, "eval_samples": 1024}
+CIFAR10: Options = {**SGD, "dataset": "benchmarks.cases:cifar10_npz", "eval_samples": 5000}
+GPT: Options = {
+    **{"dataset": "benchmarks.cases:stdlib_short", "model": "gpt", "model_args": {"layers": 2, "width": 96}},
+    **{"optimizer": "adamw", "decay_lr": False, "batch_size": 4, "max_micro_batch_size": 64, "eval_samples": 1024},
+}
 FEW = {name: METHODS[name] for name in METHODS if name.startswith(("constant", "steady", "norm_eta1", "unbiased_eta2"))}
+SMALLER = {"constant_4": {**CONSTANT, "batch_size": 4}} | {name: FEW[name] for name in FEW if name != "constant_4096"}
+# The published settings of logistic regression on MNIST (expt.sh logistic), each at its one learning rate.
+PUBLISHED: Options = {
+    **{"optimizer": "adagrad", "decay_lr": False, "max_batch_size": 60_000, "max_samples": 6_000_000},
+    **{"max_micro_batch_size": 256, "log_interval": 100, "eval_samples": 60_000},
+}
+AS_PUBLISHED: dict[str, Options] = {
+    **{f"norm_eta0.1_from_{size}": {**METHODS["norm_eta0.1"], "batch_size": size} for size in (2, 16)},
+    **{f"constant_{size}": {**CONSTANT, "batch_size": size} for size in (2, 16, 256, LARGEST)},
+}
+# The published ResNet-18 on CIFAR-10 (expt.sh resnet18), for a GPU.
+RESNET18: Options = {
+    **{"dataset": "cifar10", "model": "resnet18", "optimizer": "adagrad", "max_samples": 10_000_000},
+    **{"warmup_samples": 1_000_000, "lr_decay_samples": 9_000_000, "warmup_from": "zero", "max_batch_size": 50_000},
+}
+ON_A_GPU: dict[str, Options] = {
+    **{f"constant_{size}": {**CONSTANT, "batch_size": size} for size in (128, 512, 2048)},
+    "norm_eta0.5": {**METHODS["norm_eta0.5"], "batch_size": 8},
+    "steady": {**STEADY, "batch_size": 128, "test_gradients": "micro_batch"},
+}
 PARTS = {
     "mnist_logistic": Part(
         {**MNIST, "model": "logistic", "max_samples": 300_000},
@@ -108,8 +129,12 @@ PARTS = {
         (0.96, 0.975),
     ),
     "mnist_cnn": Part({**MNIST, "model": "cnn", "max_samples": 120_000}, with_linear(120_000), (0.97, 0.98)),
-    "cifar10_cnn": Part({**CIFAR10, "model": "cnn", "max_samples": 500_000}, FEW, (0.60, 0.70)),
-    "stdlib_gpt": Part({**GPT, "max_samples": 16_384, "batch_size": 4}, FEW, (2.6, 2.4), (0.001, 0.003, 0.01)),
+    "cifar10_cnn": Part({**CIFAR10, "model": "cnn", "max_samples": 100_000}, FEW, (0.45, 0.55)),
+    "stdlib_gpt": Part({**GPT, "max_samples": 12_288}, SMALLER, (3.0, 2.7), (0.001, 0.003, 0.01)),
+    "mnist_published": Part(
+        {**PUBLISHED, "dataset": "mnist", "model": "logistic"}, AS_PUBLISHED, (0.91, 0.92), learning_rates=(0.008,)
+    ),
+    "cifar10_resnet18": Part(RESNET18, ON_A_GPU, (0.90, 0.93), (0.01, 0.03, 0.1)),
 }
 
 
@@ -160,6 +185,8 @@ def run(folder: Path, options: Options, further: Sequence[str]) -> Run:
 
 
 def _word(value: object) -> object:
+    if isinstance(value, dict):
+        return json.dumps(value)
     return f"[{','.join(map(str, value))}]" if isinstance(value, list) else value
 
 
@@ -180,6 +207,8 @@ def score(result: Run, target: float) -> tuple[float, float]:
 def tune(part: Part, method: str, folder: Path, further: Sequence[str]) -> Tuning:
     """The sweep of one method over the learning rate, widened until the best is not at the edge."""
     tuning, rates = Tuning(), list(part.learning_rates)
+    if len(rates) == 1:  # given, not to be found
+        return Tuning({rates[0]: (0.0, 0.0)})
     while rates:
         rate = rates.pop(0)
         options = {**part.shared, **part.methods[method], "learning_rate": rate, "seed": SWEEP_SEED}
@@ -270,54 +299,6 @@ def _short(cell: str | float) -> str:
     return f"{float(cell):.6g}" if cell != "" else ""
 
 
-def table(name: str, part: Part, results: Path) -> str:
-    """Markdown, from what is kept: a line for each method, mean ± standard deviation over the final seeds."""
-    folder = results / name
-    tuned = json.loads((folder / "tuning.json").read_text())
-    methods = [method for method in part.methods if method in tuned]
-    lines = []
-    for target in part.targets:
-        words = f"{target:.1%}" if target < 1 else f"{target:g}"
-        header = ["method", "learning rate", *(f"{what} to {words}" for what in ("samples", "steps", "seconds"))]
-        header += ["worst seed [s]", *(f"samples + {knee}·steps [k]" for knee in KNEES), "at the end"]
-        body = []
-        for method in methods:
-            runs = [read_run(folder / f"{method}_seed{seed}") for seed in SEEDS]
-            reached = [result.reached(target) for result in runs]
-            found = [entry for entry in reached if entry]
-            of = {what: [entry[what] for entry in found] for what in ("samples", "step", "seconds")}
-            modelled = [[(e["samples"] + knee * e["step"]) / 1000 for e in found] for knee in KNEES]
-            everywhere = len(found) == len(runs)
-            body.append([
-                method,
-                f"{tuned[method]['chosen']:g}",
-                _mean(of["samples"], ",.0f") + ("" if everywhere or not found else f" ({len(found)} of {len(runs)})"),
-                _mean(of["step"], ",.0f"),
-                _mean(of["seconds"], ".2f"),
-                f"{max(of['seconds']):.2f}" if everywhere else "never",
-                *(_mean(values, ",.0f") for values in modelled),
-                _mean([_percent(result) for result in runs], ".2f"),
-            ])  # fmt: skip
-        lines.append(tabulate(body, header, "github", disable_numparse=True))
-    cost = [
-        [method, entry["tried"], f"{entry['samples']:,}", f"{entry['seconds']:.0f}"]
-        for method, entry in ((method, tuned[method]) for method in methods)
-    ]
-    lines.append(tabulate(cost, ["method", "learning rates tried", "samples", "seconds"], "github"))
-    return "\n\n".join(lines)
-
-
-def _mean(values: Sequence[float], form: str) -> str:
-    if not values:
-        return "-"
-    spread = f" ± {statistics.stdev(values):{form}}" if len(set(values)) > 1 else ""
-    return f"{statistics.mean(values):{form}}{spread}"
-
-
-def _percent(result: Run) -> float:
-    return result.summary[result.objective] * (100 if is_share(result.objective) else 1)
-
-
 def main(arguments: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -327,12 +308,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--methods", help="only these, separated by commas; * is anything (default: all)")
     parser.add_argument("--out_dir", type=Path, default=Path("out/comparison"), help="folder that takes the runs")
     parser.add_argument("--results", type=Path, default=RESULTS / "comparison", help="folder that takes the summaries")
-    parser.add_argument("--table", action="store_true", help="print the table of what is kept, and run nothing")
     options, further = parser.parse_known_args(arguments)
     part = PARTS[options.part]
-    if options.table:
-        print(table(options.part, part, options.results))
-        return
     if options.methods:
         found = {word: fnmatch.filter(part.methods, word) for word in options.methods.split(",")}
         if unknown := [word for word, names in found.items() if not names]:

@@ -51,10 +51,16 @@ COMMANDS = {
     "python -m benchmarks.stream": MEASURES,
     "python -m benchmarks.sharding": MEASURES,
     "python -m benchmarks.comparison mnist_logistic -j 2 --data_dir=data": MEASURES,
-    "python -m benchmarks.comparison mnist_mlp -j 1 --data_dir=data"
-    " --methods='constant_*,norm_eta1,ip,unbiased_eta2,steady,steady_knee*'": MEASURES,
-    "python -m benchmarks.comparison mnist_cnn -j 1 --data_dir=data --methods='constant_*,norm_eta1,steady'": MEASURES,
-    "python -m benchmarks.comparison mnist_logistic --table": RUN,
+    "python -m benchmarks.comparison mnist_mlp -j 1 --data_dir=data": MEASURES,
+    "python -m benchmarks.comparison mnist_cnn -j 1 --data_dir=data"
+    " --methods='constant_*,norm_eta1,steady,steady_knee*'": MEASURES,
+    "python -m benchmarks.comparison cifar10_cnn -j 1 --data_dir=data"
+    " --methods='constant_*,norm_eta1,steady,steady_knee*'": MEASURES,
+    "python -m benchmarks.comparison stdlib_gpt -j 1 --methods='constant_*,norm_eta1,steady,steady_knee*'": MEASURES,
+    "python -m benchmarks.comparison mnist_published -j 1 --data_dir=data"
+    " --methods='norm*,constant_256,constant_4096'": MEASURES,
+    "python -m benchmarks.comparison cifar10_resnet18 -j 1 --data_dir=data --accelerator=gpu": MEASURES,
+    "python -m benchmarks.tables": "writes the pages: checks/test_benchmarks.py says that they would stay as they are",
     "python report.py benchmarks/results/comparison/mnist_logistic --target=0.92 --knee=30,300,3000": RUN,
     "python main.py --model=cnn --dataset=mnist": SHORT,
     "python main.py --dataset=mnist --model=cnn --optimizer=adagrad --test_type=ip --theta=0.5"
@@ -238,16 +244,10 @@ def test_training_and_its_reports(folder, tmp_path):
     assert (tmp_path / "figures" / "against_steps.pdf").exists()
 
 
-def test_results_are_what_is_kept():
-    """Both commands make the tables from the kept runs; the figures of the pages are among theirs."""
-    commands = started("python -m benchmarks.comparison", RUN) + started("python report.py benchmarks", RUN)
-    made = [launch("bash", "-c", re.sub("^python", sys.executable, command), cwd=ROOT).stdout for command in commands]
-    assert len(made) == 2 and all("steady" in text for text in made)
-    results, front = PAGES[ROOT / "docs" / "results.md"], PAGES[ROOT / "README.md"].split("## Results")[1]
-    for page, first in ((results, "constant 16 "), (results, "**steady**"), (front, "constant 1024"), (front, "**`st")):
-        row = next(line for line in page.splitlines() if line.startswith(f"| {first}"))
-        figures = re.findall(r"\d[\d,.]* ± \d[\d,.]*", row)
-        assert len(figures) >= 3 and all(figure in made[0] for figure in figures), row
+def test_report_of_what_is_kept():
+    (command,) = started("python report.py benchmarks", RUN)
+    told = launch("bash", "-c", re.sub("^python", sys.executable, command), cwd=ROOT).stdout
+    assert "steady" in told and "3000·steps" in told
 
 
 def used_by(example: str, data_dir: Path) -> list[str]:

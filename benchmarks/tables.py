@@ -1,0 +1,240 @@
+"""The tables and figures of docs/results.md and README.md, made of the summaries that benchmarks.comparison has kept.
+
+    python -m benchmarks.tables
+
+A page has lines `<!-- table: KIND PROBLEM TARGET -->` … `<!-- end of table -->`; what is between them is written anew.
+"""
+
+import argparse
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+
+from tabulate import tabulate
+
+from benchmarks.cases import RESULTS
+from benchmarks.comparison import KNEES, PARTS, RATES, ROOT, SEEDS
+from runs import figures
+from runs.reading import Group, Run, is_share, read_run
+
+PAGES = (Path("README.md"), Path("docs/results.md"))
+KEPT = RESULTS / "comparison"
+PROBLEMS = {
+    "mnist_logistic": "MNIST, logistic regression",
+    "mnist_mlp": "MNIST, perceptron",
+    "mnist_cnn": "MNIST, `cnn`",
+    "cifar10_cnn": "CIFAR-10, `cnn`",
+    "stdlib_gpt": "Python's sources, GPT",
+}
+LABELS = {
+    "stagewise_early": "stagewise 16, 256, 4096 (20 %, 20 %, 60 %)",
+    "stagewise_late": "stagewise 16, 256, 4096 (60 %, 20 %, 20 %)",
+    "seesaw": "seesaw (cosine)",
+    "linear": "linear to 4096",
+    **{f"norm_eta{eta}": f"norm test, η = {eta}" for eta in ("0.1", "0.5", "1")},
+    "ip": "inner product test, θ = 0.5",
+    "ip_orth": "augmented, θ = 0.5, ν = 1",
+    **{f"unbiased_eta{eta}": f"norm test, η = {eta}, as steady" for eta in (1, 2, 3)},
+    "unbiased_eta2_uncoupled": "the same, η = 2, rate not coupled",
+    "steady": "**steady**",
+    **{f"steady_knee{knee}": f"steady, told P = {knee}" for knee in KNEES},
+    "steady_uncoupled": "steady, rate not coupled",
+    **{f"norm_eta0.1_from_{size}": f"norm test, η = 0.1, from {size}" for size in (2, 16)},
+}
+IN_FIGURE = ("constant", "norm_eta1", "ip", "unbiased_eta2", "steady", *(f"steady_knee{knee}" for knee in KNEES))
+"""Methods whose names begin so, or are these."""
+
+
+def label(method: str) -> str:
+    return LABELS.get(method, method.replace("_", " "))
+
+
+@cache
+def tuning(problem: str) -> dict[str, dict]:
+    return json.loads((KEPT / problem / "tuning.json").read_text())
+
+
+@cache
+def final_runs(problem: str, method: str) -> tuple[Run, ...]:
+    """Of every seed that is kept."""
+    folders = [KEPT / problem / f"{method}_seed{seed}" for seed in SEEDS]
+    return tuple(read_run(folder) for folder in folders if folder.exists())
+
+
+def methods(problem: str) -> list[str]:
+    """Those of which something is kept, in the order of the comparison."""
+    return [method for method in PARTS[problem].methods if method in tuning(problem)]
+
+
+def in_words(problem: str, target: float) -> str:
+    objective = final_runs(problem, methods(problem)[0])[0].objective
+    return f"{100 * target:g} %" if is_share(objective) else f"{target:g} {objective[4:].replace('_', ' ')}"
+
+
+def mean(values: Sequence[float], form: str) -> str:
+    """Mean ± standard deviation."""
+    if not values:
+        return "–"
+    spread = f" ± {statistics.stdev(values):{form}}" if len(set(values)) > 1 else ""
+    return f"{statistics.mean(values):{form}}{spread}"
+
+
+def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    return tabulate(body, header, "github", disable_numparse=True)
+
+
+def at_the_end(run: Run) -> float:
+    return run.summary[run.objective] * (100 if is_share(run.objective) else 1)
+
+
+def times(problem: str, target: str, only: Iterable[str] = ()) -> str:
+    """A line for each method: what it took to the target, mean ± standard deviation over the final seeds."""
+    body = []
+    for method in only or methods(problem):
+        runs = final_runs(problem, method)
+        reached = [run.reached(float(target)) for run in runs]
+        row = [label(method), f"{tuning(problem)[method]['chosen']:g}"]
+        if None in reached:
+            row += [f"{len(runs) - reached.count(None)} of {len(runs)} runs", *["–"] * (3 + len(KNEES))]
+        else:
+            samples, steps, seconds = ([entry[n] for entry in reached] for n in ("samples", "step", "seconds"))
+            row += [mean(samples, ",.0f"), mean(steps, ",.0f"), mean(seconds, ".2f"), f"{max(seconds):.2f}"]
+            row += [mean([(s + knee * k) / 1000 for s, k in zip(samples, steps)], ",.0f") for knee in KNEES]
+        body.append([*row, mean([at_the_end(run) for run in runs], ".2f")])
+    objective = final_runs(problem, methods(problem)[0])[0].objective
+    end = "at the end [%]" if is_share(objective) else "at the end"
+    knees = (f"P = {knee}" for knee in KNEES)
+    return markdown(["method", "rate", "samples", "steps", "seconds", "worst seed", *knees, end], body)
+
+
+def cost(problem: str, method: str, target: float, knee: float | None) -> float | None:
+    """Mean seconds to the target, or the modelled time with this knee; None where a run does not get there."""
+    reached = [run.reached(target) for run in final_runs(problem, method)]
+    if None in reached:
+        return None
+    return statistics.mean(e["seconds"] if knee is None else e["samples"] + knee * e["step"] for e in reached)
+
+
+def best_constant(problem: str, target: float, knee: float | None) -> tuple[float, str]:
+    """The least cost of a constant batch, and which."""
+    found = [(cost(problem, name, target, knee), name) for name in methods(problem) if name.startswith("constant")]
+    return min(pair for pair in found if pair[0] is not None)
+
+
+def against_constants(which: str = "all") -> str:
+    """Every problem and its targets, all or the demanding one: `steady` over the best constant, in seconds and in
+    modelled time."""
+    body = []
+    for problem, name in PROBLEMS.items():
+        for target in PARTS[problem].targets[which == "demanding" :]:
+            row = [f"{name}, to {in_words(problem, target)}"]
+            for knee in (None, *KNEES):
+                method = "steady" if knee is None else f"steady_knee{knee}"
+                best, constant = best_constant(problem, target, knee)
+                own = cost(problem, method, target, knee) if method in methods(problem) else None
+                ratio = f"{own / best:.2f}" if own else "never" if method in methods(problem) else "not measured"
+                if knee is None:
+                    row += [f"{best:.2f} ({constant.removeprefix('constant_')})", f"{own:.2f}" if own else "never"]
+                row.append(f"**{ratio}**" if knee is None else ratio)
+            body.append(row)
+    knees = (f"ratio, P = {knee}" for knee in KNEES)
+    return markdown(["problem", "best constant [s]", "`steady` [s]", "ratio", *knees], body)
+
+
+def price_of_tuning() -> str:
+    """Runs, samples and seconds of the sweeps: of all constant batches together, and of `steady`."""
+    body = []
+    for problem, name in PROBLEMS.items():
+        constants = [entry for method, entry in tuning(problem).items() if method.startswith("constant")]
+        for who, entries in (("constants", constants), ("`steady`", [tuning(problem)["steady"]])):
+            tried, samples, seconds = (sum(entry[key] for entry in entries) for key in ("tried", "samples", "seconds"))
+            body.append([name, who, tried, f"{samples / 1e6:.2f}", f"{seconds:,.0f}"])
+    return markdown(["problem", "tuned", "runs", "million samples", "seconds"], body)
+
+
+def robustness() -> str:
+    """What a learning rate off by a factor of 3 costs (seed 0): the measure of the sweep, over that at the best."""
+    body = []
+    for problem, name in PROBLEMS.items():
+        _, best = best_constant(problem, PARTS[problem].targets[1], None)
+        for method in dict.fromkeys(("constant_16", best, "norm_eta1", "steady")):
+            entry = tuning(problem)[method]
+            chosen = RATES.index(entry["chosen"])
+            row = [name, label(method), f"{entry['chosen']:g}"]
+            for i in (chosen - 1, chosen + 1):
+                rate = f"{RATES[i]:g}" if 0 <= i < len(RATES) else ""
+                there, here = entry["to_target"].get(rate), entry["to_target"][f"{entry['chosen']:g}"]
+                row.append(
+                    "not tried" if rate not in entry["to_target"] else f"{there / here:.2f}" if there else "never"
+                )
+            body.append(row)
+    return markdown(["problem", "method", "best rate", "a third of it", "three times it"], body)
+
+
+def published() -> str:
+    """The published settings of logistic regression on MNIST."""
+    body = []
+    for method in methods("mnist_published"):
+        runs = final_runs("mnist_published", method)
+        columns = [("steps", 1, ",.0f"), ("mean_batch_size", 1, ",.0f"), ("final_batch_size", 1, ",.0f")]
+        columns += [("val_accuracy", 100, ".2f"), ("best_val_accuracy", 100, ".2f"), ("training_time", 1, ",.0f")]
+        row = (mean([scale * run.summary[name] for run in runs], form) for name, scale, form in columns)
+        body.append([label(method), str(len(runs)), *row])
+    header = ["method", "seeds", "steps", "mean batch", "final batch", "accuracy [%]", "best [%]", "seconds"]
+    return markdown(header, body)
+
+
+KINDS: dict[str, Callable[..., str]] = {
+    "times": times,
+    "against_constants": against_constants,
+    "price_of_tuning": price_of_tuning,
+    "robustness": robustness,
+    "published": published,
+}
+TABLE = re.compile(r"(<!-- table: ([^\n]*) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def filled(page: str) -> str:
+    """The page with its tables made anew."""
+
+    def table(found: re.Match) -> str:
+        kind, *words = found[2].split()
+        return f"{found[1]}\n{KINDS[kind](*words)}\n\n{found[3]}"
+
+    return TABLE.sub(table, page)
+
+
+def draw(folder: Path) -> list[Path]:
+    """For each problem: samples against steps to the demanding target, constants joined by a line, as PNG."""
+    from matplotlib import rc_context
+
+    files = []
+    for problem, part in PARTS.items():
+        if problem not in PROBLEMS:
+            continue
+        chosen = [name for name in methods(problem) if name in IN_FIGURE or name.startswith("constant")]
+        groups = [Group(label(method).strip("*"), list(final_runs(problem, method)), []) for method in chosen]
+        with rc_context(figures.PRINT):
+            figure = figures.trade_off(groups, part.targets[1], groups[0].finished[0].objective)
+            files.append(folder / f"trade_off_{problem}.png")
+            figure.savefig(files[-1], dpi=160)
+    return files
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    ).parse_args(arguments)
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(filled(path.read_text()))
+        print(path)
+    for file in draw(ROOT / "docs"):
+        print(file)
+
+
+if __name__ == "__main__":
+    main()
