@@ -58,7 +58,7 @@ def test_drill():
 
 SOURCES = {
     "in memory": ["--max_samples=12000"],
-    "streamed": ["--max_samples=6000", "--dataset=checks.fault_drill:streamed_digits", "--num_workers=1"],
+    "streamed": ["--max_samples=12000", "--dataset=checks.fault_drill:streamed_digits", "--num_workers=1"],
 }
 
 
