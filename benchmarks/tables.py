@@ -9,7 +9,7 @@ import argparse
 import json
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -44,8 +44,8 @@ LABELS = {
     "steady_uncoupled": "steady, rate not coupled",
     **{f"norm_eta0.1_from_{size}": f"norm test, η = 0.1, from {size}" for size in (2, 16)},
 }
-IN_FIGURE = ("constant", "norm_eta1", "ip", "unbiased_eta2", "steady", *(f"steady_knee{knee}" for knee in KNEES))
-"""Methods whose names begin so, or are these."""
+IN_FIGURE = ("norm_eta1", "ip", "unbiased_eta2", "steady", *(f"steady_knee{knee}" for knee in KNEES))
+"""Beside the constants."""
 
 
 def label(method: str) -> str:
@@ -90,10 +90,10 @@ def at_the_end(run: Run) -> float:
     return run.summary[run.objective] * (100 if is_share(run.objective) else 1)
 
 
-def times(problem: str, target: str, only: Iterable[str] = ()) -> str:
+def times(problem: str, target: str) -> str:
     """A line for each method: what it took to the target, mean ± standard deviation over the final seeds."""
     body = []
-    for method in only or methods(problem):
+    for method in methods(problem):
         runs = final_runs(problem, method)
         reached = [run.reached(float(target)) for run in runs]
         row = [label(method), f"{tuning(problem)[method]['chosen']:g}"]

@@ -127,10 +127,11 @@ class Controller:
     def findings(self) -> dict[str, float | None]:
         """What the run has found out of its gradients and its hardware [samples each]; None where it is not known."""
         known = self.noise_scale is not None and self.knee is not None
+        critical = self.rule.critical if isinstance(self.rule, Goodput) else CRITICAL
         return {
             "noise_scale": self.noise_scale,
             "knee": self.knee,
-            "quickest_batch_size": quickest_batch(CRITICAL * self.noise_scale, self._step_time()) if known else None,
+            "quickest_batch_size": quickest_batch(critical * self.noise_scale, self._step_time()) if known else None,
         }
 
     def state_dict(self) -> dict:
