@@ -3,7 +3,7 @@
 import inspect
 import math
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,7 +111,7 @@ def build(parameters: Iterable[Tensor], config: Config) -> torch.optim.Optimizer
             option = name if hasattr(config, name) else f"optimizer_args.{name}"
             raise UsageError(f"--{option}: {config.optimizer} takes no '{name}'{nearest(name, list(accepted))}")
     try:
-        _try_out(optimizer_class, arguments)
+        _try_out(lambda toy: optimizer_class(toy, **arguments))
         return optimizer_class(parameters, **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).split("\n")[0]
@@ -126,11 +126,9 @@ def bytes_of_state_to_come(optimizer: torch.optim.Optimizer, config: Config) -> 
 
     As many times a parameter's size as a step of such an optimizer keeps for a small one.
     """
-    trial = torch.nn.Parameter(torch.zeros(2, 3))
-    trial.grad = torch.ones_like(trial)
-    small = build([trial], config)
-    small.step()
-    kept = [value for value in small.state[trial].values() if torch.is_tensor(value) and value.shape == trial.shape]
+    kept = [
+        value for value in _try_out(lambda toy: build(toy, config)).values() if torch.is_tensor(value) and value.dim()
+    ]
     parameters = [p for group in optimizer.param_groups for p in group["params"] if not optimizer.state.get(p)]
     own = (parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in parameters)
     return len(kept) * sum(part.numel() * part.element_size() for part in own)
@@ -141,11 +139,16 @@ def is_adaptive(optimizer: torch.optim.Optimizer) -> bool:
     return not isinstance(optimizer, (torch.optim.SGD, torch.optim.ASGD))
 
 
-def _try_out(optimizer_class: type[torch.optim.Optimizer], arguments: dict[str, Any]) -> None:
-    """One step on a toy: some optimizers take no dense gradients, or want a closure that recomputes the loss."""
+def _try_out(make: Callable[[list[Tensor]], torch.optim.Optimizer]) -> dict[str, Any]:
+    """One step on a toy: some optimizers take no dense gradients, or want a closure that recomputes the loss.
+
+    Gives what the optimizer keeps beside the toy's parameter.
+    """
     parameter = torch.nn.Parameter(torch.ones(2, 2))
     parameter.grad = torch.ones(2, 2)
-    optimizer_class([parameter], **arguments).step()
+    optimizer = make([parameter])
+    optimizer.step()
+    return optimizer.state[parameter]
 
 
 def _find_class(name: str) -> type[torch.optim.Optimizer]:
