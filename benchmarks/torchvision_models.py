@@ -2,12 +2,15 @@
 
     python -m benchmarks.torchvision_models                    # all; writes benchmarks/results/models.md and .json
     python -m benchmarks.torchvision_models --names='[resnet18,vit_b_16]' --out=/tmp
+    python -m benchmarks.torchvision_models --check_only=True       # only what `auto` takes; checked.md and .json
 
 Each model at its own image size, in a process of its own, on noise images, with all statistics (ip+orth); batches of 4,
 of 2 where the model (50 million parameters) or its images (300×300 pixels) are large. Shown is the
 largest relative difference of `auto` to `vmap` over V, V_ip, V_orth and ‖ḡ‖². Where that is above 1e-4 in float32, the
 comparison is made again in float64, and the error that float32 makes in the reference itself is shown beside it.
-Goes on where it was interrupted: delete models.json to start anew.
+With --check_only no step is taken: it is the check at the start of a run, which compares every parameter's norms with
+those of single samples (three images of 64×64 pixels, where the model takes them).
+Goes on where it was interrupted: delete models.json (checked.json) to start anew.
 """
 
 import json
@@ -30,6 +33,14 @@ from benchmarks.cases import RESULTS, for_comparison, provenance
 
 NAMES = torchvision.models.list_models(module=torchvision.models)
 CLASSES = 10
+SMALL = 64
+"""Pixels."""
+KINDS = {
+    gradients.GhostNorms: "ghost",
+    gradients.PerSampleGradients: "vmap",
+    gradients.SingleGradients: "loop",
+    gradients.MicroBatchGradients: "micro_batch",
+}
 TOLERANCE = 1e-4
 STATISTICS = ("variance", "variance_inner_product", "variance_orthogonality", "grad_norm_sq")
 
@@ -58,9 +69,7 @@ def tested_step(model: nn.Module, test_gradients: str, inputs, targets) -> tuple
         for parameter in model.parameters():
             if parameter.grad is not None:
                 parameter -= 1e-30 * parameter.grad
-    kind = {"GhostNorms": "ghost", "PerSampleGradients": "vmap", "SingleGradients": "loop"}.get(
-        type(estimator).__name__, test_gradients
-    )
+    kind = KINDS[type(estimator)]
     statistics = {name: getattr(moments, name) for name in STATISTICS}
     return statistics, kind, time.perf_counter() - started
 
@@ -101,6 +110,41 @@ def examine(name: str, batch_size: int | None = None, size: int | None = None) -
         yield result | {"error_of_vmap": difference(steps["vmap"][0], exact)}
 
 
+def check(name: str) -> Iterator[dict]:
+    """What `auto` takes, and what it says of it."""
+    own = image_size(name)
+    try:
+        yield check_at(name, SMALL)
+    except (ValueError, RuntimeError, AssertionError):  # a vision transformer has positions for one size
+        yield check_at(name, own)
+
+
+def check_at(name: str, size: int) -> dict:
+    torch.manual_seed(0)
+    model = for_comparison(models.build(name, (3, size, size), CLASSES)).train()
+    probe = torch.randn(3, 3, size, size), torch.arange(3) % CLASSES
+    started = time.perf_counter()
+    estimator, told = gradients.build("auto", model, cross_entropy, True, 2, probe, in_training_pass=True)
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "image_size": size,
+        "taken": KINDS[type(estimator)],
+        "told": told,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def checked_table(results: dict[str, dict]) -> str:
+    lines = ["| model | parameters | image | auto takes | and says |", "|---" * 5 + "|"]
+    for name, r in sorted(results.items()):
+        if "error" in r:
+            lines.append(f"| {name} | | | | *{r['error']}* |")
+        else:
+            told = "; ".join(r["told"]) or "–"
+            lines.append(f"| {name} | {r['parameters'] / 1e6:.1f} M | {r['image_size']} | {r['taken']} | {told} |")
+    return "\n".join(lines)
+
+
 def table(results: dict[str, dict]) -> str:
     lines = ["| model | parameters | image | batch | finite | auto takes | largest difference |", "|---" * 7 + "|"]
     for name, r in sorted(results.items()):
@@ -120,7 +164,11 @@ def table(results: dict[str, dict]) -> str:
 
 
 def examine_all(
-    names: list[str] = NAMES, out: Path = RESULTS, size: int | None = None, worker: str | None = None
+    names: list[str] = NAMES,
+    out: Path = RESULTS,
+    size: int | None = None,
+    check_only: bool = False,
+    worker: str | None = None,
 ) -> None:
     """One tested training step of each of torchvision's classifiers.
 
@@ -128,20 +176,22 @@ def examine_all(
         names: models.
         out: folder for models.md and models.json.
         size: of the images [pixels]; default: each model's own. Small ones take minutes in the place of an hour.
+        check_only: only which estimator `auto` takes.
         worker: the model of a process of its own (used by the program itself).
     """
     if worker:
-        for result in examine(worker, size=size):
+        for result in check(worker) if check_only else examine(worker, size=size):
             print(json.dumps(result), flush=True)
         return
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "models.json"
+    path = out / ("checked.json" if check_only else "models.json")
     results = json.loads(path.read_text())["results"] if path.exists() else {}
     for name in names:
         if name in results:
             continue
         command = [sys.executable, "-m", "benchmarks.torchvision_models", f"--worker={name}"]
         command += [f"--size={size}"] if size else []
+        command += ["--check_only=True"] if check_only else []
         done = subprocess.run(command, capture_output=True, text=True)
         given, lines = done.stdout.strip().splitlines(), done.stderr.strip().splitlines()
         if given and done.returncode <= 0:  # a signal may have ended the comparison in float64
@@ -150,8 +200,9 @@ def examine_all(
             results[name] = {"error": lines[-1] if done.returncode > 0 and lines else "killed: out of memory"}
         print(name, results[name], file=sys.stderr, flush=True)
         path.write_text(json.dumps({"machine": provenance(), "results": results}, indent=1) + "\n")
-        text = f"{table(results)}\n\n`python -m benchmarks.torchvision_models` on {provenance()}.\n"
-        (out / "models.md").write_text(text)
+        rows, option = (checked_table, " --check_only=True") if check_only else (table, "")
+        text = f"{rows(results)}\n\n`python -m benchmarks.torchvision_models{option}` on {provenance()}.\n"
+        path.with_suffix(".md").write_text(text)
 
 
 if __name__ == "__main__":
