@@ -21,7 +21,9 @@ import optim
 import tests
 from launch import effective, sharding
 from launch.agreement import together
-from launch.options import Config, RunError, UsageError, import_object
+from launch.errors import RunError, UsageError
+from launch.names import import_object
+from launch.options import Config
 from launch.processes import naming_long_work
 from runs import checkpoint
 

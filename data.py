@@ -24,8 +24,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchvision.datasets.utils import check_integrity, extract_archive
 
 from imagenet.reading import load as load_imagenet
-from launch.names import unknown
-from launch.options import UsageError, import_object, in_one_line
+from launch.errors import UsageError, in_one_line
+from launch.names import import_object, unknown
 from text.reading import Text, Windows, read_tokens, standard_library
 
 Loss = Callable[[Any, Any], Tensor]

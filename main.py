@@ -12,10 +12,10 @@ by SIGUSR1 (time is up: start it again), both after a checkpoint was saved (--re
 a second SIGINT.
 """
 
-from launch import options
+from launch import command_line
 
 # The words first, torch after them: --help and what is refused are answered at once.
-CONFIG = options.parse_or_exit() if __name__ == "__main__" else None
+CONFIG = command_line.parse_or_exit() if __name__ == "__main__" else None
 
 import contextlib
 import itertools
@@ -41,8 +41,9 @@ import tests
 from assembly import IN_THE_TEST, Parts, out_of_memory_means
 from launch import ending, processes, sharding
 from launch.agreement import Agreement, largest_over_ranks, together
+from launch.errors import REFUSED, UsageError
 from launch.interrupts import Interrupts
-from launch.options import REFUSED, Config, UsageError
+from launch.options import Config
 from runs import checkpoint
 from runs import log as texts
 from runs.log import RunLog
@@ -458,7 +459,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", message=".*torch.jit.script")  # of torch's own forward-mode formulas
     try:
-        status = run(CONFIG or options.parse(arguments))
+        status = run(CONFIG or command_line.parse(arguments))
     except UsageError as error:
         ending.report(error)
         status = EXIT_STATUS["refused"]

@@ -11,8 +11,9 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
 from gradients import Loss, couples_samples, drawing_from, listed, random_states, untouched
-from launch.names import unknown
-from launch.options import Config, UsageError, import_object, in_one_line
+from launch.errors import UsageError, in_one_line
+from launch.names import import_object, unknown
+from launch.options import Config
 from text.gpt import GPT
 
 ImageShape = tuple[int, int, int]

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launch.names import nearest, unknown
-from launch.options import Config, UsageError, import_object
+from launch.errors import UsageError
+from launch.names import import_object, nearest, unknown
+from launch.options import Config
 
 NAMES = {
     "adagrad": torch.optim.Adagrad,

@@ -17,7 +17,7 @@ from assembly import Parts
 from control.timing import StepTime
 from launch import sharding
 from launch.agreement import gathered
-from launch.options import RunError
+from launch.errors import RunError
 from runs import checkpoint
 from runs.metrics import Mark, Validation, sum_over_samples
 

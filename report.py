@@ -19,7 +19,8 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from launch.options import UsageError, expanded
+from launch.errors import UsageError
+from launch.names import expanded
 from launch.terminals import show_what_can_be_shown
 from runs import figures, reading
 from runs.reading import DamagedRun, Group, Run

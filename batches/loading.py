@@ -17,8 +17,8 @@ from batches.order import SampleOrder, as_tensor, position_hash
 from batches.plan import positions_of_rank
 from batches.stream import Batch
 from data import DataSet, described
+from launch.errors import RunError, in_one_line
 from launch.interrupts import heed_the_parent_alone
-from launch.options import RunError, in_one_line
 
 CHUNK = 32
 """Samples that a worker process reads at a time."""

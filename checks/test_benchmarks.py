@@ -9,7 +9,7 @@ import torch
 import report
 from benchmarks import calibration, cases, comparison, speed, tables, torchvision_models
 from checks.conftest import ROOT
-from launch import options as config
+from launch import command_line
 from runs import reading
 
 
@@ -155,5 +155,5 @@ def test_comparison_methods_are_accepted_by_the_program():
         assert len(part.learning_rates) == 1 or set(part.learning_rates) <= set(comparison.RATES)
         for method, options in part.methods.items():
             words = [f"--{key}={comparison._word(value)}" for key, value in {**part.shared, **options}.items()]
-            parsed = config.parse(words)
+            parsed = command_line.parse(words)
             assert parsed.seed == 42 and parsed.max_samples == part.shared["max_samples"], (name, method)

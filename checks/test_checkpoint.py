@@ -18,9 +18,9 @@ import yaml
 
 import main
 from checks.conftest import FIXED_CUT, ROOT
-from launch import environments
-from launch import options as config
-from launch.options import UsageError
+from launch import command_line, environments
+from launch.errors import UsageError
+from launch.options import Config
 from runs import checkpoint
 
 TINY = ["--model=logistic", "--accelerator=cpu", "--devices=1"]
@@ -213,9 +213,9 @@ def test_auto_needs_a_name(tmp_path, capsys):
 
 def test_what_may_differ(copy, capsys):
     """All that is no mathematics; a longer run keeps the learning rate's schedule of the shorter one."""
-    assert set(checkpoint.FREE) | set(checkpoint.GROWING) <= set(config.Config.__dataclass_fields__)
+    assert set(checkpoint.FREE) | set(checkpoint.GROWING) <= set(Config.__dataclass_fields__)
     path = copy / "checkpoints" / "step-00000010.pt"
-    options = config.parse([*TINY, "--max_samples=640", "--num_workers=3", "--log_interval=2", "--resume=auto"])
+    options = command_line.parse([*TINY, "--max_samples=640", "--num_workers=3", "--log_interval=2", "--resume=auto"])
     options = checkpoint.continued(replace(options, run_name="run", out_dir=copy.parent), path)
     assert options.lr_decay_samples == 320
     assert run(copy.parent, "--max_samples=640", "--log_interval=2", "--eval_interval=3", "--resume=auto") == 0

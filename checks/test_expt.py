@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from checks.conftest import ROOT, launch
-from launch import options as config
+from launch import command_line
 
 PUBLISHED = ["logistic", "cnn", "resnet18", "resnet50", "resnet50_cifar100", "resnet50_cifar100_ip", "resnet101"]
 BASELINES = ("small", "large", "stagewise", "linear")
@@ -44,7 +44,7 @@ def program(tmp_path):
 def options_of(call):
     """The words after `fabric run main.py`, as main.py reads them (`--main-port` is the launcher's)."""
     assert call.startswith("run main.py ")
-    return config.parse([word for word in call.split()[2:] if not word.startswith("--main-port")])
+    return command_line.parse([word for word in call.split()[2:] if not word.startswith("--main-port")])
 
 
 def test_every_published_experiment_has_a_line_and_four_baselines(program):

@@ -14,7 +14,7 @@ from torchvision.datasets import ImageFolder
 import data
 from checks.conftest import ROOT
 from imagenet import check, folders, reading
-from launch.options import UsageError
+from launch.errors import UsageError
 
 CLASSES = ("cat", "dog")
 

@@ -115,8 +115,8 @@ def test_reports_need_no_torch():
 
 
 def test_options_page_is_current():
-    from launch import options
+    from launch import command_line
 
-    assert (ROOT / "docs" / "options.md").read_text() == options.page(), (
-        "run: python -m launch.options > docs/options.md"
+    assert (ROOT / "docs" / "options.md").read_text() == command_line.page(), (
+        "run: python -m launch.command_line > docs/options.md"
     )

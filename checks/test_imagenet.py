@@ -19,7 +19,7 @@ import data
 from batches.order import SampleOrder
 from checks.conftest import ROOT, column, train
 from imagenet import convert, folders, reading
-from launch.options import UsageError
+from launch.errors import UsageError
 
 CLASSES, TRAIN, VAL = 3, 8, 3  # images a class
 FULL_SIZE = 1_281_167  # ImageNet's training set

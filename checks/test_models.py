@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import models
-from launch.options import UsageError
+from launch.errors import UsageError
 
 
 def count(model: nn.Module) -> int:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import optim
-from launch.options import Config, UsageError
+from launch.errors import UsageError
+from launch.options import Config
 
 
 def parameters(n: int = 2) -> list[torch.nn.Parameter]:

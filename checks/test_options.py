@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from checks.conftest import ROOT
-from launch import options as config
-from launch.options import UsageError
+from launch import command_line
+from launch.errors import UsageError
+from launch.options import DEFAULTS, Config
 
 PUBLISHED = {
     "cnn": "--num_workers=0 --optimizer=adagrad --batch_size=16 --max_test_micro_batch_size=15000 "
@@ -36,7 +37,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_commands_parse(name):
-    parsed = config.parse(PUBLISHED[name].split())
+    parsed = command_line.parse(PUBLISHED[name].split())
     for option, value in re.findall(r"--(\w+)=(\S+)", PUBLISHED[name]):
         got = getattr(parsed, option)
         assert str(got) == value.rstrip("/") or got == yaml.safe_load(value) or float(got) == float(value), option
@@ -44,12 +45,12 @@ def test_published_commands_parse(name):
 
 def test_help_groups_by_topic_and_names_every_option(capsys):
     with pytest.raises(SystemExit) as ended:
-        config.parse(["--help"])
+        command_line.parse(["--help"])
     text = capsys.readouterr().out
     assert ended.value.code == 0
     for topic in ("Data:", "Adaptive batch size:", "Learning-rate schedule:", "Devices"):
         assert f"\n{topic}" in text
-    for option in config.Config.__dataclass_fields__:
+    for option in Config.__dataclass_fields__:
         assert f"--{option} " in text, option
     assert "samples per device" in text and "default: cnn" in text
 
@@ -57,9 +58,9 @@ def test_help_groups_by_topic_and_names_every_option(capsys):
 def test_options_page_names_every_option_with_its_default():
     page = (ROOT / "docs" / "options.md").read_text()
     rows = dict(re.findall(r"^\| `--(\w+)` \| [^|]* \| `?([^|`]*?)`? \|", page, re.M))
-    assert set(config.Config.__dataclass_fields__) <= set(rows)
-    defaults = config._DEFAULTS
-    for option in config.Config.__dataclass_fields__:
+    assert set(Config.__dataclass_fields__) <= set(rows)
+    defaults = DEFAULTS
+    for option in Config.__dataclass_fields__:
         assert rows[option] == (
             "" if getattr(defaults, option) in (None, {}, []) else str(getattr(defaults, option))
         ), option
@@ -68,11 +69,11 @@ def test_options_page_names_every_option_with_its_default():
 def test_config_file_and_later_options(tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text("eta: 0.25\nbatch_size: 32\noptimizer_args: {eps: 0.001}\n")
-    parsed = config.parse([f"--config={file}", "--batch_size=64", "--optimizer_args.amsgrad=true"])
+    parsed = command_line.parse([f"--config={file}", "--batch_size=64", "--optimizer_args.amsgrad=true"])
     assert (parsed.eta, parsed.batch_size) == (0.25, 64)
     assert parsed.optimizer_args == {"eps": 0.001, "amsgrad": True}
     with pytest.raises(SystemExit):
-        config.parse(["--eta=0.3", "--print_config"])
+        command_line.parse(["--eta=0.3", "--print_config"])
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["eta"] == 0.3 and printed["model"] == "cnn"
 
@@ -167,7 +168,7 @@ REFUSED = [
 )
 def test_recipes(words, recipe, expected):
     """A word of the published rule is enough for the published rule; what is given stands above a recipe."""
-    c = config.parse(words.split())
+    c = command_line.parse(words.split())
     assert c.recipe == recipe
     assert (c.statistics, c.smoothing, c.ramp_up_type, c.lr_scaling, c.max_growth) == expected
 
@@ -175,14 +176,16 @@ def test_recipes(words, recipe, expected):
 @pytest.mark.parametrize("options, words", REFUSED, ids=[options for options, _ in REFUSED])
 def test_refused_in_one_line(options, words):
     with pytest.raises(UsageError, match=re.escape(words)) as refused:
-        config.parse(options.split())
+        command_line.parse(options.split())
     assert "\n" not in str(refused.value)
 
 
 def test_schedules_count_what_the_training_counts():
-    assert config.parse(["--training_type=iter"]).lr_decay_type == "iter"
-    assert config.parse([]).lr_decay_type == "sample"
-    config.parse(["--lr_decay_type=iter", "--scheduler=multistep", "--milestones=[10,20]"])  # no end to be told of
+    assert command_line.parse(["--training_type=iter"]).lr_decay_type == "iter"
+    assert command_line.parse([]).lr_decay_type == "sample"
+    command_line.parse(
+        ["--lr_decay_type=iter", "--scheduler=multistep", "--milestones=[10,20]"]
+    )  # no end to be told of
 
 
 @pytest.mark.parametrize(
@@ -198,7 +201,7 @@ def test_schedules_count_what_the_training_counts():
 def test_refused_files(tmp_path, text, words):
     (tmp_path / "run.yaml").write_bytes(text)
     with pytest.raises(UsageError, match=re.escape(words)) as refused:
-        config.parse([f"--config={tmp_path / 'run.yaml'}"])
+        command_line.parse([f"--config={tmp_path / 'run.yaml'}"])
     assert "\n" not in str(refused.value)
 
 
@@ -213,8 +216,8 @@ def test_paths_are_expanded(tmp_path, monkeypatch, option):
     for path, expected in paths.items():
         (tmp_path / "sub" / "run.yaml").write_text(f"{option}: {path}\n")
         for word in (f"--{option}={path}", "--config=~/sub/run.yaml", "--config=$HOME/sub/run.yaml"):
-            assert str(getattr(config.parse([word]), option)) == expected, (path, word)
-    assert config.Config(resume="auto").resume == "auto"
+            assert str(getattr(command_line.parse([word]), option)) == expected, (path, word)
+    assert Config(resume="auto").resume == "auto"
 
 
 @pytest.mark.parametrize(
@@ -230,7 +233,7 @@ def test_paths_are_expanded(tmp_path, monkeypatch, option):
 def test_paths_that_lead_nowhere(monkeypatch, word, words):
     monkeypatch.delenv("NOWHERE", raising=False)
     with pytest.raises(UsageError, match=re.escape(words)):
-        config.parse([word])
+        command_line.parse([word])
 
 
 def test_names_are_known_without_an_import():

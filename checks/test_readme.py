@@ -20,7 +20,7 @@ import gradients
 import main
 import tests
 from checks.conftest import ROOT, launch
-from launch import options
+from launch import command_line
 
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 FENCES = [fence for text in PAGES.values() for fence in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.S | re.M)]
@@ -187,7 +187,7 @@ def of_the_program(words: list[str]) -> list[str]:
 def test_words_of_commands_that_are_not_run():
     for command in commands():
         if " main.py" in command and not command.startswith("python"):
-            options.parse(of_the_program(command.partition(" main.py")[2].split()))
+            command_line.parse(of_the_program(command.partition(" main.py")[2].split()))
 
 
 @pytest.fixture
@@ -220,7 +220,7 @@ def test_experiments(folder):
     points = {}
     for command in started("./expt.sh") + started("sbatch"):
         done = folder(re.sub(r"^sbatch .*?expt.sh", "./expt.sh", command))
-        points[command] = [options.parse(of_the_program(call.split()[2:])) for call in done.calls]
+        points[command] = [command_line.parse(of_the_program(call.split()[2:])) for call in done.calls]
         if COMMANDS[command] == RUN:
             assert not done.calls and done.stdout
     assert all(

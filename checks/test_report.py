@@ -13,12 +13,12 @@ import yaml
 
 import main
 import report
-from launch import options as config
+from launch.options import Config
 from runs import figures, reading
 from runs.reading import Group
 
 ROWS = ("step", "samples", "epoch", "train_loss", "val_loss", "val_accuracy", "batch_size", "step_time")
-DEFAULTS = dataclasses.asdict(config.Config()) | {"data_dir": "data", "out_dir": "out"}
+DEFAULTS = dataclasses.asdict(Config()) | {"data_dir": "data", "out_dir": "out"}
 TINY = ["--model=logistic", "--max_samples=1600", "--eval_interval=5", "--eta=0.5", "--accelerator=cpu", "--devices=1"]
 
 

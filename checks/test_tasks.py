@@ -16,7 +16,7 @@ import main
 import report
 from checks.conftest import train
 from data import DataSet
-from launch.options import UsageError
+from launch.errors import UsageError
 from runs import figures, reading
 
 

@@ -19,7 +19,7 @@ import gradients
 import main
 from checks import oracle
 from checks.conftest import ROOT, column, train
-from launch.options import RunError, UsageError
+from launch.errors import RunError, UsageError
 from text import prepare
 from text.gpt import GPT, rotated
 from text.reading import Windows, read_tokens, standard_library

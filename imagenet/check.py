@@ -18,7 +18,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from imagenet import folders
-from launch.options import UsageError, expanded
+from launch.errors import UsageError
+from launch.names import expanded
 from launch.terminals import show_what_can_be_shown
 
 CHUNK = 4096

@@ -23,7 +23,8 @@ import numpy as np
 
 from imagenet import folders
 from imagenet.reading import DEFAULTS, FFCV_NAME, FfcvImages, import_ffcv
-from launch.options import UsageError, expanded
+from launch.errors import UsageError
+from launch.names import expanded
 from launch.terminals import show_what_can_be_shown
 
 SMALLEST_PAGE = 2**23  # bytes; an image has to fit into one page of the file

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from launch.options import UsageError, in_one_line
+from launch.errors import UsageError, in_one_line
 
 SPLITS = ("train", "val")
 HIDDEN = (".", "__MACOSX")

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 
 from imagenet import folders
-from launch.options import UsageError, in_one_line
+from launch.errors import UsageError, in_one_line
 
 RESOLUTION = 224
 CENTRE = 224 / 256

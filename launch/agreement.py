@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
 
-from launch.options import RunError, UsageError
+from launch.errors import RunError, UsageError
 
 
 def together(fabric: Fabric, function: Callable):

@@ -7,7 +7,8 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 
-from launch.options import Config, UsageError
+from launch.errors import UsageError
+from launch.options import Config
 
 
 def resolve(config: Config, fabric: Fabric, training_samples: int, defaults: dict[str, Any]) -> Config:

@@ -22,7 +22,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from launch import heartbeat
 from launch.agreement import from_first, gathered
 from launch.environments import by_torchrun, launcher, started_by_the_first_process
-from launch.options import GRACE, RunError, UsageError, say_error
+from launch.errors import GRACE, RunError, UsageError, say_error
 
 _children: list[subprocess.Popen] = []
 _leaving = threading.Event()

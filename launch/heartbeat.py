@@ -12,7 +12,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from launch.options import say_error
+from launch.errors import say_error
 
 INTERVAL = 3.0
 """Seconds between two signs of life."""

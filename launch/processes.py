@@ -18,7 +18,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from launch import ending, sharding
 from launch.agreement import host_group
 from launch.environments import FIRST_PROCESS, launcher, started_by_the_first_process
-from launch.options import Config, RunError, UsageError, say
+from launch.errors import RunError, UsageError, say
+from launch.options import Config
 from launch.terminals import after
 
 PATIENCE = 10.0

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from launch.options import UsageError
+from launch.errors import UsageError
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 

@@ -27,7 +27,8 @@ from lightning.fabric.strategies import ModelParallelStrategy
 
 from launch.agreement import from_first, gathered, together
 from launch.ending import errors_go_to
-from launch.options import Config, RunError, UsageError
+from launch.errors import RunError, UsageError
+from launch.options import Config
 from runs.metrics import Totals
 
 # What may differ between a run and its continuation: where things are, how often something is written, and how a batch

@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 from launch.ending import errors_go_to
 from launch.environments import resume_command
-from launch.options import Config, UsageError
+from launch.errors import UsageError
+from launch.options import Config
 from runs import figures, reading
 from runs.checkpoint import plain_options, remove_left_overs, replacing, unwritable
 

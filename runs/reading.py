@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
+from launch.errors import UsageError
 from launch.names import nearest
-from launch.options import RECIPES, CheckpointOptions, Config, TestOptions, UsageError
+from launch.options import RECIPES, CheckpointOptions, Config, TestOptions
 
 FILES = ("config.yaml", "metrics.csv", "summary.json")
 NOT_COMPARED = {"seed", "run_name", "recipe", "out_dir", "data_dir", "num_workers", "batch_ahead"}

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from launch.options import UsageError, in_one_line
+from launch.errors import UsageError, in_one_line
 from text.reading import BYTES
 
 BLOCK = 2**20

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from launch.options import RunError, UsageError
+from launch.errors import RunError, UsageError
 
 BYTES = 256
 """Vocabulary of byte-level text."""
