@@ -9,10 +9,12 @@ of 2 where the model (50 million parameters) or its images (300×300 pixels) are
 largest relative difference of `auto` to `vmap` over V, V_ip, V_orth and ‖ḡ‖². Where that is above 1e-4 in float32, the
 comparison is made again in float64, and the error that float32 makes in the reference itself is shown beside it.
 With --check_only no step is taken: it is the check at the start of a run, which compares every parameter's norms with
-those of single samples (three images of 64×64 pixels, where the model takes them).
+those of single samples (three images of 64×64 pixels; of the model's own size where it does not take these, or takes
+them by another estimator).
 Goes on where it was interrupted: delete models.json (checked.json) to start anew.
 """
 
+import contextlib
 import json
 import math
 import subprocess
@@ -30,6 +32,7 @@ from torch.nn.functional import cross_entropy
 import gradients
 import models
 from benchmarks.cases import RESULTS, for_comparison, provenance
+from launch.errors import UsageError
 
 NAMES = torchvision.models.list_models(module=torchvision.models)
 CLASSES = 10
@@ -111,12 +114,13 @@ def examine(name: str, batch_size: int | None = None, size: int | None = None) -
 
 
 def check(name: str) -> Iterator[dict]:
-    """What `auto` takes, and what it says of it."""
-    own = image_size(name)
-    try:
-        yield check_at(name, SMALL)
-    except (ValueError, RuntimeError, AssertionError):  # a vision transformer has positions for one size
-        yield check_at(name, own)
+    """What `auto` takes, and what it says of it: on small images, and on its own where these would not do."""
+    with contextlib.suppress(UsageError, ValueError, RuntimeError):  # a transformer may have a size of its own
+        result = check_at(name, SMALL)
+        yield result
+        if result["taken"] == "ghost":
+            return
+    yield check_at(name, image_size(name))
 
 
 def check_at(name: str, size: int) -> dict:
@@ -140,7 +144,7 @@ def checked_table(results: dict[str, dict]) -> str:
         if "error" in r:
             lines.append(f"| {name} | | | | *{r['error']}* |")
         else:
-            told = "; ".join(r["told"]) or "–"
+            told = "; ".join("has BatchNorm" if line == gradients.COUPLED else line for line in r["told"]) or "–"
             lines.append(f"| {name} | {r['parameters'] / 1e6:.1f} M | {r['image_size']} | {r['taken']} | {told} |")
     return "\n".join(lines)
 

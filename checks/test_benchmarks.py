@@ -70,6 +70,22 @@ def test_every_model_table():
     assert len(torchvision_models.NAMES) == 80
 
 
+def test_every_model_is_checked_where_it_takes_small_images_and_where_it_does_not(monkeypatch):
+    (small,) = torchvision_models.check("shufflenet_v2_x0_5")
+    assert small["taken"] == "ghost" and small["image_size"] == 64
+    line = torchvision_models.checked_table({"shufflenet_v2_x0_5": small}).splitlines()[-1]
+    assert line == "| shufflenet_v2_x0_5 | 0.4 M | 64 | ghost | has BatchNorm |"
+    monkeypatch.setattr(torchvision_models, "SMALL", 8)  # too small for its pooling
+    (large,) = torchvision_models.check("squeezenet1_1")
+    assert large["taken"] == "ghost" and large["image_size"] == 224
+
+
+def test_kept_check_has_every_model():
+    kept = json.loads((cases.RESULTS / "checked.json").read_text())["results"]
+    assert set(kept) == set(torchvision_models.NAMES)
+    assert torchvision_models.checked_table(kept) in (cases.RESULTS / "checked.md").read_text()
+
+
 def test_comparison_tunes_and_keeps_what_a_report_needs(tmp_path, monkeypatch, capsys):
     """The sweep is widened from its edge; a second command finds all done, a run that was cut off starts anew."""
     shared = {"dataset": "digits", "model": "logistic", "optimizer": "adagrad", "max_samples": 2000}

@@ -219,6 +219,21 @@ def test_torchvision_models_equal_vmap(name, dtype):
         assert_matches(result, {name: getattr(reference, name) for name in names}, rel=FLOATS[dtype])
 
 
+def test_a_gradient_that_is_rounding_alone_goes_to_another_estimator():
+    """Maps of equal values, whose BatchNorm leaves no gradient: ghost would have rounding where there is nothing."""
+    torch.manual_seed(0)
+    pooled = [nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 1, 1)]  # 2×2 pixels, each of which sees all
+    model = nn.Sequential(*pooled, nn.Conv2d(32, 64, 1, bias=False), nn.BatchNorm2d(64), nn.Flatten(), nn.LazyLinear(3))
+    x, y = torch.randn(7, 3, 2, 2, dtype=torch.float64), torch.arange(7) % 3
+    model(x.float())
+    model.double()
+    estimator, told = gradients.build("auto", model, cross_entropy, True, 4, (x, y))
+    assert isinstance(estimator, gradients.PerSampleGradients)
+    assert "(ghost: its gradients of 3.weight are not those of single samples)" in told[0]
+    expected = oracle.statistics(oracle.gradient_vectors(model, cross_entropy, x, y))
+    assert_matches(gradients.moments(model, cross_entropy, x, y), expected, rel=1e-9)
+
+
 def test_without_forward_mode_inner_products_take_per_sample_gradients():
     """Where the batch comes in pieces; in one piece nothing of the kind is needed."""
     kind = next(kind for kind in KINDS if kind.name == "autograd.Function without forward mode")

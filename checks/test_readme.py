@@ -44,6 +44,7 @@ COMMANDS = {
     "python -m imagenet.convert IMAGE_FOLDER OUT_DIR": "needs ffcv: checks/test_imagenet.py, where it is installed",
     "python -m checks.fault_drill --rounds=50": "takes long: checks/test_survival.py runs a few rounds",
     "python -m benchmarks.torchvision_models": MEASURES,
+    "python -m benchmarks.torchvision_models --check_only=True": MEASURES,
     "python -m benchmarks.speed --budget=10": MEASURES,
     "python -m benchmarks.speed --cases='[gpt_8]' --methods='[plain,ghost,vmap]' --budget=25"
     " --out=benchmarks/results/gpt": MEASURES,

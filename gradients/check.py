@@ -290,6 +290,8 @@ class Check:
         worst = max(differences, key=differences.get, default=None)
         if worst is None or differences[worst] == 0:
             return ""
+        if differences[worst] > 100:  # not finite, or to be zero
+            return f"its gradients of {worst} are not those of single samples"
         return f"its gradients of {worst} are {_percent(differences[worst])} off those of single samples"
 
     def of_vmap(self, estimator: PerSampleGradients) -> str:

@@ -177,8 +177,10 @@ class SingleGradients(BySample):
         self, inputs: Batch, targets: Batch, buffers: dict[str, Tensor], only: set[str] | None = None
     ) -> dict[str, Tensor]:
         parameters = {name: p for name, p in self.parameters().items() if only is None or name in only}
-        singles = [self._gradients_of_one(x, y, buffers, parameters) for x, y in chunks(1, inputs, targets)]
-        return {name: torch.stack([single[name] for single in singles]) for name in parameters}
+        first, *others = (self._gradients_of_one(x, y, buffers, parameters) for x, y in chunks(1, inputs, targets))
+        if not others:  # no copy: a model may be so large that there is no room for one
+            return {name: gradient.unsqueeze(0) for name, gradient in first.items()}
+        return {name: torch.stack([first[name], *(other[name] for other in others)]) for name in parameters}
 
     def _gradients_of_one(
         self, x: Batch, y: Batch, buffers: dict[str, Tensor], parameters: dict[str, nn.Parameter]
