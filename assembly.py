@@ -36,7 +36,7 @@ class Parts:
         resumed: the checkpoint that the run goes on from, if any.
         loss: of outputs and targets, as data set or user have it.
         metrics, train_metrics: of the data set.
-        samples_per_epoch, validation_samples: how many there are.
+        samples_per_epoch, validation_samples: how many there are of training, and how many an evaluation takes.
         largest_micro_batch: of which it is worth trying whether it is quicker; None: any.
         module: the network as the user knows it; its parameters may be shards.
         model: the same as it is called: compiled, its gradients averaged over ranks.
@@ -76,11 +76,13 @@ class Parts:
             data_set = together(fabric, lambda: data.load(config.dataset, config.data_dir, **text_options))
         self.loss = together(fabric, lambda: import_object("loss", config.loss) if config.loss else data_set.loss)
         self.metrics, self.train_metrics = data_set.metrics, data_set.train_metrics
-        self.samples_per_epoch, self.validation_samples = len(data_set.train), len(data_set.val)
+        self.samples_per_epoch, of_validation = len(data_set.train), len(data_set.val)
         self.largest_micro_batch = data_set.largest_micro_batch
         self.config = config = together(
-            fabric, lambda: effective.resolve(config, fabric, len(data_set.train), data_set.defaults)
+            fabric,
+            lambda: effective.resolve(config, fabric, self.samples_per_epoch, of_validation, data_set.defaults),
         )
+        self.validation_samples = config.validation_samples or of_validation
         together(fabric, lambda: self.resumed and checkpoint.refuse_differences(config, self.resumed))
         self.sharded = config.strategy == "fsdp"
         if not (data_set.at_hand or config.num_workers):
@@ -122,7 +124,7 @@ class Parts:
             if not self.sharded:
                 memory_format = models.choose_memory_format(self.module, data_set.input_shape)
         dtype, workers = next(self.module.parameters()).dtype, (c.num_workers, c.batch_ahead)
-        arguments = (c.seed, c.shuffle, fabric.device, dtype, *workers, memory_format)
+        arguments = (c.seed, c.shuffle, fabric.device, dtype, *workers, memory_format, c.validation_samples)
         with out_of_memory_means("the data set", "take one that is read while training goes on (docs/extending.md)"):
             self.stream = batches.build(data_set, *arguments)
         if not data_set.num_classes or c.loss:

@@ -58,7 +58,7 @@ class DataSet:
         train_metrics: what is measured on the training samples beside the loss: by name, a function of outputs and
             targets → a number for each sample (n,). Default: accuracy.
         num_outputs: what the model's maker is told beside the shape of an input; default: num_classes.
-        defaults: a value of max_samples that suits it better than 30 epochs.
+        defaults: values of max_samples and validation_samples that suit it better than 30 epochs and all.
         largest_micro_batch: max_micro_batch_size=auto need not look at larger ones [samples].
     """
 
@@ -309,10 +309,9 @@ def _imagenet(data_dir: Path) -> DataSet:
     return DataSet(train, val, num_classes, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
-def _text(text: Text, sequence_length: int, max_samples: int | None = None) -> DataSet:
+def _text(text: Text, sequence_length: int) -> DataSet:
     """A sample predicts `sequence_length` tokens; its loss is the mean over them, in nats a token."""
     windows = [Windows(tokens, sequence_length, text.vocab_size) for tokens in (text.train, text.val)]
-    epoch = len(windows[0])
     metrics = {"perplexity": perplexity}
     if text.is_bytes:
         metrics = {"bits_per_byte": bits, **metrics}
@@ -322,7 +321,7 @@ def _text(text: Text, sequence_length: int, max_samples: int | None = None) -> D
         metrics=metrics,
         num_outputs=text.vocab_size,
         largest_micro_batch=max(1, 2**13 // sequence_length),
-        defaults={"max_samples": epoch if max_samples is None else min(epoch, max_samples)},
+        defaults={"max_samples": len(windows[0])},
     )
 
 
@@ -344,7 +343,10 @@ def _tokens(data_dir: Path, sequence_length: int = 256, vocab_size: int | None =
 
 
 def _stdlib(data_dir: Path, sequence_length: int = 256) -> DataSet:
-    return _text(standard_library(), sequence_length, max_samples=2**13)  # some minutes on two cores
+    whole = _text(standard_library(), sequence_length)
+    # Some minutes on two cores, few of them for evaluations.
+    whole.defaults = {"max_samples": min(2**13, len(whole.train)), "validation_samples": 2**11}
+    return whole
 
 
 _sets = torchvision.datasets

@@ -35,14 +35,16 @@ def build(
     num_workers: int = 0,
     batch_ahead: int = 2,
     memory_format: torch.memory_format = torch.contiguous_format,
+    validation_samples: int | None = None,
 ) -> "InMemoryStream | LoadedStream":
     """The stream of a data set: by number where its samples are at hand, else by worker processes.
 
     Args:
         dtype: of the inputs, where they are images or floating-point numbers.
         memory_format: of the images.
+        validation_samples: of the validation set so many, spread evenly over it; default: all.
     """
     normalise = Normalise(data_set, device, dtype, memory_format)
     if data_set.at_hand:
-        return InMemoryStream(data_set, seed, shuffle, device, normalise)
-    return LoadedStream(data_set, seed, shuffle, device, normalise, num_workers, batch_ahead)
+        return InMemoryStream(data_set, seed, shuffle, device, normalise, validation_samples)
+    return LoadedStream(data_set, seed, shuffle, device, normalise, num_workers, batch_ahead, validation_samples)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from batches.augment import Normalise, crop_and_flip
-from batches.order import SampleOrder, as_tensor, position_hash
+from batches.order import EvenlySpread, SampleOrder, as_tensor, position_hash
 from batches.plan import positions_of_rank
 from batches.stream import Batch
 from data import DataSet, described
@@ -42,22 +42,23 @@ class LoadedStream:
         normalise: Normalise,
         num_workers: int,
         batch_ahead: int,
+        validation_samples: int | None = None,
     ):
         self.device, self.augment, self.seed = device, data_set.crop_and_flip, seed
         self.normalise = normalise
-        self.val_size = len(data_set.val)
+        self.val_size = validation_samples or len(data_set.val)
         self.train, self.val = (
             ChunkReader(
                 SeededReader(samples, name, data_set),
-                SampleOrder(len(samples), seed, shuffled),
+                order,
                 seed,
                 num_workers,
                 batch_ahead,
                 pin_memory=device.type == "cuda",
             )
-            for name, samples, shuffled in (
-                ("training", data_set.train, shuffle),
-                ("validation", data_set.val, False),
+            for name, samples, order in (
+                ("training", data_set.train, SampleOrder(len(data_set.train), seed, shuffle)),
+                ("validation", data_set.val, EvenlySpread(len(data_set.val), self.val_size)),
             )
         )
         self.recut: Recut | None = None
@@ -135,7 +136,7 @@ class ChunkReader:
     def __init__(
         self,
         samples: "SeededReader",
-        order: "SampleOrder",
+        order: SampleOrder | EvenlySpread,
         seed: int,
         num_workers: int,
         batch_ahead: int,

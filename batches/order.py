@@ -35,6 +35,17 @@ class SampleOrder:
         return torch.cat(parts).long()
 
 
+class EvenlySpread:
+    """So many of the samples that there are, spread evenly: a folder of images is sorted by class, a text by file."""
+
+    def __init__(self, available: int, taken: int, device: torch.device | str = "cpu"):
+        self.available, self.taken, self.device = available, taken, device
+
+    def samples(self, positions: range) -> Tensor:
+        """The samples at these positions in [0, taken): int64 (len(positions),)."""
+        return as_tensor(positions, self.device) * self.available // self.taken
+
+
 def position_hash(positions: Tensor, seed: int) -> Tensor:
     """63 random bits for every position: SplitMix64's finaliser (Steele, Lea, Flood, OOPSLA 2014) of seed and position.
 

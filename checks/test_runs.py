@@ -134,6 +134,7 @@ def test_refused_once_on_two_ranks(tmp_path, options, words):
         (["--model=alexnet"], "does not work on images"),
         (["--accelerator=gpu"], "--accelerator=gpu"),
         (["--out_dir=/proc/nowhere"], "--out_dir=/proc/nowhere cannot be written"),
+        (["--validation_samples=9999"], "samples for validation: lower it, or leave it out to take all"),
     ],
 )
 def test_refused_in_one_line(tmp_path, options, words):
@@ -152,6 +153,14 @@ def test_more_devices_than_a_task_sees(monkeypatch):
     config = Config(accelerator="cuda")
     with pytest.raises(UsageError, match="--gpus-per-node, not --gpus-per-task .*machine only has"):
         processes.start_fabric(config)
+
+
+def test_an_evaluation_takes_as_many_samples_as_it_is_told(tmp_path):
+    part = [*TINY, "--devices=1", f"--out_dir={tmp_path}", "--model=logistic", "--validation_samples=53"]
+    assert main.main(part) == 0
+    right = 53 * json.loads((tmp_path / "run" / "summary.json").read_text())["val_accuracy"]
+    assert right == pytest.approx(round(right), abs=1e-4) and round(right) > 0
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["validation_samples"] == 53
 
 
 def test_divergence(tmp_path):

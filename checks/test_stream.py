@@ -41,12 +41,13 @@ def test_position_hash_is_uniform_and_seeded():
     assert not torch.equal(bits, order.position_hash(positions, 2))
 
 
-def stream_of(n: int, augment: bool = False) -> batches.InMemoryStream:
+def stream_of(n: int, augment: bool = False, validation_samples: int | None = None) -> batches.InMemoryStream:
     images = torch.arange(n * 3 * 8 * 8, dtype=torch.int64).remainder(251).to(torch.uint8).view(n, 3, 8, 8)
     labels = torch.arange(n) % 5
     sets = torch.utils.data.TensorDataset(images, labels)
     data_set = data.DataSet(sets, sets, 5, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), crop_and_flip=augment)
-    return batches.build(data_set, 0, False, torch.device("cpu"), torch.float64)
+    further = {"validation_samples": validation_samples}
+    return batches.build(data_set, 0, False, torch.device("cpu"), torch.float64, **further)
 
 
 def test_normalisation():
@@ -75,6 +76,16 @@ def test_validation_uses_every_sample_once(world_size):
     assert sorted(x.sum().item() for x in seen) == sorted(x.sum().item() for x in expected) and len(seen) == 11
 
 
+@pytest.mark.parametrize("taken, expected", [(1, [0]), (4, [0, 2, 5, 8]), (10, [*range(10)]), (11, [*range(11)])])
+def test_a_part_of_the_validation_samples_is_spread_evenly(taken, expected):
+    samples, elsewhere = stream_of(11, validation_samples=taken), loaded_stream(5, 11, validation_samples=taken)
+    images = samples.normalise(samples.val(torch.arange(11))[0])
+    seen = [x for rank in range(2) for inputs, _ in samples.validation(rank, 2, 3) for x in inputs]
+    assert len(seen) == taken and all(any(torch.equal(x, images[i]) for x in seen) for i in expected)
+    read = [n for rank in range(2) for x, _ in elsewhere.validation(rank, 2, 3) for n in words(x)[:, 0].tolist()]
+    assert sorted(read) == expected
+
+
 class Numbered(torch.utils.data.Dataset):
     """Image i says which sample it is, which process read it, and what three random generators gave; label i mod 5."""
 
@@ -90,9 +101,12 @@ class Numbered(torch.utils.data.Dataset):
         return torch.tensor(words, dtype=torch.int32).view(torch.uint8).view(1, 4, 5), i % 5
 
 
-def loaded_stream(n: int, val: int = 11, shuffle: bool = True, num_workers: int = 0) -> batches.LoadedStream:
+def loaded_stream(
+    n: int, val: int = 11, shuffle: bool = True, num_workers: int = 0, validation_samples: int | None = None
+) -> batches.LoadedStream:
     data_set = data.DataSet(Numbered(n), Numbered(val), 5)
-    return batches.build(data_set, 3, shuffle, torch.device("cpu"), torch.float64, num_workers)
+    further = {"num_workers": num_workers, "validation_samples": validation_samples}
+    return batches.build(data_set, 3, shuffle, torch.device("cpu"), torch.float64, **further)
 
 
 def words(inputs: torch.Tensor) -> torch.Tensor:

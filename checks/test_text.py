@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -120,6 +121,7 @@ def test_the_standard_library_is_the_same_text_every_time():
     assert first.vocab_size == 256 and first.is_bytes and np.array_equal(first.val, second.val)
     assert len(first.train) > 5_000_000 and 0.01 < len(first.val) / len(first.train) < 0.15
     assert b"def " in first.val.tobytes()[:100_000]
+    assert data.load("stdlib", pathlib.Path("nowhere")).defaults == {"max_samples": 8192, "validation_samples": 2048}
 
 
 def test_prepared_bytes_are_the_files(tmp_path, capsys):

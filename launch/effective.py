@@ -11,7 +11,9 @@ from launch.errors import UsageError
 from launch.options import Config
 
 
-def resolve(config: Config, fabric: Fabric, training_samples: int, defaults: dict[str, Any]) -> Config:
+def resolve(
+    config: Config, fabric: Fabric, training_samples: int, validation_samples: int, defaults: dict[str, Any]
+) -> Config:
     """The options as they take effect: defaults that depend on the data, and the devices that Fabric really uses.
 
     Args:
@@ -21,8 +23,15 @@ def resolve(config: Config, fabric: Fabric, training_samples: int, defaults: dic
         UsageError: the options do not fit the data or the devices.
     """
     world_size = fabric.world_size
+    if config.validation_samples and config.validation_samples > validation_samples:
+        raise UsageError(
+            f"--validation_samples={config.validation_samples}: --dataset={config.dataset} has {validation_samples} "
+            "samples for validation: lower it, or leave it out to take all"
+        )
     general = {"max_samples": 30 * training_samples}
     effective = {name: value for name, value in (general | defaults).items() if getattr(config, name) is None}
+    if "validation_samples" in effective:
+        effective["validation_samples"] = min(effective["validation_samples"], validation_samples)
     if config.stagewise_ramp_up:
         sizes = config.global_batch_sizes
         effective["batch_size"] = sizes[0]

@@ -260,6 +260,8 @@ class LogOptions:
     """evaluate every so many steps; 0: as eval_samples says"""
     eval_samples: int | None = None
     """evaluate whenever so many samples more were used [samples]; default: an epoch's worth; always at the end"""
+    validation_samples: int | None = None
+    """evaluate on so many samples of the validation set, spread evenly over it; default: all; of stdlib, 2048"""
 
 
 @dataclass
@@ -327,7 +329,7 @@ class Config(
             "gradient_accumulation_steps eta theta nu test_interval test_groups learning_rate max_lr gamma "
             "max_samples max_iters devices num_nodes log_interval linear_ramp_up_increment lr_decay_samples "
             "lr_decay_iters batch_ahead keep_checkpoints timeout_minutes batch_size_multiple growth_interval "
-            "patience sequence_length vocab_size knee eval_samples"
+            "patience sequence_length vocab_size knee eval_samples validation_samples"
         )
         not_negative = (
             "num_workers weight_decay grad_clip min_lr warmup_samples warmup_iters eval_interval momentum seed "
