@@ -131,7 +131,7 @@ class TestOptions:
     the steps' times say. With a number, the sizes do not depend on times"""
     recipe: Literal["paper", "steady"] | None = None
     """paper: the published rule. steady: unbiased, smoothed statistics, goodput, a learning rate that follows,
-    growth at most twofold at a time, measured at every eighth step. Options that are given stand above it; default:
+    measured at every eighth step, growth at most twofold in 16 steps. Options that are given stand above it; default:
     paper where test_type, eta, theta, nu or ramp_up_type is given or there is no test, else steady"""
 
 
@@ -500,6 +500,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "ramp_up_type": "goodput",
         "lr_scaling": "critical",
         "max_growth": 2.0,
+        "growth_interval": 16,
         "test_interval": 8,
     },
 }
