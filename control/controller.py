@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from control.coupling import CRITICAL, LearningRateScaling
+from control.coupling import LearningRateScaling
 from control.sizes import (
+    CRITICAL,
     Adaptive,
     Constant,
     Found,
