@@ -7,6 +7,7 @@ import torch
 
 from batches.augment import Normalise, smaller
 from batches.loading import LoadedStream
+from batches.order import EvenlySpread, SampleOrder
 from batches.plan import Plan, cut, positions_of_rank, quickest
 from batches.sizes import controller, test
 from batches.stream import InMemoryStream
@@ -45,6 +46,12 @@ def build(
         validation_samples: of the validation set so many, spread evenly over it; default: all.
     """
     normalise = Normalise(data_set, device, dtype, memory_format)
+    where = device if data_set.at_hand else "cpu"  # of the numbers of samples
+    available = len(data_set.val)
+    orders = (
+        SampleOrder(len(data_set.train), seed, shuffle, where),
+        EvenlySpread(available, validation_samples or available, where),
+    )
     if data_set.at_hand:
-        return InMemoryStream(data_set, seed, shuffle, device, normalise, validation_samples)
-    return LoadedStream(data_set, seed, shuffle, device, normalise, num_workers, batch_ahead, validation_samples)
+        return InMemoryStream(data_set, orders, seed, device, normalise)
+    return LoadedStream(data_set, orders, seed, device, normalise, num_workers, batch_ahead)

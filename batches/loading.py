@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from batches.augment import Normalise, crop_and_flip
-from batches.order import EvenlySpread, SampleOrder, as_tensor, position_hash
+from batches.order import EvenlySpread, Orders, SampleOrder, as_tensor, position_hash
 from batches.plan import positions_of_rank
 from batches.stream import Batch
 from data import DataSet, described
@@ -36,17 +36,16 @@ class LoadedStream:
     def __init__(
         self,
         data_set: DataSet,
+        orders: Orders,
         seed: int,
-        shuffle: bool,
         device: torch.device,
         normalise: Normalise,
         num_workers: int,
         batch_ahead: int,
-        validation_samples: int | None = None,
     ):
         self.device, self.augment, self.seed = device, data_set.crop_and_flip, seed
         self.normalise = normalise
-        self.val_size = validation_samples or len(data_set.val)
+        self.val_size = orders[1].taken
         self.train, self.val = (
             ChunkReader(
                 SeededReader(samples, name, data_set),
@@ -56,10 +55,7 @@ class LoadedStream:
                 batch_ahead,
                 pin_memory=device.type == "cuda",
             )
-            for name, samples, order in (
-                ("training", data_set.train, SampleOrder(len(data_set.train), seed, shuffle)),
-                ("validation", data_set.val, EvenlySpread(len(data_set.val), self.val_size)),
-            )
+            for name, samples, order in zip(("training", "validation"), (data_set.train, data_set.val), orders)
         )
         self.recut: Recut | None = None
         self.next = (0, 1)  # position at which `recut` stands, and the step from each to the next

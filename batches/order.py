@@ -46,6 +46,10 @@ class EvenlySpread:
         return as_tensor(positions, self.device) * self.available // self.taken
 
 
+Orders = tuple[SampleOrder, EvenlySpread]
+"""Of the training samples, and of those that an evaluation takes."""
+
+
 def position_hash(positions: Tensor, seed: int) -> Tensor:
     """63 random bits for every position: SplitMix64's finaliser (Steele, Lea, Flood, OOPSLA 2014) of seed and position.
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset, TensorDataset
 
 from batches.augment import Normalise, crop_and_flip
-from batches.order import EvenlySpread, SampleOrder, as_tensor
+from batches.order import Orders, as_tensor
 from batches.plan import positions_of_rank
 from data import DataSet
 
@@ -22,19 +22,10 @@ Batch = tuple[Any, Any]
 class InMemoryStream:
     """Micro-batches from a data set in the device's memory, or one that gathers its samples."""
 
-    def __init__(
-        self,
-        data_set: DataSet,
-        seed: int,
-        shuffle: bool,
-        device: torch.device,
-        normalise: Normalise,
-        validation_samples: int | None = None,
-    ):
+    def __init__(self, data_set: DataSet, orders: Orders, seed: int, device: torch.device, normalise: Normalise):
         self.train, self.val = (_by_number(samples, device) for samples in (data_set.train, data_set.val))
-        self.val_size, self.device = validation_samples or len(data_set.val), device
-        self.order = SampleOrder(len(data_set.train), seed, shuffle, device)
-        self.val_order = EvenlySpread(len(data_set.val), self.val_size, device)
+        self.order, self.val_order = orders
+        self.device = device
         self.normalise, self.augment, self.seed = normalise, data_set.crop_and_flip, seed
 
     def read(self, positions: range) -> Batch:
@@ -57,7 +48,7 @@ class InMemoryStream:
 
     def validation(self, rank: int, world_size: int, micro_batch_size: int) -> Iterator[Batch]:
         """This rank's share of the validation samples: over all ranks, each exactly once."""
-        own = positions_of_rank(0, self.val_size, rank, world_size)
+        own = positions_of_rank(0, self.val_order.taken, rank, world_size)
         for cut in range(0, len(own), micro_batch_size):
             yield self.normalise.batch(self.val(self.val_order.samples(own[cut : cut + micro_batch_size])))
 

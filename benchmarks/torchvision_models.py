@@ -113,10 +113,10 @@ def examine(name: str, batch_size: int | None = None, size: int | None = None) -
         yield result | {"error_of_vmap": difference(steps["vmap"][0], exact)}
 
 
-def check(name: str) -> Iterator[dict]:
+def check(name: str, size: int = SMALL) -> Iterator[dict]:
     """What `auto` takes, and what it says of it: on small images, and on its own where these would not do."""
     with contextlib.suppress(UsageError, ValueError, RuntimeError):  # a transformer may have a size of its own
-        result = check_at(name, SMALL)
+        result = check_at(name, size)
         yield result
         if result["taken"] == "ghost":
             return
@@ -179,12 +179,13 @@ def examine_all(
     Args:
         names: models.
         out: folder for models.md and models.json.
-        size: of the images [pixels]; default: each model's own. Small ones take minutes in the place of an hour.
+        size: of the images [pixels]; default: each model's own, or 64 with check_only. Small ones take minutes in the
+            place of an hour.
         check_only: only which estimator `auto` takes.
         worker: the model of a process of its own (used by the program itself).
     """
     if worker:
-        for result in check(worker) if check_only else examine(worker, size=size):
+        for result in check(worker, size or SMALL) if check_only else examine(worker, size=size):
             print(json.dumps(result), flush=True)
         return
     out.mkdir(parents=True, exist_ok=True)

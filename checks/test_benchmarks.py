@@ -70,13 +70,12 @@ def test_every_model_table():
     assert len(torchvision_models.NAMES) == 80
 
 
-def test_every_model_is_checked_where_it_takes_small_images_and_where_it_does_not(monkeypatch):
+def test_every_model_is_checked_where_it_takes_small_images_and_where_it_does_not():
     (small,) = torchvision_models.check("shufflenet_v2_x0_5")
     assert small["taken"] == "ghost" and small["image_size"] == 64
     line = torchvision_models.checked_table({"shufflenet_v2_x0_5": small}).splitlines()[-1]
     assert line == "| shufflenet_v2_x0_5 | 0.4 M | 64 | ghost | has BatchNorm |"
-    monkeypatch.setattr(torchvision_models, "SMALL", 8)  # too small for its pooling
-    (large,) = torchvision_models.check("squeezenet1_1")
+    (large,) = torchvision_models.check("squeezenet1_1", size=8)  # too small for its pooling
     assert large["taken"] == "ghost" and large["image_size"] == 224
 
 
