@@ -43,7 +43,7 @@ from launch import ending, processes, sharding
 from launch.agreement import Agreement, largest_over_ranks, together
 from launch.errors import REFUSED, UsageError
 from launch.interrupts import Interrupts
-from launch.options import Config
+from launch.options import MEASURED_SCALINGS, Config
 from runs import checkpoint
 from runs import log as texts
 from runs.log import RunLog
@@ -176,7 +176,7 @@ class Trainer:
     def test_is_due(self) -> bool:
         """Every `test_interval` steps until the batch has its largest size, and whenever something else asks for it."""
         c, steps = self.config, self.progress.steps
-        read_at_the_end = c.may_shrink or c.lr_scaling == "adascale"
+        read_at_the_end = c.may_shrink or c.lr_scaling in MEASURED_SCALINGS
         tested = c.test and (self.progress.batch_size < c.max_batch_size or read_at_the_end)
         return (tested and steps % c.test_interval == 0) or (c.monitor_interval and steps % c.monitor_interval == 0)
 

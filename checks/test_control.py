@@ -195,6 +195,8 @@ def test_first_measurement_counts_in_full_and_bad_ones_not_at_all():
         ("adascale", False, 16, 1.0),
         ("adascale", False, 64, (8 / 16 + 0.5) / (8 / 64 + 0.5)),
         ("adascale", True, 64, math.sqrt((8 / 16 + 0.5) / (8 / 64 + 0.5))),
+        ("critical", False, 64, (1 + 32 / 16) / (1 + 32 / 64)),  # C = 2 · 8/0.5 = 32
+        ("critical", True, 64, math.sqrt((1 + 32 / 16) / (1 + 32 / 64))),
     ],
 )
 def test_learning_rate_factors_against_written_out_values(rule, adaptive, batch_size, expected):
@@ -202,8 +204,9 @@ def test_learning_rate_factors_against_written_out_values(rule, adaptive, batch_
     assert scaling(batch_size, Statistics(64, 64, 0.5, 8.0)) == pytest.approx(expected, rel=1e-15)
 
 
-def test_adascale_lies_between_one_and_linear():
-    scaling = control.LearningRateScaling("adascale", 16)
+@pytest.mark.parametrize("rule", ["adascale", "critical"])
+def test_gains_lie_between_one_and_linear(rule):
+    scaling = control.LearningRateScaling(rule, 16)
     assert scaling(64, None) == 1.0
     assert scaling(64, Statistics(64, 64, -1.0, 8.0)) == pytest.approx(4.0)  # noise alone
     assert scaling(64, Statistics(64, 64, 1e12, 8.0)) == pytest.approx(1.0)  # none

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from control.coupling import LearningRateScaling
+from control.coupling import CRITICAL, LearningRateScaling
 from control.sizes import (
-    CRITICAL,
     Adaptive,
     Constant,
     Found,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from control.coupling import CRITICAL
 from tests import Decision
 
 
@@ -96,13 +97,6 @@ class Seesaw:
     def __call__(self, batch_size: int, samples: int, found: Found) -> int:
         left = self.decay(samples)
         return max(batch_size, round(self.initial_batch_size / left)) if left > 1e-9 else 10**18
-
-
-CRITICAL = 2.0
-"""Critical batch size over noise scale V/‖G‖². They are the same where the curvature is the same in all directions
-(McCandlish et al., section 2.2); where it is not, steps have left little of the gradient in the steep directions, in
-which the noise remains, and the critical batch size is larger: 1 to 4 noise scales on the problems of docs/results.md,
-by the samples that constant batches needed to a target."""
 
 
 @dataclass(frozen=True)

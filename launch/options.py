@@ -14,6 +14,9 @@ from typing import Any, Literal
 from launch.errors import UsageError
 from launch.names import expanded, unknown
 
+MEASURED_SCALINGS = ("adascale", "critical")
+"""Values of lr_scaling that read the statistics."""
+
 
 @dataclass
 class DataOptions:
@@ -128,7 +131,7 @@ class TestOptions:
     the steps' times say. With a number, the sizes do not depend on times"""
     recipe: Literal["paper", "steady"] | None = None
     """paper: the published rule. steady: unbiased, smoothed statistics, goodput, a learning rate that follows,
-    growth at most twofold at a time, measured at every fourth step. Options that are given stand above it; default:
+    measured at every eighth step, growth at most twofold in 16 steps. Options that are given stand above it; default:
     paper where test_type, eta, theta, nu or ramp_up_type is given or there is no test, else steady"""
 
 
@@ -171,9 +174,10 @@ class OptimizerOptions:
     """further arguments of the optimizer, as --optimizer_args.NAME=VALUE"""
     grad_clip: float = 0.0
     """clip the norm of the batch gradient at this value; 0: do not clip"""
-    lr_scaling: Literal["none", "sqrt", "linear", "adascale"] = "none"
+    lr_scaling: Literal["none", "sqrt", "linear", "adascale", "critical"] = "none"
     """how the learning rate follows the batch size b, on top of the schedule, from the initial one b₀: by √(b/b₀),
-    b/b₀, or AdaScale's gain from the statistics, between 1 and b/b₀ (its root for optimizers other than SGD)"""
+    b/b₀, or from the statistics, between 1 and b/b₀: AdaScale's gain, or that of the critical batch size, two noise
+    scales (the root of either for optimizers other than SGD)"""
 
 
 @dataclass
@@ -392,8 +396,10 @@ class Config(
                 raise UsageError(f"--{name} acts only with --test=True or --monitor_interval: add one, or leave it out")
         if self.monitor_modules and not measured:
             raise UsageError("--monitor_modules acts only with --test=True or --monitor_interval: add one")
-        if self.lr_scaling == "adascale" and not measured:
-            raise UsageError("--lr_scaling=adascale needs the statistics: add --test=True or --monitor_interval=N")
+        if self.lr_scaling in MEASURED_SCALINGS and not measured:
+            raise UsageError(
+                f"--lr_scaling={self.lr_scaling} needs the statistics: add --test=True or --monitor_interval=N"
+            )
         if self.batch_ahead != DEFAULTS.batch_ahead and not self.num_workers:
             raise UsageError(
                 "--batch_ahead acts only with --num_workers=1 or more: add that, or leave --batch_ahead out"
@@ -492,9 +498,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         "statistics": "unbiased",
         "smoothing": 5_000.0,
         "ramp_up_type": "goodput",
-        "lr_scaling": "adascale",
+        "lr_scaling": "critical",
         "max_growth": 2.0,
-        "test_interval": 4,
+        "growth_interval": 16,
+        "test_interval": 8,
     },
 }
 PUBLISHED = {"test_type", "eta", "theta", "nu", "ramp_up_type"}

@@ -14,7 +14,7 @@ import yaml
 
 from launch.errors import UsageError
 from launch.names import nearest
-from launch.options import RECIPES, CheckpointOptions, Config, TestOptions
+from launch.options import MEASURED_SCALINGS, RECIPES, CheckpointOptions, Config, TestOptions
 
 FILES = ("config.yaml", "metrics.csv", "summary.json")
 NOT_COMPARED = {"seed", "run_name", "recipe", "out_dir", "data_dir", "num_workers", "batch_ahead"}
@@ -258,7 +258,7 @@ def without_effect(options: dict[str, Any]) -> set[str]:
         if options["ramp_up_type"] != "factor":
             unused.add("ramp_up_factor")
     else:
-        unused |= TEST_OPTIONS - ({"smoothing"} if options["lr_scaling"] == "adascale" else set())
+        unused |= TEST_OPTIONS - ({"smoothing"} if options["lr_scaling"] in MEASURED_SCALINGS else set())
     if options["stagewise_ramp_up"]:
         unused |= {"batch_size", "max_batch_size"}
     else:
