@@ -6,11 +6,13 @@
 
 The protocol (docs/results.md has it in words). Each method of a part is tuned over the learning rate alone, by factors
 of about 3 from the part's rates on: four at least, and more where the best is at the edge (seed 0). The best is the
-quickest to the part's second target: by samples for a constant batch, by samples + P · steps for a method that is told
-the knee P, by seconds for all others; where no rate reaches the target, the most accurate. Then three runs (seeds 1, 2,
-3) at that rate. A run is one process on one core, `-j` of them at a time. Runs that have ended are skipped, so that the
-command can be given again after an interruption. Kept in benchmarks/results/comparison/PART/: tuning.json, and of every
-final run what report.py reads, with the rows of its evaluations. Further options are handed on to main.py.
+quickest to the part's second target: by samples for a constant batch, by seconds for all others; where no rate reaches
+the target, the most accurate. The recipe is not tuned: it takes the rate of the small constant batch that it starts
+from. Then three runs (seeds 1, 2, 3) at that rate, seed by seed over all methods, so that methods share the
+machine's slow and quick hours. A run is one process on one core, `-j` of them at a time. Runs that have ended are
+skipped, so that the command can be given again after an interruption. Kept in benchmarks/results/comparison/PART/:
+tuning.json, and of every final run what report.py reads, with the rows of its evaluations. Further options are handed
+on to main.py.
 """
 
 import argparse
@@ -62,6 +64,8 @@ METHODS: dict[str, Options] = {
     "steady": STEADY,
     **{f"steady_knee{knee}": {**STEADY, "knee": knee} for knee in KNEES},
 }
+AT_THE_SMALL_BATCHS_RATE = ("steady", *(f"steady_knee{knee}" for knee in KNEES))
+"""The recipe's rate is chosen once, for the small batch that it starts from, and follows from there."""
 UNCOUPLED: dict[str, Options] = {
     "unbiased_eta2_uncoupled": {**METHODS["unbiased_eta2"], "lr_scaling": "none"},
     "steady_uncoupled": {**STEADY, "lr_scaling": "none"},
@@ -87,11 +91,18 @@ class Part:
     targets: tuple[float, float]
     learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1)
 
+    def rate_from(self, method: str) -> str:
+        """The method whose sweep gives this one its rate: the method itself; for the recipe the constant batch that it
+        starts from."""
+        small = f"constant_{self.methods[method].get('batch_size', self.shared.get('batch_size'))}"
+        return small if method in AT_THE_SMALL_BATCHS_RATE and small in self.methods else method
+
 
 # On a CPU, pieces of one or two hundred take half the time of whole batches of some thousands.
 SGD: Options = {"optimizer": "sgd", "momentum": 0.9, "decay_lr": False, "batch_size": 16, "max_micro_batch_size": 256}
 MNIST: Options = {**SGD, "dataset": "mnist", "eval_samples": 3000}
 CIFAR10: Options = {**SGD, "dataset": "benchmarks.cases:cifar10_npz", "eval_samples": 5000}
+CNN: Options = {"model": "cnn", "validation_samples": 5000}  # all 10,000 would take longer than the training
 GPT: Options = {
     **{"dataset": "benchmarks.cases:stdlib_short", "model": "gpt", "model_args": {"layers": 2, "width": 96}},
     **{"optimizer": "adamw", "decay_lr": False, "batch_size": 4, "max_micro_batch_size": 64, "eval_samples": 1024},
@@ -128,8 +139,8 @@ PARTS = {
         {**with_linear(300_000), **UNCOUPLED, **SMALL_OR_LARGE},
         (0.96, 0.975),
     ),
-    "mnist_cnn": Part({**MNIST, "model": "cnn", "max_samples": 120_000}, with_linear(120_000), (0.97, 0.98)),
-    "cifar10_cnn": Part({**CIFAR10, "model": "cnn", "max_samples": 100_000}, FEW, (0.45, 0.55)),
+    "mnist_cnn": Part({**MNIST, **CNN, "max_samples": 120_000}, with_linear(120_000), (0.97, 0.98)),
+    "cifar10_cnn": Part({**CIFAR10, **CNN, "max_samples": 100_000}, FEW, (0.45, 0.55)),
     "stdlib_gpt": Part({**GPT, "max_samples": 12_288}, SMALLER, (3.0, 2.7), (0.001, 0.003, 0.01)),
     "mnist_published": Part(
         {**PUBLISHED, "dataset": "mnist", "model": "logistic"}, AS_PUBLISHED, (0.91, 0.92), learning_rates=(0.008,)
@@ -195,13 +206,11 @@ def score(result: Run, target: float) -> tuple[float, float]:
     last = result.summary[result.objective]
     if last is None or result.status != "finished":
         return math.inf, math.inf
-    reached, options = result.reached(target), result.options
+    reached = result.reached(target)
     in_the_end = -last if result.larger_is_better else last
     if reached is None:
         return math.inf, in_the_end
-    if options["knee"]:
-        return reached["samples"] + options["knee"] * reached["step"], in_the_end
-    return reached["seconds" if options["test"] else "samples"], in_the_end
+    return reached["seconds" if result.options["test"] else "samples"], in_the_end
 
 
 def tune(part: Part, method: str, folder: Path, further: Sequence[str]) -> Tuning:
@@ -221,18 +230,25 @@ def tune(part: Part, method: str, folder: Path, further: Sequence[str]) -> Tunin
     return tuning
 
 
-def compare(part: Part, folder: Path, jobs: int, further: Sequence[str]) -> tuple[dict[str, Tuning], dict[str, Run]]:
-    """The sweeps, and the final runs by name."""
+def compare(
+    part: Part, methods: Sequence[str], folder: Path, jobs: int, further: Sequence[str]
+) -> tuple[dict[str, Tuning], dict[str, Run]]:
+    """The sweeps of these methods and of those whose rate they take, and the final runs by name.
+
+    `steady` has a sweep that chooses nothing: it tells what another rate costs.
+    """
+    swept = dict.fromkeys([part.rate_from(method) for method in methods] + ["steady"] * ("steady" in methods))
     cores: queue.Queue[int] = queue.Queue()
     for core in sorted(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [])[:jobs]:
         cores.put(core)
     with ThreadPoolExecutor(jobs, initializer=_take_a_core, initargs=(cores,)) as pool:
-        sweeps = {name: pool.submit(tune, part, name, folder / "sweep", further) for name in part.methods}
+        sweeps = {name: pool.submit(tune, part, name, folder / "sweep", further) for name in swept}
         tuned = {name: future.result() for name, future in sweeps.items()}
         runs = {}
         for seed in SEEDS:
-            for name, options in part.methods.items():
-                words = {**part.shared, **options, "learning_rate": tuned[name].chosen, "seed": seed}
+            for name in methods:
+                rate = tuned[part.rate_from(name)].chosen
+                words = {**part.shared, **part.methods[name], "learning_rate": rate, "seed": seed}
                 runs[f"{name}_seed{seed}"] = pool.submit(run, folder / "final" / f"{name}_seed{seed}", words, further)
         return tuned, {name: future.result() for name, future in runs.items()}
 
@@ -310,14 +326,14 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS / "comparison", help="folder that takes the summaries")
     options, further = parser.parse_known_args(arguments)
     part = PARTS[options.part]
+    methods = list(part.methods)
     if options.methods:
         found = {word: fnmatch.filter(part.methods, word) for word in options.methods.split(",")}
         if unknown := [word for word, names in found.items() if not names]:
             parser.error(f"--methods: no {', '.join(unknown)} there, but {', '.join(part.methods)}")
-        chosen = {name: part.methods[name] for names in found.values() for name in names}
-        part = Part(part.shared, chosen, part.targets, part.learning_rates)
+        methods = list(dict.fromkeys(name for names in found.values() for name in names))
     folder = options.out_dir.resolve() / options.part
-    keep(options.part, *compare(part, folder, options.jobs, further), options.results)
+    keep(options.part, *compare(part, methods, folder, options.jobs, further), options.results)
 
 
 if __name__ == "__main__":

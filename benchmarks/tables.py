@@ -66,7 +66,12 @@ def final_runs(problem: str, method: str) -> tuple[Run, ...]:
 
 def methods(problem: str) -> list[str]:
     """Those of which something is kept, in the order of the comparison."""
-    return [method for method in PARTS[problem].methods if method in tuning(problem)]
+    return [method for method in PARTS[problem].methods if final_runs(problem, method)]
+
+
+def rate_of(problem: str, method: str) -> float:
+    """The learning rate of the final runs."""
+    return final_runs(problem, method)[0].options["learning_rate"]
 
 
 def in_words(problem: str, target: float) -> str:
@@ -96,7 +101,7 @@ def times(problem: str, target: str) -> str:
     for method in methods(problem):
         runs = final_runs(problem, method)
         reached = [run.reached(float(target)) for run in runs]
-        row = [label(method), f"{tuning(problem)[method]['chosen']:g}"]
+        row = [label(method), f"{rate_of(problem, method):g}"]
         if None in reached:
             row += [f"{len(runs) - reached.count(None)} of {len(runs)} runs", *["–"] * (3 + len(KNEES))]
         else:
@@ -145,33 +150,35 @@ def against_constants(which: str = "all") -> str:
 
 
 def price_of_tuning() -> str:
-    """Runs, samples and seconds of the sweeps: of all constant batches together, and of `steady`."""
+    """Runs, samples and seconds of the sweeps: of all constant batches, and what `steady` has its rate from."""
     body = []
     for problem, name in PROBLEMS.items():
         constants = [entry for method, entry in tuning(problem).items() if method.startswith("constant")]
-        for who, entries in (("constants", constants), ("`steady`", [tuning(problem)["steady"]])):
+        own = tuning(problem)[PARTS[problem].rate_from("steady")]
+        for who, entries in (("constants", constants), ("`steady`", [own])):
             tried, samples, seconds = (sum(entry[key] for entry in entries) for key in ("tried", "samples", "seconds"))
             body.append([name, who, tried, f"{samples / 1e6:.2f}", f"{seconds:,.0f}"])
     return markdown(["problem", "tuned", "runs", "million samples", "seconds"], body)
 
 
 def robustness() -> str:
-    """What a learning rate off by a factor of 3 costs (seed 0): the measure of the sweep, over that at the best."""
+    """What a learning rate off by a factor of 3 costs (seed 0): the measure of the sweep, over that at the rate of the
+    final runs."""
     body = []
     for problem, name in PROBLEMS.items():
         _, best = best_constant(problem, PARTS[problem].targets[1], None)
         for method in dict.fromkeys(("constant_16", best, "norm_eta1", "steady")):
-            entry = tuning(problem)[method]
-            chosen = RATES.index(entry["chosen"])
-            row = [name, label(method), f"{entry['chosen']:g}"]
+            entry, taken = tuning(problem)[method], rate_of(problem, method)
+            chosen = RATES.index(taken)
+            row = [name, label(method), f"{taken:g}"]
             for i in (chosen - 1, chosen + 1):
                 rate = f"{RATES[i]:g}" if 0 <= i < len(RATES) else ""
-                there, here = entry["to_target"].get(rate), entry["to_target"][f"{entry['chosen']:g}"]
+                there, here = entry["to_target"].get(rate), entry["to_target"][f"{taken:g}"]
                 row.append(
                     "not tried" if rate not in entry["to_target"] else f"{there / here:.2f}" if there else "never"
                 )
             body.append(row)
-    return markdown(["problem", "method", "best rate", "a third of it", "three times it"], body)
+    return markdown(["problem", "method", "rate", "a third of it", "three times it"], body)
 
 
 def published() -> str:

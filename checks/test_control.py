@@ -178,6 +178,15 @@ def test_half_life_is_counted_in_samples(b):
     assert statistics.grad_norm_sq == pytest.approx(2.0, rel=1e-6)
 
 
+def test_half_life_has_four_measurements_at_least():
+    """Batches larger than the half-life are averaged over four, too, however many samples that is."""
+    smoothing = control.Smoothing(1024, unbiased=True)
+    for kind in [(10.0, 1.0)] * 200 + [(20.0, 3.0)] * 4:
+        statistics = smoothing.observe(constant_moments(4096, *kind), 5 * 4096)
+    assert statistics.variance == pytest.approx(15.0, rel=1e-6)
+    assert statistics.grad_norm_sq == pytest.approx(2.0, rel=1e-6)
+
+
 def test_first_measurement_counts_in_full_and_bad_ones_not_at_all():
     smoothing = control.Smoothing(10_000, unbiased=True)
     assert smoothing.observe(constant_moments(16, 5.0, 2.0), 16).variance == pytest.approx(5.0)

@@ -5,6 +5,9 @@ from dataclasses import asdict, dataclass
 
 from tests import Moments, Statistics
 
+AT_LEAST = 4
+"""Measurements within a half-life."""
+
 
 @dataclass
 class Smoothing:
@@ -12,11 +15,13 @@ class Smoothing:
 
     A quotient of two noisy numbers is biased, and a single batch's ‖G‖² may be negative: numerator and denominator are
     averaged apart, as everyone does who acts on them (McCandlish et al., arXiv:1812.06162, appendix A). Since the
-    half-life is counted in samples it means the same at every batch size. Averages start at 0 and are divided by the
-    weight that has come in so far, so that the first measurement counts in full.
+    half-life is counted in samples it means the same at every batch size. It takes in four measurements at least: at
+    batches as large as the half-life nothing would be averaged, and size and learning rate go up and down. Averages
+    start at 0 and are divided by the weight that has come in so far, so that the first measurement counts in full.
 
     Args:
-        half_life: samples after which a measurement counts half; 0: the last measurement alone counts.
+        half_life: samples after which a measurement counts half, if `AT_LEAST` measurements have come by then; 0: the
+            last measurement alone counts.
         unbiased: take ‖G‖² = ‖ḡ‖² − V/b and leave-one-out products; else the published ‖ḡ‖² and p_i.
     """
 
@@ -35,7 +40,8 @@ class Smoothing:
         measured = moments.statistics(self.unbiased)
         if not measured.is_usable:  # not finite, or a single observation: the averages stay clean
             return measured
-        new = -math.expm1(-math.log(2) * samples / self.half_life) if self.half_life else 1.0
+        half_lives = min(samples / self.half_life, 1 / AT_LEAST) if self.half_life else math.inf
+        new = -math.expm1(-math.log(2) * half_lives)
         keep = 1 - new
         values = {name: value for name, value in asdict(measured).items() if name in AVERAGED and value is not None}
         before = self.averages or {}

@@ -101,7 +101,8 @@ class TestOptions:
     statistics: Literal["batch", "unbiased"] = "batch"
     """batch: as published, where noise dominates ‖ḡ‖² is mostly noise itself; unbiased: without this part"""
     smoothing: float = 0.0
-    """average the statistics over steps, with this half-life [samples]; 0: the last tested batch alone"""
+    """average the statistics over steps, with this half-life [samples], or of four measurements where those have more
+    samples; 0: the last tested batch alone"""
     test_interval: int = 1
     """test every so many steps"""
     monitor_interval: int = 0
