@@ -89,13 +89,16 @@ def test_comparison_tunes_and_keeps_what_a_report_needs(tmp_path, monkeypatch, c
     """The sweep is widened from its edge; a second command finds all done, a run that was cut off starts anew."""
     shared = {"dataset": "digits", "model": "logistic", "optimizer": "adagrad", "max_samples": 2000}
     shared |= {"eval_samples": 100, "decay_lr": False, "max_micro_batch_size": 64}
-    methods = {"constant": {"test": False}, "told": {"recipe": "steady", "knee": 50}}
+    methods = {
+        "constant_8": {"test": False, "batch_size": 8},
+        "steady": {"recipe": "steady", "batch_size": 8, "knee": 50},
+    }
     part = comparison.Part(shared, methods, (0.3, 0.8), learning_rates=(0.01, 0.03))
     monkeypatch.setattr(comparison, "PARTS", {"small": part})
     monkeypatch.setattr(comparison, "SEEDS", (1,))
-    (tmp_path / "out" / "small" / "final" / "constant_seed1").mkdir(parents=True)  # main.py would refuse it
+    (tmp_path / "out" / "small" / "final" / "constant_8_seed1").mkdir(parents=True)  # main.py would refuse it
     words = ["small", "-j", "2", f"--out_dir={tmp_path / 'out'}", f"--results={tmp_path / 'results'}"]
-    comparison.main([*words, "--batch_size=8"])
+    comparison.main([*words, "--validation_samples=200"])
     kept = tmp_path / "results" / "small"
     record = json.loads((kept / "tuning.json").read_text())
     for name in methods:
@@ -103,25 +106,41 @@ def test_comparison_tunes_and_keeps_what_a_report_needs(tmp_path, monkeypatch, c
         assert record[name]["tried"] == len(tried) >= 4 and record[name]["samples"] >= 2000 * len(tried)
         best, rates = f"{record[name]['chosen']:g}", list(tried)
         assert best in rates[1:-1] and tried[best] == min(value for value in tried.values() if value is not None)
-    summary = json.loads((kept / "constant_seed1" / "summary.json").read_text())
-    assert summary["status"] == "finished" and {"--seed=1", "--batch_size=8"} <= set(summary["command"])
+    summary = json.loads((kept / "constant_8_seed1" / "summary.json").read_text())
+    assert summary["status"] == "finished" and {"--seed=1", "--validation_samples=200"} <= set(summary["command"])
     assert not any(str(tmp_path) in file.read_text() for file in kept.rglob("*") if file.is_file())
     monkeypatch.setattr(comparison.subprocess, "run", None)  # nothing is left to run
     comparison.main(words)
-    folders = tmp_path / "out" / "small" / "final" / "told_seed1", kept / "told_seed1"
+    folders = tmp_path / "out" / "small" / "final" / "steady_seed1", kept / "steady_seed1"
     whole, short = (reading.read_run(folder).reached(0.8) for folder in folders)
     assert short["samples"] == whole["samples"] and short["seconds"] == pytest.approx(whole["seconds"], rel=1e-3)
     monkeypatch.setattr(tables, "KEPT", tmp_path / "results")
     monkeypatch.setattr(tables, "PARTS", comparison.PARTS)
     monkeypatch.setattr(tables, "SEEDS", (1,))
     lines = tables.times("small", "0.8").splitlines()
-    told = [cell.strip() for cell in next(line for line in lines if line.startswith("| told ")).split("|")]
-    assert told[2:5] == [f"{record['told']['chosen']:g}", f"{whole['samples']:,.0f}", f"{whole['step']:.0f}"]
-    assert told[-3] == f"{(whole['samples'] + 3000 * whole['step']) / 1000:,.0f}"
+    row = [cell.strip() for cell in next(line for line in lines if line.startswith("| **steady** ")).split("|")]
+    taken = f"{record['constant_8']['chosen']:g}"  # the recipe's own sweep chooses nothing
+    assert row[2:5] == [taken, f"{whole['samples']:,.0f}", f"{whole['step']:.0f}"]
+    assert row[-3] == f"{(whole['samples'] + 3000 * whole['step']) / 1000:,.0f}"
     capsys.readouterr()
     assert report.main([str(kept), "--target=0.8", "--knee=50"]) == 0
     shown = capsys.readouterr().out
     assert "constant 8" in shown and "steady" in shown and "50·steps" in shown
+
+
+@pytest.mark.parametrize(
+    "part, method, source",
+    [
+        ("mnist_cnn", "steady", "constant_16"),
+        ("mnist_cnn", "steady_knee300", "constant_16"),
+        ("stdlib_gpt", "steady_knee30", "constant_4"),
+        ("cifar10_resnet18", "steady", "constant_128"),
+        ("mnist_logistic", "steady_from_256", "steady_from_256"),
+        ("mnist_logistic", "norm_eta1", "norm_eta1"),
+    ],
+)
+def test_the_recipe_takes_the_rate_of_the_batch_that_it_starts_from(part, method, source):
+    assert comparison.PARTS[part].rate_from(method) == source
 
 
 def test_pages_have_the_tables_of_what_is_kept(tmp_path):

@@ -52,12 +52,12 @@ COMMANDS = {
     "python -m benchmarks.stream": MEASURES,
     "python -m benchmarks.sharding": MEASURES,
     "python -m benchmarks.comparison mnist_logistic -j 2 --data_dir=data": MEASURES,
-    "python -m benchmarks.comparison mnist_mlp -j 1 --data_dir=data"
-    " --methods='constant_*,norm_eta1,ip,unbiased_eta2,steady,steady_knee*'": MEASURES,
-    "python -m benchmarks.comparison mnist_cnn -j 1 --data_dir=data --methods='constant_*,norm_eta1,steady'": MEASURES,
-    "python -m benchmarks.comparison cifar10_cnn -j 1 --data_dir=data"
-    " --methods='constant_*,norm_eta1,steady,steady_knee300'": MEASURES,
-    "python -m benchmarks.comparison stdlib_gpt -j 1"
+    "python -m benchmarks.comparison mnist_mlp -j 2 --data_dir=data"
+    " --methods='constant_*,norm_eta1,ip,unbiased*,steady*'": MEASURES,
+    "python -m benchmarks.comparison mnist_cnn -j 2 --data_dir=data"
+    " --methods='constant_*,norm_eta1,unbiased_eta2,steady*'": MEASURES,
+    "python -m benchmarks.comparison cifar10_cnn -j 2 --data_dir=data": MEASURES,
+    "python -m benchmarks.comparison stdlib_gpt -j 2"
     " --methods='constant_?,constant_??,constant_256,norm_eta1,steady,steady_knee*'": MEASURES,
     "python -m benchmarks.comparison mnist_published -j 1 --data_dir=data"
     " --methods='norm*,constant_256,constant_4096'": MEASURES,
