@@ -52,8 +52,7 @@ COMMANDS = {
     "python -m benchmarks.stream": MEASURES,
     "python -m benchmarks.sharding": MEASURES,
     "python -m benchmarks.comparison mnist_logistic -j 2 --data_dir=data": MEASURES,
-    "python -m benchmarks.comparison mnist_mlp -j 2 --data_dir=data"
-    " --methods='constant_*,norm_eta1,ip,unbiased*,steady*'": MEASURES,
+    "python -m benchmarks.comparison mnist_mlp -j 2 --data_dir=data": MEASURES,
     "python -m benchmarks.comparison mnist_cnn -j 2 --data_dir=data"
     " --methods='constant_*,norm_eta1,unbiased_eta2,steady*'": MEASURES,
     "python -m benchmarks.comparison cifar10_cnn -j 2 --data_dir=data": MEASURES,
