@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 
 from tests import Moments, Statistics
 
-AT_LEAST = 4
+LEAST_MEASUREMENTS = 4
 """Measurements within a half-life."""
 
 
@@ -20,8 +20,8 @@ class Smoothing:
     start at 0 and are divided by the weight that has come in so far, so that the first measurement counts in full.
 
     Args:
-        half_life: samples after which a measurement counts half, if `AT_LEAST` measurements have come by then; 0: the
-            last measurement alone counts.
+        half_life: samples after which a measurement counts half, once `LEAST_MEASUREMENTS` more have come; 0: the last
+            measurement alone counts.
         unbiased: take ‖G‖² = ‖ḡ‖² − V/b and leave-one-out products; else the published ‖ḡ‖² and p_i.
     """
 
@@ -40,7 +40,7 @@ class Smoothing:
         measured = moments.statistics(self.unbiased)
         if not measured.is_usable:  # not finite, or a single observation: the averages stay clean
             return measured
-        half_lives = min(samples / self.half_life, 1 / AT_LEAST) if self.half_life else math.inf
+        half_lives = min(samples / self.half_life, 1 / LEAST_MEASUREMENTS) if self.half_life else math.inf
         new = -math.expm1(-math.log(2) * half_lives)
         keep = 1 - new
         values = {name: value for name, value in asdict(measured).items() if name in AVERAGED and value is not None}

@@ -18,7 +18,8 @@ from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter,
 from launch import environments
 from launch.errors import GRACE, REFUSED, UsageError, say_error
 from launch.names import expanded, nearest
-from launch.options import DEFAULTS, Config, with_recipe
+from launch.options import DEFAULTS, Config
+from launch.recipes import with_recipe
 from launch.terminals import show_what_can_be_shown
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)

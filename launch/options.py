@@ -5,7 +5,6 @@
 
 import math
 import re
-from collections.abc import Collection
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -491,26 +490,3 @@ def _require_range(name: str, value, words: str, holds) -> None:
         return
     if not (math.isfinite(value) and holds(value)):
         raise UsageError(f"--{name} must be {words}, not {value}")
-
-
-RECIPES: dict[str, dict[str, Any]] = {
-    "paper": {},
-    "steady": {
-        "statistics": "unbiased",
-        "smoothing": 5_000.0,
-        "ramp_up_type": "goodput",
-        "lr_scaling": "critical",
-        "max_growth": 2.0,
-        "growth_interval": 16,
-        "test_interval": 8,
-    },
-}
-PUBLISHED = {"test_type", "eta", "theta", "nu", "ramp_up_type"}
-"""Whoever gives one of these asks for the published rule."""
-
-
-def with_recipe(values: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
-    """The options with what the recipe sets of those that are not given."""
-    recipe = values["recipe"] or ("steady" if values["test"] and not PUBLISHED & set(given) else "paper")
-    set_by_recipe = RECIPES[recipe] if values["test"] else {}
-    return values | {name: value for name, value in set_by_recipe.items() if name not in given} | {"recipe": recipe}

@@ -14,7 +14,8 @@ import yaml
 
 from launch.errors import UsageError
 from launch.names import nearest
-from launch.options import MEASURED_SCALINGS, RECIPES, CheckpointOptions, Config, TestOptions
+from launch.options import MEASURED_SCALINGS, CheckpointOptions, Config, TestOptions
+from launch.recipes import RECIPES
 
 FILES = ("config.yaml", "metrics.csv", "summary.json")
 NOT_COMPARED = {"seed", "run_name", "recipe", "out_dir", "data_dir", "num_workers", "batch_ahead"}
