@@ -6,8 +6,8 @@
 
 The protocol (docs/results.md has it in words). Each method of a part is tuned over the learning rate alone, by factors
 of about 3 from the part's rates on: four at least, and more where the best is at the edge (seed 0). The best is the
-quickest to the part's second target: by samples for a constant batch, by seconds for all others; where no rate reaches
-the target, the most accurate. The recipe is not tuned: it takes the rate of the small constant batch that it starts
+quickest to the part's second target: by samples without a test, by seconds with one; where no rate reaches the
+target, the most accurate. The recipe is not tuned: it takes the rate of the small constant batch that it starts
 from. Then three runs (seeds 1, 2, 3) at that rate, seed by seed over all methods, so that methods share the
 machine's slow and quick hours. A run is one process on one core, `-j` of them at a time. Runs that have ended are
 skipped, so that the command can be given again after an interruption. Kept in benchmarks/results/comparison/PART/:
