@@ -51,7 +51,8 @@ CONSTANT: Options = {"test": False}
 STEADY: Options = {"recipe": "steady"}
 UNBIASED: Options = {**STEADY, "ramp_up_type": "test", "test_type": "norm"}
 BATCHES = [16, 256, LARGEST]
-STAGES: Options = {**CONSTANT, "stagewise_ramp_up": True, "global_batch_sizes": BATCHES}
+STAGES: Options = {**CONSTANT, "stagewise_ramp_up": True, "global_batch_sizes": BATCHES}  # a third of the samples each
+LINEAR: Options = {"linear_ramp_up": True, "max_batch_size": LARGEST}
 METHODS: dict[str, Options] = {
     **{f"constant_{size}": {**CONSTANT, "batch_size": size} for size in (16, 64, 256, 1024, LARGEST)},
     "stagewise_early": {**STAGES, "samples_stages": ["20%", "20%", "60%"]},
@@ -78,8 +79,7 @@ SMALL_OR_LARGE: dict[str, Options] = {
 
 def with_linear(max_samples: int, methods: dict[str, Options] = METHODS) -> dict[str, Options]:
     """The methods, and a linear ramp that has its largest batch by about the middle of the run."""
-    linear = {"linear_ramp_up": True, "linear_ramp_up_increment": LARGEST**2 // max_samples, "max_batch_size": LARGEST}
-    return {**methods, "linear": {**CONSTANT, **linear}}
+    return {**methods, "linear": {**CONSTANT, **LINEAR, "linear_ramp_up_increment": LARGEST**2 // max_samples}}
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,9 @@ PUBLISHED: Options = {
 }
 AS_PUBLISHED: dict[str, Options] = {
     **{f"norm_eta0.1_from_{size}": {**METHODS["norm_eta0.1"], "batch_size": size} for size in (2, 16)},
-    **{f"constant_{size}": {**CONSTANT, "batch_size": size} for size in (2, 16, 256, LARGEST)},
+    **{f"constant_{size}": {**CONSTANT, "batch_size": size} for size in BATCHES},
+    "stagewise": STAGES,
+    "linear": {**CONSTANT, **LINEAR, "batch_size": 16, "linear_ramp_up_increment": 3},
 }
 # The published ResNet-18 on CIFAR-10 (expt.sh resnet18), for a GPU.
 RESNET18: Options = {

@@ -30,6 +30,7 @@ PROBLEMS = {
     "stdlib_gpt": "Python's sources, GPT",
 }
 LABELS = {
+    "stagewise": "stagewise 16, 256, 4096 (thirds)",
     "stagewise_early": "stagewise 16, 256, 4096 (20 %, 20 %, 60 %)",
     "stagewise_late": "stagewise 16, 256, 4096 (60 %, 20 %, 20 %)",
     "seesaw": "seesaw (cosine)",

@@ -53,13 +53,11 @@ COMMANDS = {
     "python -m benchmarks.sharding": MEASURES,
     "python -m benchmarks.comparison mnist_logistic -j 2 --data_dir=data": MEASURES,
     "python -m benchmarks.comparison mnist_mlp -j 2 --data_dir=data": MEASURES,
-    "python -m benchmarks.comparison mnist_cnn -j 2 --data_dir=data"
-    " --methods='constant_*,norm_eta1,unbiased_eta2,steady*'": MEASURES,
+    "python -m benchmarks.comparison mnist_cnn -j 2 --data_dir=data": MEASURES,
     "python -m benchmarks.comparison cifar10_cnn -j 2 --data_dir=data": MEASURES,
     "python -m benchmarks.comparison stdlib_gpt -j 2"
     " --methods='constant_?,constant_??,constant_256,norm_eta1,steady,steady_knee*'": MEASURES,
-    "python -m benchmarks.comparison mnist_published -j 1 --data_dir=data"
-    " --methods='norm*,constant_256,constant_4096'": MEASURES,
+    "python -m benchmarks.comparison mnist_published -j 2 --data_dir=data": MEASURES,
     "python -m benchmarks.comparison cifar10_resnet18 -j 1 --data_dir=data --accelerator=gpu": MEASURES,
     "python -m benchmarks.tables": "writes the pages: checks/test_benchmarks.py says that they would stay as they are",
     "python report.py benchmarks/results/comparison/mnist_logistic --target=0.92 --knee=30,300,3000": RUN,

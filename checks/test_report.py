@@ -243,8 +243,9 @@ def test_figures_show_every_configuration(mixed):
     one, three = (line for line in accuracy.get_lines() if line.get_label() in names)
     assert one.get_ydata()[-1] == 0.5 and three.get_xdata()[-1] == 10  # the shortest of three ends after 20 · 0.5 s
     assert one.get_color() != three.get_color() and one.get_linestyle() != three.get_linestyle()
-    styles = [tuple(figures.style(i).values()) for i in range(figures.MOST_CONFIGURATIONS)]
-    assert len(set(styles)) == len(styles)
+    styles = [figures.style(i) for i in range(figures.MOST_CONFIGURATIONS)]
+    assert len({tuple(look.values()) for look in styles}) == len(styles)
+    assert len({(look["color"], look["marker"]) for look in styles}) == len(styles)  # points have no dashes
 
 
 def test_trade_off_joins_the_constants(tmp_path):

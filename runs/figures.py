@@ -94,14 +94,17 @@ def _finish(axes, label: str, title: str, legend: bool) -> None:
 
 
 def style(index: int) -> dict:
-    """Colour, dashes and marker of a configuration; they also differ where all is printed in grey."""
+    """Colour, dashes and marker of a configuration; they also differ where all is printed in grey.
+
+    A colour comes again with another marker, as points have no dashes to tell them apart.
+    """
     from matplotlib import color_sequences
 
     colors, dashes, markers = color_sequences["petroff10"], ("-", "--", "-.", ":"), "os^DvPX<>*"
     return {
         "color": colors[index % len(colors)],
         "linestyle": dashes[index % len(dashes)],
-        "marker": markers[index % len(markers)],
+        "marker": markers[(index + index // len(colors)) % len(markers)],
     }
 
 
