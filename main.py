@@ -62,6 +62,7 @@ class Trainer:
         self.fabric, self.interrupts = fabric, interrupts
         self.progress = Progress(config.batch_size)
         self.log: RunLog | None = None
+        self.measured_options = [name for name in rehearsal.MEASURED if getattr(config, name) == "auto"]
         self.parts = parts = Parts(fabric, config, self.notify)
         self.progress.batch_size = parts.config.batch_size
         self.learning_rate = optim.LearningRate(parts.config, parts.config.max_samples)
@@ -428,6 +429,7 @@ class Trainer:
             "best_checkpoint": progress.best_step and self.checkpoints.path(progress.best_step).name,
             "world_size": self.fabric.world_size,
             "device": processes.device_name(self.fabric.device),
+            "measured_options": self.measured_options,
         }
 
 

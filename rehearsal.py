@@ -21,6 +21,8 @@ from launch.errors import RunError
 from runs import checkpoint
 from runs.metrics import Mark, Validation, sum_over_samples
 
+MEASURED = ("max_micro_batch_size", "eval_micro_batch_size")
+"""The options for which `auto` is found out here."""
 REPETITIONS = 5
 """At most so many timed passes of a size."""
 ENOUGH = 0.2

@@ -132,6 +132,7 @@ def test_the_measured_size_leaves_no_trace(tmp_path):
     assert "max_micro_batch_size=auto takes" not in auto.stdout
     recorded = yaml.safe_load((auto.folder / "config.yaml").read_text())
     assert type(recorded["max_micro_batch_size"]) is type(recorded["eval_micro_batch_size"]) is int
+    assert auto.summary["measured_options"] == ["max_micro_batch_size", "eval_micro_batch_size"]
     assert column(auto, "val_loss")[-1] == pytest.approx(column(fixed, "val_loss")[-1], rel=1e-9)
     assert column(auto, "batch_size") == column(fixed, "batch_size") and column(fixed, "batch_size")[-1] > 16
     assert column(auto, "train_loss") == pytest.approx(column(fixed, "train_loss"), rel=1e-9)

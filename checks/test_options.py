@@ -78,6 +78,16 @@ def test_config_file_and_later_options(tmp_path, capsys):
     assert printed["eta"] == 0.3 and printed["model"] == "cnn"
 
 
+@pytest.mark.parametrize("flag", ["--print_config", "--print_config=skip_default"])
+@pytest.mark.parametrize("words", ["", "--eta=0.3", "--smoothing=9 --dataset=stdlib", "--test=False", "--recipe=paper"])
+def test_a_printed_config_is_the_same_program(words, flag, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        command_line.parse([*words.split(), flag])
+    file = tmp_path / "printed.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert command_line.parse([f"--config={file}"]) == command_line.parse(words.split())
+
+
 REFUSED = [
     ("--etta=1", "did you mean 'eta'"),
     ("--test_type=nrm", "did you mean 'norm'"),
@@ -113,6 +123,8 @@ REFUSED = [
     ("--test=False --smoothing=100", "acts only with --test=True or --monitor_interval"),
     ("--test=False --lr_scaling=adascale", "needs the statistics: add --test=True or --monitor_interval=N"),
     ("--ramp_up_type=goodput --eta=0.5", "--ramp_up_type=goodput makes no test"),
+    ("--theta=0.7", "--theta acts only with --test_type=ip or ip+orth: add that"),
+    ("--theta=0.7 --nu=2", "--nu acts only with --test_type=ip+orth: add that"),
     ("--ramp_up_type=test --may_shrink=True", "--may_shrink acts only with --ramp_up_type=goodput"),
     ("--test=False --monitor_modules=True", "--monitor_modules acts only with"),
     ("--ramp_up_type=test --knee=100", "--knee acts only with --ramp_up_type=goodput"),

@@ -22,7 +22,7 @@ DEFAULTS = dataclasses.asdict(Config()) | {"data_dir": "data", "out_dir": "out"}
 TINY = ["--model=logistic", "--max_samples=1600", "--eval_interval=5", "--eta=0.5", "--accelerator=cpu", "--devices=1"]
 
 
-def write_run(folder, status="finished", steps=20, accuracy=0.9, **options):
+def write_run(folder, status="finished", steps=20, accuracy=0.9, measured=(), **options):
     """A run's folder as main.py leaves it; batch 10, a loss of 1/step, accuracy rising to `accuracy` by the end."""
     folder.mkdir(parents=True)
     options = DEFAULTS | options
@@ -41,6 +41,7 @@ def write_run(folder, status="finished", steps=20, accuracy=0.9, **options):
             "mean_batch_size": 10.0,
             "final_batch_size": 10,
             "wall_time": 1.0,
+            "measured_options": measured,
         }
         summary |= {"val_accuracy": accuracy, "val_loss": 0.1, "train_loss": 0.2, "samples_per_second": 20.0}
         (folder / "summary.json").write_text(json.dumps(summary))
@@ -198,6 +199,20 @@ def test_names_tell_what_differs_and_no_more(tmp_path):
         "stagewise 16, 64, learning rate 0.01",
     ]
     assert len(groups[1].finished) == 2
+
+
+def test_what_a_run_measured_itself_tells_no_configurations_apart(tmp_path):
+    """`auto` took 512 in one run and 1024 in the other; a third was told its size."""
+    for seed, size in ((1, 512), (2, 1024)):
+        folder = tmp_path / f"seed{seed}"
+        write_run(folder, seed=seed, max_micro_batch_size=size, measured=["max_micro_batch_size"])
+    write_run(tmp_path / "told", seed=3, max_micro_batch_size=512)
+    groups, left_out = reading.group(reading.find([tmp_path])[0])
+    assert {(entry.name, len(entry.finished)) for entry in groups} == {
+        ("norm test, η = 1, max micro batch size auto", 2),
+        ("norm test, η = 1, max micro batch size 512", 1),
+    }
+    assert not left_out
 
 
 def test_an_option_that_came_later_has_its_default(tmp_path):

@@ -73,7 +73,7 @@ class Controller:
         self.step_time = StepTime()
         self.decided_by = Smoothing(smoothing, unbiased)
         self.of_noise = self.decided_by if unbiased else Smoothing(smoothing, unbiased=True)
-        self.samples, self.steps, self.samples_measured = 0, 0, 0
+        self.samples, self.samples_measured = 0, 0
         self.statistics: Statistics | None = None  # of the last measurement, unbiased and averaged
         self.decision: Decision | None = None
 
@@ -93,7 +93,7 @@ class Controller:
         Args:
             taken: samples that were really used, where a loop ends a batch early.
         """
-        self.samples, self.steps = self.samples + (taken or self.batch_size), self.steps + 1
+        self.samples += taken or self.batch_size
         measured = self.samples_measured == self.samples
         decision, self.decision = self.decision, None
         step_time = self.step_time.fit() if measured and self.rule.timed else None
@@ -139,7 +139,6 @@ class Controller:
         return {
             "batch_size": self.batch_size,
             "samples": self.samples,
-            "steps": self.steps,
             "samples_measured": self.samples_measured,
             "statistics": None if statistics is None else vars(statistics),
             "decided_by": self.decided_by.state_dict(),
@@ -149,7 +148,7 @@ class Controller:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        for name in ("batch_size", "samples", "steps", "samples_measured"):
+        for name in ("batch_size", "samples", "samples_measured"):
             setattr(self, name, state[name])
         self.statistics = None if state["statistics"] is None else Statistics(**state["statistics"])
         for name in ("decided_by", "of_noise", "growth", "step_time"):

@@ -206,7 +206,9 @@ class Growth:
             size = int(batch_size * self.max_growth) // self.multiple * self.multiple
         if self.max_batch_size is not None:
             size = min(size, self.max_batch_size)
-        return max(size, 1) if self.may_shrink else max(size, batch_size)
+        if wanted > batch_size:
+            return max(size, batch_size)
+        return max(min(size, batch_size), 1) if self.may_shrink else batch_size
 
     def state_dict(self) -> dict:
         return {"asked": self.asked, "since_change": self.since_change}

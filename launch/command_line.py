@@ -8,12 +8,12 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from launch import environments
 from launch.errors import GRACE, REFUSED, UsageError, say_error
@@ -46,8 +46,18 @@ class ConfigFile(ActionConfigFile):
         super().__call__(parser, cfg, str(expanded("config", values)), option_string)
 
 
-def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(
+class Parser(ArgumentParser):
+    """Its `--print_config` writes what the recipe sets, too: in a file, every option counts as given."""
+
+    given: Collection[str] = ()
+    """The options that the command line and its files name."""
+
+    def dump(self, cfg, *args, **kwargs) -> str:
+        return super().dump(Namespace(with_recipe(vars(cfg), self.given)), *args, **kwargs)
+
+
+def build_parser() -> Parser:
+    parser = Parser(
         prog="main.py",
         usage="python main.py | fabric run main.py | torchrun main.py | srun python main.py  [--OPTION=VALUE …]",
         description="Train a network with a batch size that grows when the gradient's statistics ask for it.",
@@ -67,18 +77,32 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     Raises:
         UsageError: an unknown option or value, or one that cannot be.
     """
-    for word in sys.argv[1:] if arguments is None else arguments:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for word in arguments:
         if any("\udc80" <= letter <= "\udcff" for letter in word):  # how Python keeps bytes that are no letters
             encoding = sys.getfilesystemencoding()
             raise UsageError(f"{word} has letters that the encoding {encoding} has not: set PYTHONUTF8=1")
     parser = build_parser()
     try:
+        to_be_read = [word for word in arguments if not word.startswith("--print_config")]
+        parser.given = vars(parser.parse_args(to_be_read, defaults=False))
         options = parser.parse_args(arguments)
-        given = vars(parser.parse_args(arguments, defaults=False))
     except (argparse.ArgumentError, UnicodeDecodeError) as error:
         raise UsageError(_explain(str(error))) from None
     values = {name: getattr(options, name) for name in (entry.name for entry in fields(Config))}
-    return Config(**with_recipe(values, given))
+    config = Config(**with_recipe(values, parser.given))
+    _refuse_parameters_of_another_test(config, parser.given)
+    return config
+
+
+def _refuse_parameters_of_another_test(config: Config, given: Collection[str]) -> None:
+    """θ or ν without a word of the test would be read by none. (Where the test is named, they may be left over from a
+    file or an experiment that the command line overrides.)"""
+    if not config.test or "test_type" in given:
+        return
+    for name, tests in (("nu", "ip+orth"), ("theta", "ip or ip+orth")):
+        if name in given and getattr(config, name) != getattr(DEFAULTS, name):
+            raise UsageError(f"--{name} acts only with --test_type={tests}: add that, or leave --{name} out")
 
 
 def parse_or_exit() -> Config:

@@ -107,6 +107,11 @@ class Run:
     def seed(self) -> int:
         return self.options["seed"]
 
+    @cached_property
+    def as_given(self) -> dict[str, Any]:
+        """The options, with "auto" for those that this run has measured: another run may have measured otherwise."""
+        return {**self.options, **dict.fromkeys(self.summary.get("measured_options", ()), "auto")}
+
     @property
     def status(self) -> str:
         """finished, interrupted, diverged; unfinished: killed, or still running."""
@@ -315,14 +320,14 @@ def group(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
     """
     configurations: dict[str, list[Run]] = {}
     for run in runs:
-        configurations.setdefault(json.dumps(_compared(run.options), sort_keys=True, default=str), []).append(run)
-    differing = _differing([members[0].options for members in configurations.values()])
+        configurations.setdefault(json.dumps(_compared(run.as_given), sort_keys=True, default=str), []).append(run)
+    differing = _differing([members[0].as_given for members in configurations.values()])
     groups, left_out = [], []
     for members in configurations.values():
         finished, twins = _newest_of_each_seed([run for run in members if run.status == "finished"])
         left_out += twins
         others = [run for run in members if run.status != "finished"]
-        groups.append(Group(_name(members[0].options, differing), finished, others))
+        groups.append(Group(_name(members[0].as_given, differing), finished, others))
     return sorted(groups, key=lambda entry: natural(entry.name)), left_out
 
 
