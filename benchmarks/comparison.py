@@ -219,7 +219,7 @@ def tune(part: Part, method: str, folder: Path, further: Sequence[str]) -> Tunin
     """The sweep of one method over the learning rate, widened until the best is not at the edge."""
     tuning, rates = Tuning(), list(part.learning_rates)
     if len(rates) == 1:  # given, not to be found
-        return Tuning({rates[0]: (0.0, 0.0)})
+        return Tuning({rates[0]: (math.inf, math.inf)})
     while rates:
         rate = rates.pop(0)
         options = {**part.shared, **part.methods[method], "learning_rate": rate, "seed": SWEEP_SEED}

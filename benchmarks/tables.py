@@ -7,6 +7,7 @@ A page has lines `<!-- table: KIND PROBLEM TARGET -->` … `<!-- end of table --
 
 import argparse
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -125,9 +126,9 @@ def cost(problem: str, method: str, target: float, knee: float | None) -> float 
 
 
 def best_constant(problem: str, target: float, knee: float | None) -> tuple[float, str]:
-    """The least cost of a constant batch, and which."""
+    """The least cost of a constant batch, infinite where none gets there, and which."""
     found = [(cost(problem, name, target, knee), name) for name in methods(problem) if name.startswith("constant")]
-    return min(pair for pair in found if pair[0] is not None)
+    return min((math.inf if least is None else least, name) for least, name in found)
 
 
 def against_constants(which: str = "all") -> str:
@@ -168,16 +169,15 @@ def robustness() -> str:
     body = []
     for problem, name in PROBLEMS.items():
         _, best = best_constant(problem, PARTS[problem].targets[1], None)
-        for method in dict.fromkeys(("constant_16", best, "norm_eta1", "steady")):
+        for method in dict.fromkeys((PARTS[problem].rate_from("steady"), best, "norm_eta1", "steady")):
             entry, taken = tuning(problem)[method], rate_of(problem, method)
             chosen = RATES.index(taken)
             row = [name, label(method), f"{taken:g}"]
             for i in (chosen - 1, chosen + 1):
                 rate = f"{RATES[i]:g}" if 0 <= i < len(RATES) else ""
                 there, here = entry["to_target"].get(rate), entry["to_target"][f"{taken:g}"]
-                row.append(
-                    "not tried" if rate not in entry["to_target"] else f"{there / here:.2f}" if there else "never"
-                )
+                ratio = f"{there / here:.2f}" if there and here else "never"
+                row.append(ratio if rate in entry["to_target"] else "not tried")
             body.append(row)
     return markdown(["problem", "method", "rate", "a third of it", "three times it"], body)
 
