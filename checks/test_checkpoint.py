@@ -211,6 +211,25 @@ def test_auto_needs_a_name(tmp_path, capsys):
     assert "--resume=auto needs --run_name=NAME" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("resume", ["auto", "folder", "checkpoint"])
+def test_a_folder_in_use_is_refused_before_it_is_read(copy, capsys, resume):
+    """Whoever writes there takes checkpoints away that another one has chosen to read."""
+    for path in (copy / "checkpoints").iterdir():
+        path.write_bytes(b"not whole")
+    hold = (
+        "import sys, pathlib; from runs.lock import locked; l = locked(pathlib.Path(sys.argv[1])); print(1, flush=True)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", hold + "; input()", copy], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as writer:
+        writer.stdout.readline()
+        where = {"auto": "auto", "folder": copy, "checkpoint": path}[resume]
+        named = ["--run_name=run"] if resume == "auto" else []
+        assert main.main([*TINY, f"--out_dir={copy.parent}", *named, f"--resume={where}"]) == 2
+        assert f"another process (pid {writer.pid} on " in capsys.readouterr().err
+        writer.communicate(b"\n")
+
+
 def test_what_may_differ(copy, capsys):
     """All that is no mathematics; a longer run keeps the learning rate's schedule of the shorter one."""
     assert set(checkpoint.FREE) | set(checkpoint.GROWING) <= set(Config.__dataclass_fields__)

@@ -29,6 +29,7 @@ from launch.agreement import from_first, gathered, together
 from launch.ending import errors_go_to
 from launch.errors import RunError, UsageError
 from launch.options import Config
+from runs.lock import refuse_another_writer
 from runs.metrics import Totals
 
 # What may differ between a run and its continuation: where things are, how often something is written, and how a batch
@@ -237,10 +238,16 @@ def resumption(fabric: Fabric, config: Config) -> tuple[Config, Path | None]:
     """The options with what follows from the checkpoint to go on from, and that checkpoint, if any. On all ranks.
 
     Raises:
-        UsageError: see `find` and `continued`.
+        UsageError: see `find` and `continued`; or another process writes into the folder that is to go on.
     """
     folder = config.out_dir / config.run_name if config.run_name else None
-    found = together(fabric, lambda: fabric.is_global_zero and find(config.resume, folder))
+
+    def found_by_rank_0() -> tuple[Path | None, list[str]]:
+        if config.resume:
+            refuse_another_writer(folder or run_folder_of(Path(config.resume)))
+        return find(config.resume, folder)
+
+    found = together(fabric, lambda: fabric.is_global_zero and found_by_rank_0())
     path, warnings = from_first(fabric, lambda: found)
     if fabric.is_global_zero and warnings:
         print(*warnings, sep="\n", file=sys.stderr, flush=True)
@@ -262,10 +269,16 @@ def continued(config: Config, path: Path) -> Config:
         kept["max_micro_batch_size"] = old["max_micro_batch_size"]
         if config.eval_micro_batch_size == "auto" and "eval_micro_batch_size" in old:
             kept["eval_micro_batch_size"] = old["eval_micro_batch_size"]
-    run_folder = path.absolute().parent.parent
     if config.run_name is None and path.parent.name == "checkpoints":
+        run_folder = run_folder_of(path.absolute())
         kept |= {"out_dir": run_folder.parent, "run_name": run_folder.name}
     return replace(config, **kept)
+
+
+def run_folder_of(place: Path) -> Path:
+    """The run's folder, of a checkpoint in it, of its folder of checkpoints, or of itself."""
+    place = place.parent if place.is_file() else place
+    return place.parent if place.name == "checkpoints" else place
 
 
 def refuse_differences(config: Config, path: Path) -> None:

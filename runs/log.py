@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import fcntl
 import json
 import math
 import os
@@ -10,14 +9,13 @@ import platform
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import yaml
@@ -32,6 +30,7 @@ from launch.errors import UsageError
 from launch.options import Config
 from runs import figures, reading
 from runs.checkpoint import plain_options, remove_left_overs, replacing, unwritable
+from runs.lock import locked
 
 COLUMNS = """
     step samples epoch train_loss METRICS lr
@@ -116,7 +115,7 @@ class RunLog:
         self.config, self.measured = config, measured
         before = resumed and resumed.absolute().parent.parent
         self.folder = self._make_folder(before)
-        self._lock = _locked(self.folder)
+        self._lock = locked(self.folder)
         errors_go_to(self.folder)
         marks = marks or {"files": {}, "seconds": 0.0}
         _rewind(before or self.folder, self.folder, marks["files"])
@@ -326,33 +325,6 @@ class _ModuleTable:
 def _growing(folder: Path) -> list[Path]:
     """The files of a run that get longer."""
     return [path for name in ("metrics.csv", MODULES, EVENTS) for path in folder.glob(name)]
-
-
-def _locked(folder: Path) -> IO | None:
-    """The folder is this process's own until it ends; None where the file system knows no locks.
-
-    A lock of POSIX's kind: worker processes, which may live a little longer, do not inherit it.
-
-    Raises:
-        UsageError: another process has it.
-    """
-    try:
-        lock = open(folder / ".lock", "ab+", buffering=0)  # noqa: SIM115 (the lock goes when the process ends)
-    except OSError:
-        return None
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        lock.truncate(0)
-        lock.write(f"pid {os.getpid()} on {socket.gethostname()}".encode())
-    except (BlockingIOError, PermissionError):  # POSIX allows either
-        lock.seek(0)
-        raise UsageError(
-            f"--run_name={folder.name}: another process ({lock.read().decode()}) writes into {folder}: "
-            "wait until it has ended, or choose another name"
-        ) from None
-    except OSError:  # no locks here, or no room for these words
-        pass
-    return lock
 
 
 def _handed_on(report: Callable) -> Callable:
