@@ -7,7 +7,6 @@ A page has lines `<!-- table: KIND PROBLEM TARGET -->` … `<!-- end of table --
 
 import argparse
 import json
-import math
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -126,9 +125,9 @@ def cost(problem: str, method: str, target: float, knee: float | None) -> float 
 
 
 def best_constant(problem: str, target: float, knee: float | None) -> tuple[float, str]:
-    """The least cost of a constant batch, infinite where none gets there, and which."""
+    """The least cost of a constant batch, and which."""
     found = [(cost(problem, name, target, knee), name) for name in methods(problem) if name.startswith("constant")]
-    return min((math.inf if least is None else least, name) for least, name in found)
+    return min(pair for pair in found if pair[0] is not None)
 
 
 def against_constants(which: str = "all") -> str:
