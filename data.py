@@ -23,10 +23,10 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.datasets.utils import check_integrity, extract_archive
 
-from imagenet.reading import load as load_imagenet
-from launch.errors import UsageError, in_one_line
-from launch.names import import_object, unknown
-from text.reading import Text, Windows, read_tokens, standard_library
+from imagenet.sources import load as load_imagenet
+from options.errors import UsageError, in_one_line
+from options.names import import_object, unknown
+from text.windows import Text, Windows, read_tokens, standard_library
 
 Loss = Callable[[Any, Any], Tensor]
 """(outputs, targets) of n samples → their losses (n,), or the mean of these ()."""

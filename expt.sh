@@ -72,7 +72,7 @@ plain() { python -m launch.terminals 2>/dev/null || cat; }
 # expanded PATH: ~ and $NAME as in every option that takes a path.
 expanded() {
   if [[ $1 == *[~\$]* ]]; then
-    python -c 'import sys; from launch.names import expanded; print(expanded("out_dir", sys.argv[1]))' "$1" 2>/dev/null ||
+    python -c 'import sys; from options.names import expanded; print(expanded("out_dir", sys.argv[1]))' "$1" 2>/dev/null ||
       refuse "--out_dir=$1: there is no such user or variable: write the path itself"
   else
     echo "$1"

@@ -12,10 +12,10 @@ by SIGUSR1 (time is up: start it again), both after a checkpoint was saved (--re
 a second SIGINT.
 """
 
-from launch import command_line
+from launch import entry
 
 # The words first, torch after them: --help and what is refused are answered at once.
-CONFIG = command_line.parse_or_exit() if __name__ == "__main__" else None
+CONFIG = entry.parse_or_exit() if __name__ == "__main__" else None
 
 import contextlib
 import itertools
@@ -34,20 +34,22 @@ import torch
 from lightning.fabric import Fabric
 
 import batches
-import gradients
 import optim
-import rehearsal
 import tests
-from assembly import IN_THE_TEST, Parts, out_of_memory_means
-from launch import ending, processes, sharding
-from launch.agreement import Agreement, largest_over_ranks, together
-from launch.errors import REFUSED, UsageError
-from launch.interrupts import Interrupts
-from launch.options import MEASURED_SCALINGS, Config
+from adadagrad import gradients
+from launch import ending, fsdp, processes
+from launch.collectives import Agreement, largest_over_ranks, on_all_ranks
+from launch.signals import Interrupts
+from options import command_line
+from options.errors import REFUSED, UsageError
+from options.schema import MEASURED_SCALINGS, Config
 from runs import checkpoint
 from runs import log as texts
 from runs.log import RunLog
-from runs.metrics import Progress, Totals, Validation, average_over_ranks, sum_over_samples
+from training import tuner
+from training.components import IN_THE_TEST, Components, out_of_memory_means
+from training.metrics import Progress, Totals, Validation, average_over_ranks, sum_over_samples
+from training.state import restore_rank, state_of_rank
 
 EXIT_STATUS = {"finished": 0, "failed": 1, "refused": REFUSED, "diverged": 3, "interrupted": os.EX_TEMPFAIL}
 TIME_IS_UP = 85
@@ -62,23 +64,23 @@ class Trainer:
         self.fabric, self.interrupts = fabric, interrupts
         self.progress = Progress(config.batch_size)
         self.log: RunLog | None = None
-        self.measured_options = [name for name in rehearsal.MEASURED if getattr(config, name) == "auto"]
-        self.parts = parts = Parts(fabric, config, self.notify)
+        self.measured_options = [name for name in tuner.MEASURED if getattr(config, name) == "auto"]
+        self.parts = parts = Components(fabric, config, self.notify)
         self.progress.batch_size = parts.config.batch_size
         self.learning_rate = optim.LearningRate(parts.config, parts.config.max_samples)
-        self.controller = batches.controller(parts.config, self.learning_rate.decay, parts.is_adaptive)
+        self.controller = tests.controller(parts.config, self.learning_rate.decay, parts.is_adaptive)
         self.totals = Totals(fabric.device, parts.train_metrics)
         self.validation = Validation(parts.loss, parts.metrics, fabric.device)
         self.unwritten: tuple[Callable, dict[str, Any]] | None = None  # a row, but for what the device still computes
         self.diverged = False
-        self.agreement = Agreement(fabric)
+        self.signals = Agreement(fabric)
         self.stop_signal = 0
         with processes.naming_long_work(fabric, "measuring which size of micro-batches is quickest"):
-            size, evaluation_size, told = rehearsal.rehearse(parts, self.controller.step_time)
+            size, evaluation_size, told = tuner.rehearse(parts, self.controller.step_time)
         parts.config = replace(parts.config, max_micro_batch_size=size, eval_micro_batch_size=evaluation_size)
         self.config = parts.config
         marks = self.restore(parts.resumed) if parts.resumed else None
-        self.log = together(fabric, lambda: self.open_log(marks))
+        self.log = on_all_ranks(fabric, lambda: self.open_log(marks))
         self.checkpoints = checkpoint.Checkpoints(fabric, self.config, self.log and self.log.folder)
         self.introduce([*parts.notices, *told])
 
@@ -214,7 +216,7 @@ class Trainer:
         return moments
 
     def pass_micro_batch(
-        self, batch: batches.stream.Batch, n: int, loss_scale: float, testing: bool, whole: bool, last: bool
+        self, batch: batches.Batch, n: int, loss_scale: float, testing: bool, whole: bool, last: bool
     ) -> None:
         """Forward and backward pass; what it computes is gone before the next one begins.
 
@@ -285,7 +287,7 @@ class Trainer:
             micro_batches = parts.stream.validation(rank, world_size, micro_batch_size)
             with (
                 out_of_memory_means("a validation micro-batch", "lower --eval_micro_batch_size"),
-                sharding.forward_only(parts.module),
+                fsdp.forward_only(parts.module),
             ):
                 for _, batch in itertools.zip_longest(range(rounds), micro_batches):
                     self.stop_signal = largest_over_ranks(self.fabric, self.interrupts.received)
@@ -347,7 +349,7 @@ class Trainer:
         """
         progress = self.progress
         wanted = self.interrupts.received or (SAVE if self.checkpoints.due_by_clock() else GO_ON)
-        agreed = self.agreement.exchange(wanted)
+        agreed = self.signals.exchange(wanted)
         if best := bool(evaluation) and self.validation.is_best():
             progress.best_step = progress.steps
         if best or agreed or self.checkpoints.due(progress.steps):
@@ -360,7 +362,7 @@ class Trainer:
         precision = self.fabric.strategy.precision  # with the gradient scaler, if any
         if parts.sharded:
             return {
-                **sharding.whole_state(parts.module, parts.optimizer.optimizer),
+                **fsdp.whole_state(parts.module, parts.optimizer.optimizer),
                 "precision": precision.state_dict(),
             }
         return {"model": parts.model, "optimizer": parts.optimizer, "precision": precision}
@@ -371,11 +373,11 @@ class Trainer:
         if self.diverged:
             return
         with self.totals.pause():
-            marks = together(self.fabric, lambda: self.log and self.log.mark())
+            marks = on_all_ranks(self.fabric, lambda: self.log and self.log.mark())
             common = {"progress": asdict(self.progress), "history": self.validation.history, "marks": marks}
             common["controller"] = self.controller.state_dict()
             state = {**self.state(), **common}
-            own = checkpoint.state_of_rank(self.parts.module, self.totals, self.fabric.device)
+            own = state_of_rank(self.parts.module, self.totals, self.fabric.device)
             self.checkpoints.save(self.progress.steps, self.progress.best_step, state, own)
 
     def load(self, path: Path) -> dict[str, Any]:
@@ -386,7 +388,7 @@ class Trainer:
             optim.lay_as_parameters(parts.optimizer.optimizer)
             return rest
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        sharding.load_whole_state(parts.module, parts.optimizer.optimizer, saved)
+        fsdp.load_whole_state(parts.module, parts.optimizer.optimizer, saved)
         return saved
 
     def restore(self, path: Path) -> dict[str, Any]:
@@ -396,9 +398,7 @@ class Trainer:
         self.controller.load_state_dict(rest["controller"])
         rank, world_size = self.fabric.global_rank, self.fabric.world_size
         new_seed = self.config.seed + 1 + rank + (self.progress.samples << 32)  # nothing is drawn twice
-        checkpoint.restore_rank(
-            rest["ranks"], rank, world_size, self.parts.module, self.totals, self.fabric.device, new_seed
-        )
+        restore_rank(rest["ranks"], rank, world_size, self.parts.module, self.totals, self.fabric.device, new_seed)
         return rest["marks"]
 
     def say(self, line: str) -> None:
@@ -416,8 +416,9 @@ class Trainer:
         parts = self.parts
         weights = parts.module.state_dict()
         if parts.sharded and status == "finished":
-            weights = sharding.whole_weights(parts.module)
-        together(self.fabric, lambda: self.log and self.log.conclude(status, self.results(), weights, self.stop_signal))
+            weights = fsdp.whole_weights(parts.module)
+        conclude = lambda: self.log and self.log.conclude(status, self.results(), weights, self.stop_signal)  # noqa: E731
+        on_all_ranks(self.fabric, conclude)
 
     def results(self) -> dict:
         """What summary.json says of the training itself."""

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
-from gradients import Loss, couples_samples, drawing_from, listed, random_states, untouched
-from launch.errors import UsageError, in_one_line
-from launch.names import import_object, unknown
-from launch.options import Config
+from adadagrad.gradients import Loss, couples_samples, drawing_from, listed, preserving_state, random_states
+from options.errors import UsageError, in_one_line
+from options.names import import_object, unknown
+from options.schema import Config
 from text.gpt import GPT
 
 ImageShape = tuple[int, int, int]
@@ -136,7 +136,7 @@ def choose_memory_format(model: nn.Module, input_shape: Any) -> torch.memory_for
     try:
         for layer in convolutions:
             layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
-        with untouched(model), drawing_from(random_states(device), device):
+        with preserving_state(model), drawing_from(random_states(device), device):
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             torch.autograd.grad(model.train()(example).sum(), trained, allow_unused=True)
     except Exception:  # a user's model raises what it likes
@@ -219,7 +219,7 @@ def _dry_output(model: nn.Module, example: Any, n: int, training: bool = False) 
                 model.eval()(inputs)
                 model.train(training)
             cpu = torch.device("cpu")
-            with untouched(model), drawing_from(random_states(cpu), cpu):
+            with preserving_state(model), drawing_from(random_states(cpu), cpu):
                 return model(inputs)
     finally:
         for module, mode in modes:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launch.errors import UsageError
-from launch.names import import_object, nearest, unknown
-from launch.options import Config
+from options.errors import UsageError
+from options.names import import_object, nearest, unknown
+from options.schema import Config
 
 NAMES = {
     "adagrad": torch.optim.Adagrad,

@@ -19,11 +19,11 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from launch.errors import UsageError
-from launch.names import expanded
 from launch.terminals import show_what_can_be_shown
-from runs import figures, reading
-from runs.reading import DamagedRun, Group, Run
+from options.errors import UsageError
+from options.names import expanded
+from runs import figures, results
+from runs.results import DamagedRun, Group, Run
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ SPEED = (
 
 
 def of_objective(name: str) -> Column:
-    percent = reading.is_share(name)
+    percent = results.is_share(name)
     words = name.replace("_", " ") + " [%]" * percent
     return Column(words, ".2f" if percent else ".4f", of_summary(name), percent)
 
@@ -83,7 +83,7 @@ def columns(groups: Sequence[Group], target: float | None, knees: Sequence[float
     shown = (*COLUMNS, *(of_objective(name) for name in objectives if name != "val_loss"), *SPEED)
     if target is None:
         return (*shown, *(Column(f"samples + {knee:g}·steps", ",.0f", modelled(knee, None)) for knee in knees))
-    to = f"to {reading.target_in_words(target, next(iter(objectives)))}"
+    to = f"to {results.target_in_words(target, next(iter(objectives)))}"
     return (
         *shown,
         Column(f"samples {to}", ",.0f", of_target(target, "samples")),
@@ -173,7 +173,7 @@ def csv_table(table_rows: Sequence[Row], shown: Sequence[Column]) -> str:
 
 
 def caption(chosen: Sequence[Run], groups: Sequence[Group]) -> str:
-    shared = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in reading.common(chosen).items())
+    shared = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in results.common(chosen).items())
     return f"{len(chosen)} runs in {len(groups)} configurations; all: {shared}"
 
 
@@ -224,16 +224,16 @@ def report(options: argparse.Namespace) -> None:
     """
     options.folders = [expanded("folders", folder) for folder in options.folders]
     options.figures = options.figures and expanded("figures", options.figures)
-    found, problems = reading.find(options.folders)
-    chosen = reading.choose(found, options.where)
+    found, problems = results.find(options.folders)
+    chosen = results.choose(found, options.where)
     objective = None
     if options.figures or options.target is not None:
         chosen, damaged = readable(chosen)
         problems += damaged
-        objective = reading.objective(chosen) if chosen else None
-    if options.target is not None and reading.is_share(objective or "") and not 0 < options.target < 1:
+        objective = results.objective(chosen) if chosen else None
+    if options.target is not None and results.is_share(objective or "") and not 0 < options.target < 1:
         raise UsageError(f"--target={options.target} must be an accuracy between 0 and 1, such as 0.98")
-    groups, twins = reading.group(chosen)
+    groups, twins = results.group(chosen)
     for line in problems + twins:
         print(f"passed over: {line}", file=sys.stderr)
     if not groups:

@@ -13,12 +13,12 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from batches.augment import Normalise, crop_and_flip
+from batches.in_memory import Batch
 from batches.order import EvenlySpread, Orders, SampleOrder, as_tensor, position_hash
 from batches.plan import positions_of_rank
-from batches.stream import Batch
 from data import DataSet, described
-from launch.errors import RunError, in_one_line
-from launch.interrupts import heed_the_parent_alone
+from launch.signals import heed_the_parent_alone
+from options.errors import RunError, in_one_line
 
 CHUNK = 32
 """Samples that a worker process reads at a time."""

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import data
-import gradients
+from adadagrad import gradients
+from adadagrad.gradients import couples_samples
 from benchmarks import cases
 from benchmarks.cases import RESULTS, provenance
-from gradients import couples_samples
 
 ESTIMATORS = ("vmap", "ghost", "micro_batch")
 GROUPS = 8

@@ -33,7 +33,7 @@ from pathlib import Path
 import yaml
 
 from benchmarks.cases import RESULTS
-from runs.reading import Run, read_run
+from runs.results import Run, read_run
 
 ROOT = Path(__file__).parent.parent
 Options = dict[str, object]

@@ -13,7 +13,7 @@ import numpy as np
 from jsonargparse import auto_cli
 from tabulate import tabulate
 
-import control
+from adadagrad import control
 from benchmarks.cases import RESULTS
 from tests import Moments
 

@@ -55,9 +55,9 @@ TESTS = ("norm", "ip+orth")
 def trainer_of(case: Case, test_gradients: str | None, test_type: str, out_dir: str):
     """main.py's own trainer; its `train_step` is what is measured."""
     import main
-    from launch.interrupts import Interrupts
-    from launch.options import Config
     from launch.processes import start_fabric
+    from launch.signals import Interrupts
+    from options.schema import Config
 
     own = case.model not in ("cnn", "vit_b_16", "gpt")
     config = Config(

@@ -29,7 +29,7 @@ import data
 from batches.augment import Normalise
 from batches.order import SampleOrder
 from benchmarks.cases import RESULTS, provenance
-from imagenet import convert, reading
+from imagenet import convert, sources
 
 FIXED = 64
 CHANGING = (1, 127, 40, 88, 13, 115, 64, 3, 125, 31, 97, 64)  # their mean is 64, too
@@ -79,7 +79,7 @@ def rates_of_ffcv_loader(path: Path, num_workers: int, rounds: int) -> list[floa
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import RandomHorizontalFlip, ToTensor, ToTorchImage
 
-    side = reading.RESOLUTION
+    side = sources.RESOLUTION
     image = [RandomResizedCropRGBImageDecoder((side, side)), RandomHorizontalFlip(), ToTensor(), ToTorchImage(False)]
     pipelines = {"image": image, "label": [IntDecoder(), ToTensor()]}
     options = {"order": OrderOption.RANDOM, "drop_last": False, "pipelines": pipelines}
@@ -150,7 +150,7 @@ def main(num_workers: int = 2, samples: int = 1600, rounds: int = 5, out: Path =
         # In a process of its own: it changes the number of threads and leaves compiled code behind.
         script = "import sys, json, pathlib; from benchmarks import stream; "
         script += "print(json.dumps(stream.rates_of_ffcv_loader(pathlib.Path(sys.argv[1]), *map(int, sys.argv[2:]))))"
-        path = reading.find_ffcv_files(ffcv)[0]
+        path = sources.find_ffcv_files(ffcv)[0]
         command = [sys.executable, "-c", script, str(path), str(num_workers), str(rounds)]
         said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ).stdout
         results["ffcv's own Loader"] = {"fixed": json.loads(said.splitlines()[-1])}

@@ -18,7 +18,7 @@ from tabulate import tabulate
 from benchmarks.cases import RESULTS
 from benchmarks.comparison import KNEES, PARTS, RATES, ROOT, SEEDS
 from runs import figures
-from runs.reading import Group, Run, is_share, read_run
+from runs.results import Group, Run, is_share, read_run
 
 PAGES = (Path("README.md"), Path("docs/results.md"))
 KEPT = RESULTS / "comparison"

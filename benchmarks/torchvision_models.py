@@ -29,10 +29,10 @@ from jsonargparse import auto_cli
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-import gradients
 import models
+from adadagrad import gradients
 from benchmarks.cases import RESULTS, for_comparison, provenance
-from launch.errors import UsageError
+from options.errors import UsageError
 
 NAMES = torchvision.models.list_models(module=torchvision.models)
 CLASSES = 10

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-import gradients
+from adadagrad import gradients
 from checks import oracle
 
 CLASSES, SAMPLES = 3, 6

@@ -9,8 +9,8 @@ import torch
 import report
 from benchmarks import calibration, cases, comparison, speed, tables, torchvision_models
 from checks.conftest import ROOT
-from launch import command_line
-from runs import reading
+from options import command_line
+from runs import results
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_comparison_tunes_and_keeps_what_a_report_needs(tmp_path, monkeypatch, c
     monkeypatch.setattr(comparison.subprocess, "run", None)  # nothing is left to run
     comparison.main(words)
     folders = tmp_path / "out" / "small" / "final" / "steady_seed1", kept / "steady_seed1"
-    whole, short = (reading.read_run(folder).reached(0.8) for folder in folders)
+    whole, short = (results.read_run(folder).reached(0.8) for folder in folders)
     assert short["samples"] == whole["samples"] and short["seconds"] == pytest.approx(whole["seconds"], rel=1e-3)
     monkeypatch.setattr(tables, "KEPT", tmp_path / "results")
     monkeypatch.setattr(tables, "PARTS", comparison.PARTS)

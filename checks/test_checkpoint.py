@@ -18,9 +18,10 @@ import yaml
 
 import main
 from checks.conftest import FIXED_CUT, ROOT
-from launch import command_line, environments
-from launch.errors import UsageError
-from launch.options import Config
+from launch import environments
+from options import command_line
+from options.errors import UsageError
+from options.schema import Config
 from runs import checkpoint
 
 TINY = ["--model=logistic", "--accelerator=cpu", "--devices=1"]

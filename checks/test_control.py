@@ -11,16 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import control
-from control.sizes import Found, progress_rate, quickest_batch
+from adadagrad import control
+from adadagrad.control.rules import Observation, progress_rate, quickest_batch
 from tests import AugmentedInnerProductTest, Decision, InnerProductTest, Moments, NormTest, Statistics
 
 FAIL, PASS, NONE = Decision(False, 700), Decision(True, 64), Decision(None, 64, "why")
 
 
 def next_size(rule, batch_size, samples, decision, max_batch_size=None, **growth) -> int:
-    found = Found(decision)
-    return control.Growth(max_batch_size, **growth)(batch_size, rule(batch_size, samples, found))
+    found = Observation(decision)
+    return control.Limits(max_batch_size, **growth)(batch_size, rule(batch_size, samples, found))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ BOUNDS = st.fixed_dictionaries(
 @given(BOUNDS, st.integers(1, 300), st.lists(st.integers(1, 5000), min_size=1, max_size=60))
 def test_no_sequence_of_wishes_breaks_a_bound(bounds, batch_size, wishes):
     batch_size = min(batch_size, bounds["max_batch_size"])
-    growth, changed_at, unanswered = control.Growth(**bounds), -(10**9), 0
+    growth, changed_at, unanswered = control.Limits(**bounds), -(10**9), 0
     for step, wanted in enumerate(wishes):
         size = growth(batch_size, wanted)
         unanswered = unanswered + 1 if wanted != batch_size else 0
@@ -303,7 +303,7 @@ def test_goodput_finds_the_quickest_batch(knee_over_noise_scale):
         controller = control.Controller(
             b0,
             rule=control.Goodput(critical=1.0),  # the curvature is the same everywhere
-            growth=control.Growth(max_growth=2.0),
+            growth=control.Limits(max_growth=2.0),
             unbiased=True,
             smoothing=20 * noise_scale,
             scaling=control.LearningRateScaling("adascale", b0),
@@ -317,16 +317,16 @@ def test_goodput_finds_the_quickest_batch(knee_over_noise_scale):
 def test_goodput_moves_only_for_a_gain_and_shrinks_only_where_it_may():
     step_time, noise_scale = (1.0, 0.01), 50.0  # C = 100, b* = 100
     assert quickest_batch(2 * noise_scale, step_time) == 100
-    found = Found(None, noise_scale, step_time)
+    found = Observation(None, noise_scale, step_time)
     assert control.Goodput()(50, 0, found) == 100
     assert progress_rate(100, 100.0, step_time) / progress_rate(75, 100.0, step_time) < 1.05
     assert control.Goodput()(75, 0, found) == 75
     assert control.Goodput()(400, 0, found) == 400
     assert control.Goodput(may_shrink=True)(400, 0, found) == 100
-    assert control.Goodput()(16, 0, Found(None, None, step_time)) == 16  # the noise hides the gradient
-    assert control.Goodput()(16, 0, Found(None, noise_scale, None)) == 32  # another size, to know the times
-    assert control.Goodput()(16, 0, Found(None, 5.0, (1e9, 1.0))) == 100  # ten critical batch sizes
-    assert control.Goodput(knee=400)(16, 0, found) == control.Goodput(knee=400)(16, 0, Found(None, 50.0)) == 200
+    assert control.Goodput()(16, 0, Observation(None, None, step_time)) == 16  # the noise hides the gradient
+    assert control.Goodput()(16, 0, Observation(None, noise_scale, None)) == 32  # another size, to know the times
+    assert control.Goodput()(16, 0, Observation(None, 5.0, (1e9, 1.0))) == 100  # ten critical batch sizes
+    assert control.Goodput(knee=400)(16, 0, found) == control.Goodput(knee=400)(16, 0, Observation(None, 50.0)) == 200
 
 
 def test_a_knee_that_is_told_stands_above_the_times():
@@ -348,7 +348,7 @@ def test_state_goes_through_json_and_on_bit_for_bit():
         return control.Controller(
             8,
             rule=control.Goodput(),
-            growth=control.Growth(4096, max_growth=2.0, interval=3, patience=2, multiple=4),
+            growth=control.Limits(4096, max_growth=2.0, interval=3, patience=2, multiple=4),
             unbiased=True,
             smoothing=500,
             scaling=control.LearningRateScaling("adascale", 8, adaptive_optimizer=True),
@@ -372,7 +372,7 @@ def test_state_goes_through_json_and_on_bit_for_bit():
 
 
 def test_unmeasured_steps_break_no_row():
-    controller = control.Controller(16, NormTest(1.0), growth=control.Growth(patience=2))
+    controller = control.Controller(16, NormTest(1.0), growth=control.Limits(patience=2))
     failing = Moments(16, 16, 1.0, 15 * 1000.0 + 16)
     for measured, expected in ((True, 16), (False, 16), (True, 1000)):
         if measured:

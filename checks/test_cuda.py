@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-import gradients
 import main
+from adadagrad import gradients
 from benchmarks.cases import resnet18_group_norm
 from checks.conftest import launch, process_of_rank
 from checks.test_gradients import assert_matches
 from checks.test_survival import ENDLESS, begin, processes_of, wait_for_rows
 from launch import processes
-from launch.interrupts import Interrupts
-from launch.options import Config
+from launch.signals import Interrupts
+from options.schema import Config
 
 ACCELERATOR = "--accelerator=cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -14,7 +14,7 @@ import torch
 import torchvision
 
 import data
-from launch.errors import UsageError
+from options.errors import UsageError
 
 
 def write_mnist(folder: Path, name: str = "MNIST", train: int = 20, val: int = 10) -> None:

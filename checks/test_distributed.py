@@ -9,7 +9,7 @@ import yaml
 from torch.nn.functional import cross_entropy
 
 import batches
-import gradients
+from adadagrad import gradients
 from checks import oracle
 from checks.conftest import column, train
 from checks.test_gradients import assert_matches, batch, small_net

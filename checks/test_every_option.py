@@ -24,7 +24,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 import main
 from data import DataSet
-from launch.options import Config
+from options.schema import Config
 from runs import figures
 
 HERE = "checks.test_every_option"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from checks.conftest import ROOT, launch
-from launch import command_line
+from options import command_line
 
 PUBLISHED = ["logistic", "cnn", "resnet18", "resnet50", "resnet50_cifar100", "resnet50_cifar100_ip", "resnet101"]
 BASELINES = ("small", "large", "stagewise", "linear")

@@ -11,12 +11,12 @@ import torchvision
 from torch import nn
 from torch.utils.data import TensorDataset
 
-import gradients
 import main
+from adadagrad import gradients
 from checks.fake_gpu import DEVICE, fake_gpu
 from data import DataSet
-from launch.interrupts import Interrupts
-from launch.options import Config
+from launch.signals import Interrupts
+from options.schema import Config
 
 
 def _split(count: int, *shape: int) -> TensorDataset:
@@ -156,8 +156,8 @@ def test_memory_of_a_step(tmp_path, test_type, most):
         assert peaks[1] <= most * peaks[0], peaks
 
 
-def test_rehearsal_leaves_room_for_the_optimizer(tmp_path):
-    """Adam's moments come with the first step: what fits in the rehearsal must fit beside them, too."""
+def test_the_tuner_leaves_room_for_the_optimizer(tmp_path):
+    """Adam's moments come with the first step: what fits in a pass of the tuner must fit beside them, too."""
     peaks = {}
     for optimizer in ("sgd", "adamw"):
         with fake_gpu() as (fabric, watch):

@@ -13,8 +13,8 @@ from torchvision.datasets import ImageFolder
 
 import data
 from checks.conftest import ROOT
-from imagenet import check, folders, reading
-from launch.errors import UsageError
+from imagenet import check, folders, sources
+from options.errors import UsageError
 
 CLASSES = ("cat", "dog")
 
@@ -53,7 +53,7 @@ def test_the_order_is_that_of_torchvision(root):
 def test_files_that_do_no_harm(root):
     for place in ("train/.DS_Store", "train/cat/.DS_Store", "val/Thumbs.db", "train/dog/notes.txt", "train/list.txt"):
         (root / place).write_bytes(b"x")
-    train, val, classes = reading.load(root)
+    train, val, classes = sources.load(root)
     assert (len(train), len(val), classes) == (6, 4, 2)
 
 
@@ -106,7 +106,7 @@ def test_tiny_imagenet(root):
     assert len(files["train"]) == 6 and files["train"].labels.tolist() == [0, 0, 0, 1, 1, 1]
     val = files["val"]
     assert {Path(val.path(i)).name: CLASSES[val.labels[i]] for i in range(4)} == expected
-    assert reading.load(root)[1][0][0].shape == (3, 224, 224)
+    assert sources.load(root)[1][0][0].shape == (3, 224, 224)
     (root / "val" / "val_annotations.txt").write_text("val_0.jpg\teel\n")
     assert "'val_0.jpg eel' names no class of train" in refused(root)
 
@@ -220,7 +220,7 @@ def test_damage_that_only_decoding_finds(root, capsys):
     assert check.main([str(root)]) == 0
     assert check.main([str(root), "--whole"]) == 1
     assert str(path) in capsys.readouterr().out
-    samples = reading.load(root)[1]
+    samples = sources.load(root)[1]
     with pytest.raises(
         OSError, match=r"val/dog/0\.png: .* \(`python -m imagenet\.check FOLDER` names all such files\)"
     ):

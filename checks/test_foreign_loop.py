@@ -8,10 +8,9 @@ import torch
 import torch.multiprocessing as mp
 from torch.nn.functional import cross_entropy
 
-import control
 import data
-import gradients
 import models
+from adadagrad import control, gradients
 from batches.augment import Normalise
 from batches.order import SampleOrder
 from checks.conftest import column, train
@@ -24,7 +23,7 @@ def new_controller() -> control.Controller:
     return control.Controller(
         B0,
         NormTest(eta=1.0),
-        growth=control.Growth(1437, max_growth=2.0),
+        growth=control.Limits(1437, max_growth=2.0),
         unbiased=True,
         smoothing=300,
         scaling=control.LearningRateScaling("adascale", B0),
@@ -131,7 +130,7 @@ def test_a_callback_of_lightnings_trainer_decides_as_main_does(tmp_path):
             return torch.optim.SGD(self.model.parameters(), lr=RATE)
 
     controller = new_controller()
-    controller.growth = control.Growth(1437, max_growth=2.0, multiple=piece)
+    controller.growth = control.Limits(1437, max_growth=2.0, multiple=piece)
     callback = names["AdaptiveBatches"](controller, piece, cross_entropy)
     trainer = pl.Trainer(
         accelerator="cpu", devices=1, max_epochs=1, precision="64-true", callbacks=[callback], logger=False,

@@ -14,8 +14,8 @@ from torch import nn
 from checks.conftest import column, launch, train
 from checks.fault_drill import differences, rows_written
 from checks.test_text import write_tokens
-from launch.errors import UsageError
-from launch.sharding import blocks, refuse_what_needs_whole_tensors
+from launch.fsdp import blocks, refuse_what_needs_whole_tensors
+from options.errors import UsageError
 
 STEPS = ["--training_type=iter", "--precision=64-true", "--batch_size=5", "--max_batch_size=61", "--log_interval=1"]
 TESTS = {

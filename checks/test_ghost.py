@@ -12,13 +12,13 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import gradients
 import models
+from adadagrad import gradients
+from adadagrad.gradients import contributions, ghost
 from benchmarks.cases import for_comparison
 from checks import oracle
 from checks.kinds import CLASSES, KINDS, Tied, ToLogits
 from checks.test_gradients import assert_matches
-from gradients import contributions, ghost
 
 
 def assert_ghost_is_exact(model: nn.Module, inputs: torch.Tensor, rel: float = 1e-9, covered: bool = True) -> None:

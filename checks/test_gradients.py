@@ -5,11 +5,11 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-import gradients
 import models
 import tests
+from adadagrad import gradients
+from adadagrad.gradients import micro_batch
 from checks import oracle
-from gradients import micro_batch
 
 
 def small_net(shape=(1, 6, 6), classes=4) -> nn.Module:

@@ -18,8 +18,8 @@ import batches
 import data
 from batches.order import SampleOrder
 from checks.conftest import ROOT, column, train
-from imagenet import convert, folders, reading
-from launch.errors import UsageError
+from imagenet import convert, folders, sources
+from options.errors import UsageError
 
 CLASSES, TRAIN, VAL = 3, 8, 3  # images a class
 FULL_SIZE = 1_281_167  # ImageNet's training set
@@ -49,7 +49,7 @@ def folder(tmp_path_factory) -> Path:
 def ffcv():
     """The package, where it is installed."""
     try:
-        return reading.import_ffcv()
+        return sources.import_ffcv()
     except UsageError as error:
         pytest.skip(str(error))
 
@@ -70,7 +70,7 @@ def test_ffcv_files_hold_the_images_of_the_folder(folder, ffcv_dir):
     """Another encoding and another way to resize, but the same order, crops, flips and labels."""
     assert sorted(path.name for path in ffcv_dir.iterdir()) == ["train_500_0.50_90.ffcv", "val_500_0.50_90.ffcv"]
     of_folder, of_ffcv = data.load("imagenet", folder), data.load("imagenet", ffcv_dir)
-    assert isinstance(of_ffcv.train, reading.FfcvImages) and isinstance(of_folder.train, reading.FolderImages)
+    assert isinstance(of_ffcv.train, sources.FfcvImages) and isinstance(of_folder.train, sources.FolderImages)
     assert {int(entry["mode"]) for entry in of_ffcv.train.entries} == {0, 1}  # JPEG and plain
     for loaded in (of_folder, of_ffcv):
         assert (loaded.num_classes, loaded.input_shape) == (CLASSES, (3, 224, 224))
@@ -131,7 +131,7 @@ def test_ffcv_files_without_ffcv(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match=r"apt-get install .*libturbojpeg0-dev.*pip install -r requirements-imagenet"):
         data.load("imagenet", tmp_path)
     assert (ROOT / "requirements-imagenet.txt").exists()
-    assert reading.INSTALL.split(" (")[0] in (ROOT / "docs" / "imagenet.md").read_text()
+    assert sources.INSTALL.split(" (")[0] in (ROOT / "docs" / "imagenet.md").read_text()
 
 
 @pytest.mark.parametrize("cut", ["in the images", "in the table", "unfinished"])
@@ -189,7 +189,7 @@ def test_converter_ends_with_its_workers(tmp_path, ffcv, folder, monkeypatch):
     images = folders.find(folder)["train"]
     monkeypatch.setattr(folders, "read", lambda path: time.sleep(1) or os._exit(9))
     with pytest.raises(UsageError, match="exit code 9"):
-        convert.convert(images, tmp_path / "train.ffcv", workers=2, **reading.DEFAULTS)
+        convert.convert(images, tmp_path / "train.ffcv", workers=2, **sources.DEFAULTS)
     assert not list(tmp_path.iterdir())
 
 
@@ -265,14 +265,14 @@ def assert_bookkeeping_is_small(samples: torch.utils.data.Dataset, held: int) ->
 
 def test_bookkeeping_of_a_full_size_image_folder(tmp_path):
     root = full_size_image_folder(tmp_path)
-    samples = reading.FolderImages(folders._in_class_folders(root)[0], train=True)
+    samples = sources.FolderImages(folders._in_class_folders(root)[0], train=True)
     assert_bookkeeping_is_small(samples, held=len(pickle.dumps(samples)))  # all that it refers to
 
 
 def test_bookkeeping_of_a_full_size_ffcv_file(tmp_path, ffcv):
     path = full_size_ffcv_file(tmp_path, ffcv)
     tracemalloc.start()
-    samples = reading.FfcvImages(path, train=True)
+    samples = sources.FfcvImages(path, train=True)
     held = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert_bookkeeping_is_small(samples, held)

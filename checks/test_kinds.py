@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
-import gradients
+from adadagrad import gradients
+from adadagrad.gradients import ghost_rules
+from adadagrad.gradients.samples import chunks, converted
 from checks import kinds, oracle
 from checks.conftest import ROOT
 from checks.kinds import CLASSES, KINDS, STATISTICS, Kind, relative
-from gradients.samples import chunks, converted
 
 PAGE = (ROOT / "docs" / "module_kinds.md").read_text()
 
@@ -246,7 +247,6 @@ def test_a_frozen_batch_norm_needs_no_pass_of_its_own():
 
 def test_a_wrong_rule_is_found_however_small_its_share(monkeypatch):
     """A bias whose gradient is a millionth of the whole is compared by itself."""
-    from gradients import rules
 
     inputs, targets = batch()
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, CLASSES)).double()
@@ -260,9 +260,9 @@ def test_a_wrong_rule_is_found_however_small_its_share(monkeypatch):
     assert isinstance(
         gradients.build("auto", model, cross_entropy, True, 8, (inputs, targets))[0], gradients.GhostNorms
     )
-    wrong = rules._arithmetic(lambda B, source, other, is_first: 2 * B)
-    for function in [function for function, rule in rules.RULES.items() if rule is rules._add]:
-        monkeypatch.setitem(rules.RULES, function, wrong)
+    wrong = ghost_rules._arithmetic(lambda B, source, other, is_first: 2 * B)
+    for function in [function for function, rule in ghost_rules.RULES.items() if rule is ghost_rules._add]:
+        monkeypatch.setitem(ghost_rules.RULES, function, wrong)
     _, told = gradients.build("auto", model, cross_entropy, True, 8, (inputs, targets))
     assert "its gradients of 2.bias are 100.0% off those of single samples" in told[0]
 

@@ -15,7 +15,7 @@ from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment
 import main
 from checks.conftest import FIXED_CUT
 from runs import log as runlog
-from runs import reading
+from runs import results
 
 COLUMNS = (
     "step,samples,epoch,train_loss,train_accuracy,val_loss,val_accuracy,lr,batch_size,micro_batch_size,"
@@ -50,7 +50,7 @@ def test_a_diverged_run_leaves_strict_json(tmp_path, capsys):
 def test_empty_cells_are_none(tmp_path):
     with open(tmp_path / "metrics.csv", "w", newline="") as file:
         csv.writer(file).writerows([["step", "val_loss"], [1, ""], [2, math.pi]])
-    assert reading.read_metrics(tmp_path) == {"step": [1.0, 2.0], "val_loss": [None, math.pi]}
+    assert results.read_metrics(tmp_path) == {"step": [1.0, 2.0], "val_loss": [None, math.pi]}
 
 
 def test_tensorboard_has_the_options_with_their_results(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import data
-from runs.metrics import Validation
+from training.metrics import Validation
 
 
 def validation_of(num_classes: int) -> Validation:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import models
-from launch.errors import UsageError
+from options.errors import UsageError
 
 
 def count(model: nn.Module) -> int:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import optim
-from launch.errors import UsageError
-from launch.options import Config
+from options.errors import UsageError
+from options.schema import Config
 
 
 def parameters(n: int = 2) -> list[torch.nn.Parameter]:

@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from checks.conftest import ROOT
-from launch import command_line
-from launch.errors import UsageError
-from launch.options import DEFAULTS, Config
+from options import command_line
+from options.errors import UsageError
+from options.schema import DEFAULTS, Config
 
 PUBLISHED = {
     "cnn": "--num_workers=0 --optimizer=adagrad --batch_size=16 --max_test_micro_batch_size=15000 "
@@ -256,7 +256,7 @@ def test_names_are_known_without_an_import():
     import data
     import models
     import optim
-    from launch import names
+    from options import names
 
     assert sorted(names.torchvision_models()) == sorted(torchvision.models.list_models(module=torchvision.models))
     own = {

@@ -14,10 +14,10 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-import gradients
+from adadagrad import gradients
+from adadagrad.gradients.samples import chunks
 from checks import oracle
 from checks.kinds import CLASSES, ToLogits
-from gradients.samples import chunks
 
 NETWORKS = int(os.environ.get("RANDOM_NETWORKS", 300))
 

@@ -16,11 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
-import gradients
 import main
 import tests
+from adadagrad import gradients
 from checks.conftest import ROOT, launch
-from launch import command_line
+from options import command_line
 
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 FENCES = [fence for text in PAGES.values() for fence in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.S | re.M)]

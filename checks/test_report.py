@@ -13,9 +13,9 @@ import yaml
 
 import main
 import report
-from launch.options import Config
-from runs import figures, reading
-from runs.reading import Group
+from options.schema import Config
+from runs import figures, results
+from runs.results import Group
 
 ROWS = ("step", "samples", "epoch", "train_loss", "val_loss", "val_accuracy", "batch_size", "step_time")
 DEFAULTS = dataclasses.asdict(Config()) | {"data_dir": "data", "out_dir": "out"}
@@ -164,7 +164,7 @@ def test_a_row_cut_short_is_left_out(tmp_path):
     folder = write_run(tmp_path / "run")
     with open(folder / "metrics.csv", "a") as file:
         file.write("21,210,2.1,0.0")
-    assert reading.read_metrics(folder)["step"] == list(range(1, 21))
+    assert results.read_metrics(folder)["step"] == list(range(1, 21))
 
 
 def test_the_newest_of_two_runs_with_one_seed(tmp_path, capsys):
@@ -189,7 +189,7 @@ def test_names_tell_what_differs_and_no_more(tmp_path):
         "g": {**same, "test": False, "batch_size": 128, "eta": 9.0, "seed": 7},  # η is read by nobody
     }.items():
         write_run(tmp_path / name, **options)
-    groups, _ = reading.group(reading.find([tmp_path])[0])
+    groups, _ = results.group(results.find([tmp_path])[0])
     assert [entry.name for entry in groups] == [
         "augmented inner product test, θ = 0.5, ν = 2, learning rate 0.01, test gradients ghost",
         "constant 128, learning rate 0.01",
@@ -207,7 +207,7 @@ def test_what_a_run_measured_itself_tells_no_configurations_apart(tmp_path):
         folder = tmp_path / f"seed{seed}"
         write_run(folder, seed=seed, max_micro_batch_size=size, measured=["max_micro_batch_size"])
     write_run(tmp_path / "told", seed=3, max_micro_batch_size=512)
-    groups, left_out = reading.group(reading.find([tmp_path])[0])
+    groups, left_out = results.group(results.find([tmp_path])[0])
     assert {(entry.name, len(entry.finished)) for entry in groups} == {
         ("norm test, η = 1, max micro batch size auto", 2),
         ("norm test, η = 1, max micro batch size 512", 1),
@@ -220,7 +220,7 @@ def test_an_option_that_came_later_has_its_default(tmp_path):
     options = yaml.safe_load((old / "config.yaml").read_text())
     del options["test_groups"], options["grad_clip"]
     (old / "config.yaml").write_text(yaml.safe_dump(options))
-    groups, _ = reading.group(reading.find([tmp_path])[0])
+    groups, _ = results.group(results.find([tmp_path])[0])
     assert [len(entry.finished) for entry in groups] == [2]
 
 
@@ -228,7 +228,7 @@ def test_mean_and_band_over_seeds(tmp_path):
     """Loss 1/step and batch sizes that double at step 3 in one seed, at step 5 in the other."""
     read = []
     for seed, doubled in ((1, 3), (2, 5)):
-        run = reading.read_run(write_run(tmp_path / str(seed), seed=seed, steps=10))
+        run = results.read_run(write_run(tmp_path / str(seed), seed=seed, steps=10))
         run.metrics["batch_size"] = [20.0 if step >= doubled else 10.0 for step in run.metrics["step"]]
         run.metrics["train_loss"] = [seed * loss for loss in run.metrics["train_loss"]]
         read.append(run)
@@ -243,8 +243,8 @@ def test_mean_and_band_over_seeds(tmp_path):
 
 
 def test_figures_show_every_configuration(mixed):
-    found, _ = reading.find([mixed])
-    groups, _ = reading.group(found)
+    found, _ = results.find([mixed])
+    groups, _ = results.group(found)
     figure = figures.compare(groups, "seconds", "val_accuracy")
     loss, val_loss, accuracy, batch = figure.axes
     assert [axes.get_ylabel() for axes in figure.axes] == list(figures.compared("val_accuracy").values())
@@ -268,7 +268,7 @@ def test_trade_off_joins_the_constants(tmp_path):
     for i, (batch_size, steps) in enumerate(((64, 40), (16, 60), (256, 20))):
         write_run(tmp_path / str(i), seed=1, test=False, batch_size=batch_size, steps=steps, accuracy=0.9)
     write_run(tmp_path / "norm", seed=1, eta=0.1, steps=30, accuracy=0.9)
-    groups, _ = reading.group(reading.find([tmp_path])[0])
+    groups, _ = results.group(results.find([tmp_path])[0])
     (axes,) = figures.trade_off(groups, 0.9, "val_accuracy").axes
     (line,) = [line for line in axes.lines if len(line.get_xdata()) == 3]
     assert list(line.get_xdata()) == [20, 40, 60] and list(line.get_ydata()) == [200, 400, 600]
@@ -277,12 +277,12 @@ def test_trade_off_joins_the_constants(tmp_path):
 
 def test_noise_scale_of_earlier_runs_is_not_drawn(mixed):
     """Their column of that name had V/‖ḡ‖² of one batch."""
-    (run, *_), _ = reading.find([mixed / "norm1"])
+    (run, *_), _ = results.find([mixed / "norm1"])
     assert set(run.metrics["noise_scale"]) == {None}
 
 
 def test_pareto_picture(mixed):
-    groups, _ = reading.group(reading.find([mixed])[0])
+    groups, _ = results.group(results.find([mixed])[0])
     figure = figures.pareto(groups, 0.96, "val_accuracy")
     (axes,) = figure.axes
     assert axes.get_xlabel() == "steps to 96 % validation accuracy" and axes.get_xscale() == "log"
@@ -329,9 +329,9 @@ def test_five_hundred_runs_in_time(tmp_path, capsys):
 def test_last_epoch_loss():
     """Rows of 10 samples in epochs of 20: the last epoch is the last two rows; a short run is all of it."""
     metrics = {"epoch": [0.5, 1.0, 1.5], "samples": [10.0, 20.0, 30.0], "train_loss": [9.0, 4.0, 2.0]}
-    assert reading.last_epoch_loss(metrics) == 3
-    assert reading.last_epoch_loss({name: values[:1] for name, values in metrics.items()}) == 9
-    assert reading.last_epoch_loss({}) is None
+    assert results.last_epoch_loss(metrics) == 3
+    assert results.last_epoch_loss({name: values[:1] for name, values in metrics.items()}) == 9
+    assert results.last_epoch_loss({}) is None
 
 
 def test_long_training_curves_are_thinned_to_means():

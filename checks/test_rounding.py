@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-import gradients
+from adadagrad import gradients
 from benchmarks.cases import SmallResNet, small_resnet_batch_norm
 from checks import oracle
 from checks.rounding import Rounding, rounded

@@ -19,9 +19,9 @@ from checks.conftest import FIXED_CUT, ROOT, column, launch, train
 from checks.test_data import write_cifar10
 from checks.test_options import PUBLISHED
 from launch import processes
-from launch.errors import UsageError
-from launch.interrupts import Interrupts
-from launch.options import Config
+from launch.signals import Interrupts
+from options.errors import UsageError
+from options.schema import Config
 
 BIN = Path(sys.executable).parent
 TINY = ["--accelerator=cpu", "--max_samples=300", "--batch_size=32", "--run_name=run", FIXED_CUT]

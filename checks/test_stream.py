@@ -14,7 +14,7 @@ from batches import loading, order
 from batches.augment import crop_and_flip
 from batches.order import SampleOrder
 from checks.conftest import launch
-from launch.errors import RunError
+from options.errors import RunError
 
 
 def test_crop_and_flip_equals_a_plain_loop():

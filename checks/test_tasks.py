@@ -16,8 +16,8 @@ import main
 import report
 from checks.conftest import train
 from data import DataSet
-from launch.errors import UsageError
-from runs import figures, reading
+from options.errors import UsageError
+from runs import figures, results
 
 
 def squared_errors(outputs, targets):
@@ -125,7 +125,7 @@ def test_figures_and_reports_follow_the_metric(regression, tmp_path, capsys):
     assert [title for title, _ in figures.panels(rows_of(regression)[0])] == [
         "loss", "mse", "batch size", "learning rate"
     ]  # fmt: skip
-    run = reading.read_run(regression)
+    run = results.read_run(regression)
     values = [value for value in run.metrics["val_mse"] if value is not None]
     target = sorted(values)[len(values) // 2]
     at = next(i for i, value in enumerate(run.metrics["val_mse"]) if value is not None and value <= target)
@@ -135,7 +135,7 @@ def test_figures_and_reports_follow_the_metric(regression, tmp_path, capsys):
     table = capsys.readouterr().out
     assert "val mse" in table.replace("\n", " ") or "mse" in table
     assert f"to {target:g}" in table and "accuracy" not in table and (tmp_path / "against_steps.png").exists()
-    only_loss = figures.compare(reading.group([run])[0], "step", "val_loss")
+    only_loss = figures.compare(results.group([run])[0], "step", "val_loss")
     assert [axes.get_ylabel() for axes in only_loss.axes] == list(figures.compared("val_loss").values())
 
 

@@ -67,7 +67,7 @@ def test_a_run_and_its_report(tmp_path, encoding):
 
 
 def test_files_are_utf8_whatever_the_terminal_is(tmp_path):
-    command = [sys.executable, "-m", "launch.command_line"]
+    command = [sys.executable, "-m", "options.command_line"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **NARROW["C"]}, capture_output=True)
     assert done.stdout == (ROOT / "docs" / "options.md").read_bytes()
 

@@ -16,14 +16,14 @@ from torch.nn.functional import cross_entropy
 
 import batches
 import data
-import gradients
 import main
+from adadagrad import gradients
 from checks import oracle
 from checks.conftest import ROOT, column, train
-from launch.errors import RunError, UsageError
+from options.errors import RunError, UsageError
 from text import prepare
 from text.gpt import GPT, rotated
-from text.reading import Windows, read_tokens, standard_library
+from text.windows import Windows, read_tokens, standard_library
 
 SMALL = ["--model=gpt", "--model_args.layers=1", "--model_args.width=16", "--model_args.heads=2"]
 

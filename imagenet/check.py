@@ -18,9 +18,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from imagenet import folders
-from launch.errors import UsageError
-from launch.names import expanded
 from launch.terminals import show_what_can_be_shown
+from options.errors import UsageError
+from options.names import expanded
 
 CHUNK = 4096
 """Images that are handed out at once."""

@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 
 from imagenet import folders
-from imagenet.reading import DEFAULTS, FFCV_NAME, FfcvImages, import_ffcv
-from launch.errors import UsageError
-from launch.names import expanded
+from imagenet.sources import DEFAULTS, FFCV_NAME, FfcvImages, import_ffcv
 from launch.terminals import show_what_can_be_shown
+from options.errors import UsageError
+from options.names import expanded
 
 SMALLEST_PAGE = 2**23  # bytes; an image has to fit into one page of the file
 

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from launch.errors import UsageError, in_one_line
+from options.errors import UsageError, in_one_line
 
 SPLITS = ("train", "val")
 HIDDEN = (".", "__MACOSX")

@@ -1,1 +1,1 @@
-"""Options, processes and signals: what is settled before and around the training."""
+"""On which processes a run happens: launchers, collectives, signals, and ending together."""

@@ -20,9 +20,9 @@ from lightning.fabric import Fabric
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from launch import heartbeat
-from launch.agreement import from_first, gathered
+from launch.collectives import all_gather_object, broadcast_object
 from launch.environments import by_torchrun, launcher, started_by_the_first_process
-from launch.errors import GRACE, RunError, UsageError, say_error
+from options.errors import GRACE, RunError, UsageError, say_error
 
 _children: list[subprocess.Popen] = []
 _leaving = threading.Event()
@@ -70,7 +70,7 @@ def _ended(status: int) -> str:
 def give_signs_of_life(fabric: Fabric) -> None:
     """And look for those of the other ranks, until `leave`."""
     if fabric.world_size > 1:
-        hosts, address = gathered(fabric, socket.gethostname()), from_first(fabric, heartbeat.open_store)
+        hosts, address = all_gather_object(fabric, socket.gethostname()), broadcast_object(fabric, heartbeat.open_store)
         _beating.append(heartbeat.Heartbeat(fabric.global_rank, hosts, address, _leaving, lambda: leave(1)))
         _beating[-1].start()
 

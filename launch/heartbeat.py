@@ -12,7 +12,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from launch.errors import say_error
+from options.errors import say_error
 
 INTERVAL = 3.0
 """Seconds between two signs of life."""

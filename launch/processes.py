@@ -15,12 +15,12 @@ from lightning.fabric.strategies import STRATEGY_REGISTRY, DDPStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from launch import ending, sharding
-from launch.agreement import host_group
+from launch import ending, fsdp
+from launch.collectives import host_group
 from launch.environments import FIRST_PROCESS, launcher, started_by_the_first_process
-from launch.errors import RunError, UsageError, say
-from launch.options import Config
 from launch.terminals import after
+from options.errors import RunError, UsageError, say
+from options.schema import Config
 
 PATIENCE = 10.0
 """Seconds after which a start that waits for other processes says so."""
@@ -41,7 +41,7 @@ def start_fabric(config: Config) -> Fabric:
     _say_how_gradients_are_averaged(config)
     if strategy == "fsdp":  # by this name Fabric has FSDP's first version
         os.environ.pop("LT_STRATEGY", None)
-        strategy = sharding.Sharded(config.shard_modules, timedelta(minutes=config.timeout_minutes))
+        strategy = fsdp.Sharded(config.shard_modules, timedelta(minutes=config.timeout_minutes))
     share_cores()
     launched = launched_size()
     if not launched:

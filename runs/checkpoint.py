@@ -9,28 +9,25 @@ the last row of metrics.csv. Which sample comes next follows from the progress a
 import contextlib
 import os
 import pickle
-import random
 import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.strategies import ModelParallelStrategy
 
-from launch.agreement import from_first, gathered, together
+from launch.collectives import all_gather_object, broadcast_object, on_all_ranks
 from launch.ending import errors_go_to
-from launch.errors import RunError, UsageError
-from launch.options import Config
+from options.errors import RunError, UsageError
+from options.schema import Config
 from runs.lock import refuse_another_writer
-from runs.metrics import Totals
 
 # What may differ between a run and its continuation: where things are, how often something is written, and how a batch
 # is cut over devices and passes. All else changes the mathematics.
@@ -95,7 +92,7 @@ class Checkpoints:
 
     def __init__(self, fabric: Fabric, config: Config, folder: Path | None):
         self.fabric, self.config = fabric, config
-        self.folder = Path(from_first(fabric, lambda: str(folder.absolute()))) / "checkpoints"
+        self.folder = Path(broadcast_object(fabric, lambda: str(folder.absolute()))) / "checkpoints"
         errors_go_to(self.folder.parent)
         self.io = DurableIO()
         self.sharded = isinstance(fabric.strategy, ModelParallelStrategy)
@@ -128,13 +125,13 @@ class Checkpoints:
         Raises:
             RunError: it cannot be written. The ones before it stand.
         """
-        ranks = gathered(self.fabric, own)
+        ranks = all_gather_object(self.fabric, own)
         state = {**state, "ranks": ranks, "options": plain_options(self.config)}
         if not self.sharded:
             self.fabric.save(self.path(step), state)
         elif self.fabric.is_global_zero:
             self.io.save_checkpoint(state, self.path(step))
-        together(self.fabric, lambda: self._conclude(step, best_step))
+        on_all_ranks(self.fabric, lambda: self._conclude(step, best_step))
         self.saved_at, self.saved_step = time.monotonic(), step
 
     def _conclude(self, step: int, best_step: int | None) -> None:
@@ -247,11 +244,11 @@ def resumption(fabric: Fabric, config: Config) -> tuple[Config, Path | None]:
             refuse_another_writer(folder or run_folder_of(Path(config.resume)))
         return find(config.resume, folder)
 
-    found = together(fabric, lambda: fabric.is_global_zero and found_by_rank_0())
-    path, warnings = from_first(fabric, lambda: found)
+    found = on_all_ranks(fabric, lambda: fabric.is_global_zero and found_by_rank_0())
+    path, warnings = broadcast_object(fabric, lambda: found)
     if fabric.is_global_zero and warnings:
         print(*warnings, sep="\n", file=sys.stderr, flush=True)
-    return (together(fabric, lambda: continued(config, path)), path) if path else (config, None)
+    return (on_all_ranks(fabric, lambda: continued(config, path)), path) if path else (config, None)
 
 
 def continued(config: Config, path: Path) -> Config:
@@ -311,73 +308,3 @@ def remove_left_overs(folder: Path, resumed: Path | None) -> None:
             path.replace(path.with_name(path.name + ".damaged"))
         elif path.name > last:
             path.unlink(missing_ok=True)
-
-
-def random_states(device: torch.device) -> dict[str, Any]:
-    """The states of all random number generators of this process, as plain values."""
-    version, words, gauss = random.getstate()
-    name, key, *rest = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "python": [version, list(words), gauss],
-        "numpy": [name, key.tolist(), *rest],
-    }
-
-
-def set_random_states(states: dict[str, Any], device: torch.device) -> None:
-    version, words, gauss = states["python"]
-    name, key, *rest = states["numpy"]
-    random.setstate((version, tuple(words), gauss))
-    np.random.set_state((name, np.array(key, dtype=np.uint32), *rest))
-    torch.set_rng_state(states["torch"])
-    if device.type == "cuda" and states["cuda"] is not None:
-        torch.cuda.set_rng_state(states["cuda"], device)
-
-
-def state_of_rank(module: torch.nn.Module, totals: Totals, device: torch.device) -> dict[str, Any]:
-    """What differs between ranks, as plain values: random states, buffers, totals since the last row."""
-    return {
-        "random": random_states(device),
-        "buffers": {name: buffer.cpu() for name, buffer in module.named_buffers()},
-        "totals": totals.state_dict(),
-    }
-
-
-def restore_rank(
-    ranks: Sequence[dict[str, Any]],
-    rank: int,
-    world_size: int,
-    module: torch.nn.Module,
-    totals: Totals,
-    device: torch.device,
-    new_seed: int,
-) -> None:
-    """Bring a rank to what `state_of_rank` gave: its own, or on another number of ranks what follows for all of them.
-
-    Args:
-        ranks: what each of the ranks saved.
-        new_seed: on another number of ranks, from which random numbers are drawn that no rank has drawn before.
-    """
-    if len(ranks) == world_size:
-        own = ranks[rank]
-        set_random_states(own["random"], device)
-    else:
-        own = pooled(ranks, rank)
-        torch.manual_seed(new_seed)
-    buffers = dict(module.named_buffers())
-    for name, value in own["buffers"].items():
-        buffers[name].copy_(value)
-    totals.load_state_dict(own["totals"])
-
-
-def pooled(ranks: Sequence[dict[str, Any]], rank: int) -> dict[str, Any]:
-    """A rank's own part for a continuation on another number of ranks: mean buffers; the first rank counts for all."""
-    buffers = {
-        name: torch.stack([other["buffers"][name] for other in ranks]).mean(0) if value.is_floating_point() else value
-        for name, value in ranks[0]["buffers"].items()
-    }
-    totals, all_totals = ranks[0]["totals"], [other["totals"] for other in ranks]
-    sums = sum(other["sums"] for other in all_totals) * (rank == 0)
-    not_finite_at = torch.stack([other["not_finite_at"] for other in all_totals]).min()
-    return {"buffers": buffers, "totals": {**totals, "sums": sums, "not_finite_at": not_finite_at}}

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from runs.reading import Group, Run, in_words, is_share, read_metrics, target_in_words
+from runs.results import Group, Run, in_words, is_share, read_metrics, target_in_words
 
 
 def panels(columns: Iterable[str]) -> list[tuple[str, dict[str, str]]]:

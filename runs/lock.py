@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 from typing import IO
 
-from launch.errors import UsageError
+from options.errors import UsageError
 
 NAME = ".lock"
 

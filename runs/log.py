@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 from launch.ending import errors_go_to
 from launch.environments import resume_command
-from launch.errors import UsageError
-from launch.options import Config
-from runs import figures, reading
+from options.errors import UsageError
+from options.schema import Config
+from runs import figures, results
 from runs.checkpoint import plain_options, remove_left_overs, replacing, unwritable
 from runs.lock import locked
 
@@ -64,7 +64,7 @@ def default_name(config: Config) -> str:
     if config.test and config.ramp_up_type == "goodput":
         schedule = "goodput"
     elif config.test:
-        used = (f"{name}{getattr(config, name):g}" for name in reading.TEST_PARAMETERS[config.test_type])
+        used = (f"{name}{getattr(config, name):g}" for name in results.TEST_PARAMETERS[config.test_type])
         schedule = "_".join([config.test_type, *used])
     elif config.stagewise_ramp_up:
         schedule = "stagewise" + "-".join(map(str, config.global_batch_sizes))
@@ -208,7 +208,7 @@ class RunLog:
             f"train loss {row['train_loss']:.4f}  {row['samples_per_second']:,.0f} samples/s"
         )
         of_training = [name for name in self.measured if name.startswith("train_")]
-        words = (f"{name.removeprefix('train_')} {reading.written(name, row[name], 1)}" for name in of_training)
+        words = (f"{name.removeprefix('train_')} {results.written(name, row[name], 1)}" for name in of_training)
         self._bar.set_postfix_str(
             ", ".join([f"batch {row['batch_size']}, loss {row['train_loss']:.4f}", *words]), refresh=False
         )
@@ -280,12 +280,12 @@ class RunLog:
 
     def _training_results(self) -> dict[str, float | None]:
         """What the rows say of the training as a whole; a run of no steps says nothing."""
-        metrics = reading.read_metrics(self.folder)
+        metrics = results.read_metrics(self.folder)
         if not metrics:
             return {"train_loss": None, "training_time": 0.0, "samples_per_second": None}
-        training_time = reading.seconds(metrics)[-1]
+        training_time = results.seconds(metrics)[-1]
         return {
-            "train_loss": reading.last_epoch_loss(metrics),
+            "train_loss": results.last_epoch_loss(metrics),
             "training_time": training_time,
             "samples_per_second": metrics["samples"][-1] / training_time,
         }
@@ -417,15 +417,15 @@ def evaluation_text(row: dict[str, Any]) -> str:
     at = f"step {row['step']:>6,}  samples {row['samples']:>10,}  batch {row['batch_size']:>7,}"
     losses = f"train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}"
     others = (name for name in row if name.startswith("val_") and name not in ("val_loss", "val_top5_accuracy"))
-    return "  ".join([at, losses, *(f"{name.replace('_', ' ')} {reading.written(name, row[name])}" for name in others)])
+    return "  ".join([at, losses, *(f"{name.replace('_', ' ')} {results.written(name, row[name])}" for name in others)])
 
 
 def summary_text(summary: dict[str, Any], folder: Path) -> str:
     """One screen at the end of a run."""
     name = summary["objective"]
-    last, best = (reading.written(name, summary[key]) for key in (name, f"best_{name}"))
+    last, best = (results.written(name, summary[key]) for key in (name, f"best_{name}"))
     rows = {
-        reading.in_words(name): "-" if summary[name] is None else f"{last} (best {best})",
+        results.in_words(name): "-" if summary[name] is None else f"{last} (best {best})",
         "steps": f"{summary['steps']:,}",
         "samples": f"{summary['samples']:,}",
         "batch size": f"mean {summary['mean_batch_size']:,.1f}, final {summary['final_batch_size']:,}",

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from launch.errors import UsageError, in_one_line
-from text.reading import BYTES
+from options.errors import UsageError, in_one_line
+from text.windows import BYTES
 
 BLOCK = 2**20
 """Bytes that are read at a time."""

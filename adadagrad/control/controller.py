@@ -1,0 +1,155 @@
+"""The one object that a training loop holds: test, statistics, growth, step time, learning-rate factor."""
+
+from dataclasses import dataclass
+
+from ..tests import Decision, Moments, Statistics, Test
+from .learning_rate import CRITICAL, LearningRateScaling
+from .rules import (
+    Adaptive,
+    Constant,
+    Goodput,
+    Limits,
+    Linear,
+    Observation,
+    Seesaw,
+    Stagewise,
+    quickest_batch,
+)
+from .smoothing import Smoothing
+from .step_time import StepTime
+
+Rule = Adaptive | Constant | Goodput | Linear | Seesaw | Stagewise
+
+
+@dataclass(frozen=True)
+class Update:
+    """What follows from a step.
+
+    Args:
+        batch_size: of the next batch [samples].
+        lr_factor: on the learning rate of the next step.
+        decision: the test's, None where none was made.
+    """
+
+    batch_size: int
+    lr_factor: float
+    decision: Decision | None
+
+
+class Controller:
+    """Says after every step how large the next batch is and by what the learning rate is multiplied.
+
+        controller = Controller(batch_size=16, test=tests.NormTest(eta=2.0), smoothing=5_000, unbiased=True)
+        for each step:
+            controller.observe(moments)               # where the step was measured
+            then = controller.step()                  # once a step, on all ranks alike
+            then.batch_size, then.lr_factor
+
+    All of its state is in `state_dict()`, plain numbers; given the same measurements it says the same on all ranks.
+
+    Args:
+        batch_size: b₀, of the first batch [samples].
+        test: tests.NormTest and so on; None where the rule needs none.
+        rule: what asks for a size (control/sizes.py); default: the size that the test asks for.
+        growth: the bounds; default: none.
+        unbiased: decide by ‖ḡ‖² − V/b and leave-one-out products (docs/statistics.md), not the published form.
+        smoothing: half-life of the averages [samples]; 0: the last batch alone.
+        scaling: the learning-rate factor; default: 1.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        test: Test | None = None,
+        rule: Rule | None = None,
+        growth: Limits | None = None,
+        unbiased: bool = False,
+        smoothing: float = 0.0,
+        scaling: LearningRateScaling | None = None,
+    ):
+        self.batch_size, self.test = batch_size, test
+        self.rule, self.growth = rule or Adaptive(), growth or Limits()
+        self.scaling = scaling or LearningRateScaling("none", batch_size)
+        self.step_time = StepTime()
+        self.decided_by = Smoothing(smoothing, unbiased)
+        self.of_noise = self.decided_by if unbiased else Smoothing(smoothing, unbiased=True)
+        self.samples, self.samples_measured = 0, 0
+        self.statistics: Statistics | None = None  # of the last measurement, unbiased and averaged
+        self.decision: Decision | None = None
+
+    def observe(self, moments: Moments) -> Decision | None:
+        """The moments of the step that is being taken; gives the test's decision, where there is a test."""
+        passed = self.samples + moments.batch_size - self.samples_measured
+        decided_by = self.decided_by.observe(moments, passed)
+        unbiased = decided_by if self.of_noise is self.decided_by else self.of_noise.observe(moments, passed)
+        self.samples_measured = self.samples + moments.batch_size
+        self.statistics = unbiased if unbiased.is_usable else self.statistics
+        self.decision = self.test(decided_by) if self.test else None
+        return self.decision
+
+    def step(self, taken: int | None = None) -> Update:
+        """The present batch has been used; what comes next.
+
+        Args:
+            taken: samples that were really used, where a loop ends a batch early.
+        """
+        self.samples += taken or self.batch_size
+        measured = self.samples_measured == self.samples
+        decision, self.decision = self.decision, None
+        step_time = self.step_time.fit() if measured and self.rule.timed else None
+        found = Observation(decision, self.noise_scale if measured else None, step_time)
+        wanted = self.rule(self.batch_size, self.samples, found)
+        self.batch_size = self.growth(self.batch_size, wanted, measured or not self.rule.measures)
+        return Update(self.batch_size, self.lr_factor, decision)
+
+    @property
+    def lr_factor(self) -> float:
+        """On the learning rate of a step of the present batch size."""
+        return self.scaling(self.batch_size, self.statistics)
+
+    @property
+    def noise_scale(self) -> float | None:
+        """V/‖G‖² of the averaged, unbiased statistics [samples]; None where ‖G‖² is not positive or not known."""
+        return self.statistics.noise_scale if self.statistics else None
+
+    @property
+    def knee(self) -> float | None:
+        """P = α/β [samples]: the batch whose samples take as long as the fixed part of a step; None where not known."""
+        fit = self._step_time()
+        return fit[0] / fit[1] if fit else None
+
+    def _step_time(self) -> tuple[float, float] | None:
+        """As measured, or as the rule was told."""
+        measured = self.step_time.fit()
+        return self.rule.step_time(measured) if isinstance(self.rule, Goodput) else measured
+
+    def findings(self) -> dict[str, float | None]:
+        """What the run has found out of its gradients and its hardware [samples each]; None where it is not known."""
+        known = self.noise_scale is not None and self.knee is not None
+        critical = self.rule.critical if isinstance(self.rule, Goodput) else CRITICAL
+        return {
+            "noise_scale": self.noise_scale,
+            "knee": self.knee,
+            "quickest_batch_size": quickest_batch(critical * self.noise_scale, self._step_time()) if known else None,
+        }
+
+    def state_dict(self) -> dict:
+        """Plain numbers, lists and dicts, for a checkpoint."""
+        statistics = self.statistics
+        return {
+            "batch_size": self.batch_size,
+            "samples": self.samples,
+            "samples_measured": self.samples_measured,
+            "statistics": None if statistics is None else vars(statistics),
+            "decided_by": self.decided_by.state_dict(),
+            "of_noise": self.of_noise.state_dict(),
+            "growth": self.growth.state_dict(),
+            "step_time": self.step_time.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        for name in ("batch_size", "samples", "samples_measured"):
+            setattr(self, name, state[name])
+        self.statistics = None if state["statistics"] is None else Statistics(**state["statistics"])
+        for name in ("decided_by", "of_noise", "growth", "step_time"):
+            getattr(self, name).load_state_dict(state[name])

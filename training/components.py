@@ -1,0 +1,222 @@
+"""Before the first step: what a run is made of, in the order in which the parts need each other.
+
+What does not fit together is refused here, on all ranks alike, as early as it can be known.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+import batches
+import data
+import models
+import optim
+import tests
+from adadagrad import gradients
+from launch import fsdp
+from launch.collectives import on_all_ranks
+from launch.processes import naming_long_work
+from options import effective
+from options.errors import RunError, UsageError
+from options.names import import_object
+from options.schema import Config
+from runs import checkpoint
+
+
+class Components:
+    """What one process of a run works with.
+
+    Attributes:
+        config: the options as they take effect.
+        resumed: the checkpoint that the run goes on from, if any.
+        loss: of outputs and targets, as data set or user have it.
+        metrics, train_metrics: of the data set.
+        samples_per_epoch, validation_samples: how many there are of training, and how many an evaluation takes.
+        largest_micro_batch: of which it is worth trying whether it is quicker; None: any.
+        module: the network as the user knows it; its parameters may be shards.
+        model: the same as it is called: compiled, its gradients averaged over ranks.
+        min_micro_batch_size: samples that a training pass needs.
+        couples_samples: one sample's outputs depend on the others (BatchNorm).
+        test_gradients: where the statistics come from, as asked for or, for the monitor, as BatchNorm needs it.
+        estimator: gives them; None: nobody asks for any.
+        notices: what the user should be told once.
+
+    Raises:
+        UsageError: the options do not fit the data, the network or the devices.
+        RunError: the device's memory does not suffice.
+    """
+
+    def __init__(self, fabric: Fabric, config: Config, notify: Callable[[str], None]):
+        """
+        Args:
+            notify: takes what the estimator finds out later.
+        """
+        self.fabric = fabric
+        self.notices: list[str] = []
+        data_set = self._read_data(config)
+        self._build_module(data_set)
+        self._place_on_device(data_set)
+        # Before the parameters are shared out, if they are: single samples are compared on the whole module.
+        with naming_long_work(fabric, "checking the test's statistics on a few samples"):
+            self.estimator = on_all_ranks(fabric, lambda: self._build_estimator(notify))
+        self._build_optimizer()
+
+    def _read_data(self, config: Config) -> data.DataSet:
+        """The data set, and what the options come to with it."""
+        fabric, requested_precision = self.fabric, os.environ.get("LT_PRECISION", config.precision)
+        config, self.resumed = checkpoint.resumption(fabric, config)
+        text_options = {name: getattr(config, name) for name in ("sequence_length", "vocab_size")}
+        with naming_long_work(fabric, f"reading {config.dataset} in {config.data_dir}"):
+            on_all_ranks(fabric, lambda: fabric.is_global_zero and data.prepare(config.dataset, config.data_dir))
+            data_set = on_all_ranks(fabric, lambda: data.load(config.dataset, config.data_dir, **text_options))
+        self.loss = on_all_ranks(fabric, lambda: import_object("loss", config.loss) if config.loss else data_set.loss)
+        self.metrics, self.train_metrics = data_set.metrics, data_set.train_metrics
+        self.samples_per_epoch, of_validation = len(data_set.train), len(data_set.val)
+        self.largest_micro_batch = data_set.largest_micro_batch
+        self.config = config = on_all_ranks(
+            fabric,
+            lambda: effective.resolve(config, fabric, self.samples_per_epoch, of_validation, data_set.defaults),
+        )
+        self.validation_samples = config.validation_samples or of_validation
+        on_all_ranks(fabric, lambda: self.resumed and checkpoint.refuse_differences(config, self.resumed))
+        self.sharded = config.strategy == "fsdp"
+        if not (data_set.at_hand or config.num_workers):
+            self.notices.append("--num_workers=0: the training process itself reads the samples, and waits for them")
+        if fabric.device.type == "cpu" and requested_precision.startswith("16"):
+            self.notices.append(f"precision is {config.precision}: {requested_precision} needs a GPU")
+        return data_set
+
+    def _build_module(self, data_set: data.DataSet) -> None:
+        """The network in the host's memory, the same on every rank."""
+        fabric, c = self.fabric, self.config
+        fabric.seed_everything(c.seed, verbose=False)
+        shape, outputs = data_set.input_shape, data_set.num_outputs
+        example = None if data_set.num_classes else data_set.example
+        self.module = on_all_ranks(fabric, lambda: models.build(c.model, shape, outputs, c.model_args, example))
+        self.min_micro_batch_size = models.smallest_micro_batch(self.module, shape, example)
+        self.couples_samples = gradients.couples_samples(self.module)
+        self.test_gradients = c.test_gradients
+        if self.couples_samples and c.monitor_interval and not c.test and c.test_gradients == "auto":
+            self.test_gradients = "micro_batch"  # of the training pass; ghost would make a pass of its own
+            self.notices.append(
+                f"the model has BatchNorm: the monitor takes test_gradients=micro_batch, which cuts every measured "
+                f"batch into {c.test_groups} micro-batches, each normalised by itself"
+            )
+        if c.compile:
+            self.notices.append("--compile: the first steps wait for the compiler, minutes for a large network")
+        on_all_ranks(fabric, lambda: effective.refuse_single_samples(c, fabric.world_size, self.min_micro_batch_size))
+        on_all_ranks(fabric, lambda: effective.refuse_a_single_worker(c, fabric.world_size))
+        if self.sharded:
+            on_all_ranks(fabric, self._refuse_sharding)
+
+    def _place_on_device(self, data_set: data.DataSet) -> None:
+        """Network and samples on the device, in the precision of the training."""
+        fabric, c = self.fabric, self.config
+        torch.manual_seed(c.seed + 1 + fabric.global_rank)  # dropout differs between ranks
+        with out_of_memory_means("the model", "take a smaller --model"):
+            self.module = fabric.strategy.precision.convert_module(self.module).to(fabric.device)
+            memory_format = torch.contiguous_format  # which shards need
+            if not self.sharded:
+                memory_format = models.choose_memory_format(self.module, data_set.input_shape)
+        dtype, workers = next(self.module.parameters()).dtype, (c.num_workers, c.batch_ahead)
+        arguments = (c.seed, c.shuffle, fabric.device, dtype, *workers, memory_format, c.validation_samples)
+        with out_of_memory_means("the data set", "take one that is read while training goes on (docs/extending.md)"):
+            self.stream = batches.build(data_set, *arguments)
+        if not data_set.num_classes or c.loss:
+            on_all_ranks(fabric, self._refuse_loss)
+
+    def _build_estimator(self, notify: Callable[[str], None]) -> gradients.Estimator | None:
+        c, test = self.config, tests.test(self.config)
+        if not (c.test or c.monitor_interval):
+            return None
+        self.module.train()
+        try:
+            estimator, told = gradients.build(
+                self.test_gradients,
+                self.module,
+                self.mean_loss,
+                bool(test and test.needs_inner_products),
+                c.max_test_micro_batch_size,
+                probe=self.stream.read(range(min(gradients.PROBE, self.samples_per_epoch))),
+                autocast=self.fabric.autocast,
+                in_training_pass=not c.compile,
+                num_groups=c.test_groups,
+                notify=notify,
+            )
+        except ValueError as error:  # on all ranks alike
+            raise UsageError(f"--test_gradients: {c.model}: {error}") from None
+        if c.monitor_modules and not estimator.tells_parameters_apart:
+            raise UsageError(
+                "--monitor_modules: the statistics of this run come from a pass of the test's own, which does not tell "
+                "parameters apart: take --test_gradients=micro_batch"
+            )
+        estimator.by_parameter = c.monitor_modules
+        if self.sharded and not estimator.works_on_shards:
+            raise UsageError(
+                f"--strategy=fsdp: the statistics of {c.model} need whole tensors here: take --test_gradients=worker "
+                "with the norm test, or --strategy=ddp"
+            )
+        self.notices += told
+        return estimator
+
+    def _build_optimizer(self) -> None:
+        """The model as Fabric wraps it, then the optimizer: Adagrad makes its state at once, where parameters are."""
+        fabric, c = self.fabric, self.config
+        with out_of_memory_means("the model", "take a smaller --model"):
+            self.model = fabric.setup_module(torch.compile(self.module) if c.compile else self.module)
+        optimizer = on_all_ranks(fabric, lambda: optim.build(self.module.parameters(), c))
+        self.is_adaptive = optim.is_adaptive(optimizer)
+        self.optimizer = fabric.setup_optimizers(optimizer)
+        if c.strategy == "ddp":
+            with naming_long_work(fabric, "looking for parameters that the loss does not use"):
+                on_all_ranks(fabric, self._refuse_unused_parameters)
+        on_all_ranks(fabric, lambda: effective.refuse_unequal_numbers(c, self.module))
+
+    def _refuse_sharding(self) -> None:
+        c = self.config
+        fsdp.blocks(self.module, c.shard_modules)
+        fsdp.refuse_what_needs_whole_tensors(self.module, c.optimizer, c.precision, c.compile)
+
+    def _refuse_loss(self) -> None:
+        with self.fabric.autocast():
+            models.refuse_loss(self.module, self.loss, *self.stream.read(range(2)), self.config)
+
+    def _refuse_unused_parameters(self) -> None:
+        with self.fabric.autocast():
+            models.refuse_unused_parameters(self.module, self.mean_loss, *self.stream.read(range(2)), self.config)
+
+    def mean_loss(self, outputs: Any, targets: Any) -> Tensor:
+        """The loss that is differentiated, in the default dtype as in the training pass."""
+        dtype = torch.get_default_dtype()
+        return self.loss(tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, outputs), targets).mean()
+
+    def moments(self) -> tests.Moments:
+        """Of the gradients that the estimator has observed; they may be scaled, as 16-mixed needs it."""
+        scaler = getattr(self.fabric.strategy.precision, "scaler", None)
+        # (get_scale would wait for the device.)
+        scale = scaler.scale(torch.ones((), dtype=torch.float32, device=self.fabric.device)) if scaler else 1.0
+        with out_of_memory_means(*IN_THE_TEST):
+            return self.estimator.moments(scale)
+
+
+IN_THE_TEST = (
+    "the test",
+    "lower --max_test_micro_batch_size or --max_micro_batch_size (or take --test_gradients=micro_batch)",
+)
+
+
+@contextlib.contextmanager
+def out_of_memory_means(where: str, remedy: str) -> Iterator[None]:
+    """Raises: RunError where the device's memory does not suffice for what is inside."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not gradients.is_out_of_memory(error):
+            raise
+        raise RunError(f"out of memory on the device in {where}: {remedy}") from None
