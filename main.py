@@ -135,9 +135,9 @@ class Trainer:
         plan = self.plan(testing)
         lr_factor = self.controller.lr_factor
         moments = self.train_step(plan, testing)
-        if moments:
-            self.explain(self.controller.observe(moments))
-        self.progress.batch_size = self.controller.step().batch_size
+        update = self.controller.update(moments)
+        self.explain(update.decision)
+        self.progress.batch_size = update.batch_size
         row = {
             "batch_size": plan.batch_size,
             "micro_batch_size": plan.micro_batch_size,
@@ -329,7 +329,7 @@ class Trainer:
         (statistics, row), self.unwritten = self.unwritten, None
         of_training, diverged_at, timed = statistics()
         if timed:
-            self.controller.step_time.observe(*timed)
+            self.controller.step_time.add(*timed)
         row |= of_training
         if self.log:
             self.log.write(row)

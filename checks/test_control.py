@@ -87,14 +87,13 @@ def test_no_sequence_of_wishes_breaks_a_bound(bounds, batch_size, wishes):
 def test_defaults_give_the_published_sequence(variances, eta):
     """b ← ⌈V/(η²‖ḡ‖²)⌉ where V/b > η²‖ḡ‖², else b: bit for bit."""
     controller, expected = control.Controller(16, NormTest(eta)), 16
-    controller.growth.max_batch_size = 5000
+    controller.limits.max_batch_size = 5000
     for variance in variances:
         b = controller.batch_size
         moments = Moments(b, b, 1.0, (b - 1) * variance + b)
-        controller.observe(moments)
         asked = moments.variance / (eta**2 * 1.0)
         expected = min(math.ceil(asked), 5000) if asked > expected else expected
-        assert controller.step().batch_size == expected
+        assert controller.update(moments).batch_size == expected
 
 
 def gradients_of(rng, b: int, mean: np.ndarray, scales: np.ndarray) -> np.ndarray:
@@ -171,9 +170,9 @@ def test_half_life_is_counted_in_samples(b):
     """After 1,024 samples of another kind a half-life of 1,024 leaves half of the old, whatever the batch size."""
     smoothing, samples = control.Smoothing(1024, unbiased=True), 0
     for _ in range(100_000 // b):
-        smoothing.observe(constant_moments(b, 10.0, 1.0), b)
+        smoothing.add(constant_moments(b, 10.0, 1.0), b)
     while samples < 1024:
-        statistics = smoothing.observe(constant_moments(b, 20.0, 3.0), b)
+        statistics = smoothing.add(constant_moments(b, 20.0, 3.0), b)
         samples += b
     assert statistics.variance == pytest.approx(15.0, rel=1e-6)
     assert statistics.grad_norm_sq == pytest.approx(2.0, rel=1e-6)
@@ -183,16 +182,16 @@ def test_half_life_has_four_measurements_at_least():
     """Batches larger than the half-life are averaged over four, too, however many samples that is."""
     smoothing = control.Smoothing(1024, unbiased=True)
     for kind in [(10.0, 1.0)] * 200 + [(20.0, 3.0)] * 4:
-        statistics = smoothing.observe(constant_moments(4096, *kind), 5 * 4096)
+        statistics = smoothing.add(constant_moments(4096, *kind), 5 * 4096)
     assert statistics.variance == pytest.approx(15.0, rel=1e-6)
     assert statistics.grad_norm_sq == pytest.approx(2.0, rel=1e-6)
 
 
 def test_first_measurement_counts_in_full_and_bad_ones_not_at_all():
     smoothing = control.Smoothing(10_000, unbiased=True)
-    assert smoothing.observe(constant_moments(16, 5.0, 2.0), 16).variance == pytest.approx(5.0)
+    assert smoothing.add(constant_moments(16, 5.0, 2.0), 16).variance == pytest.approx(5.0)
     before = smoothing.state_dict()
-    assert not smoothing.observe(Moments(16, 16, math.nan, math.inf), 16).is_usable
+    assert not smoothing.add(Moments(16, 16, math.nan, math.inf), 16).is_usable
     assert smoothing.state_dict() == before
 
 
@@ -229,7 +228,7 @@ def test_step_time_is_found_though_a_quarter_of_the_steps_is_disturbed(fixed, pe
     for i in range(80):
         b = 16 * 2 ** (i % 6)
         disturbed = 1 + 5 * rng.random() if i // 6 % 4 == 0 else 1.0
-        step_time.observe(b, (fixed + per_sample * b) * disturbed)
+        step_time.add(b, (fixed + per_sample * b) * disturbed)
     alpha, beta = step_time.fit()
     longest = fixed + per_sample * 512
     assert alpha == pytest.approx(fixed, abs=0.02 * longest) and beta == pytest.approx(
@@ -240,11 +239,11 @@ def test_step_time_is_found_though_a_quarter_of_the_steps_is_disturbed(fixed, pe
 def test_step_time_needs_sizes_that_differ_and_remembers_them():
     step_time = control.StepTime()
     for _ in range(50):
-        step_time.observe(16, 0.1)
+        step_time.add(16, 0.1)
     assert step_time.fit() is None
-    step_time.observe(64, 0.22)
+    step_time.add(64, 0.22)
     for _ in range(1000):
-        step_time.observe(16, 0.1)
+        step_time.add(16, 0.1)
     assert step_time.fit() == pytest.approx((0.06, 0.0025))  # 0.06 + 16 · 0.0025 = 0.1
 
 
@@ -271,9 +270,8 @@ class NoisyQuadratic:
         clock = 0.0
         while self.w @ self.w > target:
             moments, seconds = self.step(controller.batch_size, rate * controller.lr_factor)
-            controller.step_time.observe(controller.batch_size, seconds)
-            controller.observe(moments)
-            controller.step()
+            controller.step_time.add(controller.batch_size, seconds)
+            controller.update(moments)
             clock += seconds
         return clock
 
@@ -303,7 +301,7 @@ def test_goodput_finds_the_quickest_batch(knee_over_noise_scale):
         controller = control.Controller(
             b0,
             rule=control.Goodput(critical=1.0),  # the curvature is the same everywhere
-            growth=control.Limits(max_growth=2.0),
+            limits=control.Limits(max_growth=2.0),
             unbiased=True,
             smoothing=20 * noise_scale,
             scaling=control.LearningRateScaling("adascale", b0),
@@ -332,12 +330,12 @@ def test_goodput_moves_only_for_a_gain_and_shrinks_only_where_it_may():
 def test_a_knee_that_is_told_stands_above_the_times():
     controller = control.Controller(16, rule=control.Goodput(knee=64.0), unbiased=True)
     for size in (16, 32, 64):
-        controller.step_time.observe(size, 1.0 + 0.001 * size)
-    controller.observe(Moments(16, 16, 1.0, 15 * 1000.0 + 16))  # V = 1000, ‖G‖² = 1 − 1000/16: the noise hides it
-    assert controller.step().batch_size == 16 and controller.noise_scale is None
-    controller.observe(Moments(16, 16, 100.0, 15 * 1000.0 + 1600))
+        controller.step_time.add(size, 1.0 + 0.001 * size)
+    hidden = Moments(16, 16, 1.0, 15 * 1000.0 + 16)  # V = 1000, ‖G‖² = 1 − 1000/16: the noise hides it
+    assert controller.update(hidden).batch_size == 16 and controller.noise_scale is None
+    update = controller.update(Moments(16, 16, 100.0, 15 * 1000.0 + 1600))
     assert controller.noise_scale == pytest.approx(1000 / 37.5)
-    assert controller.step().batch_size == controller.findings()["quickest_batch_size"] == 58
+    assert update.batch_size == controller.findings()["quickest_batch_size"] == 58
     assert controller.knee == 64
 
 
@@ -348,7 +346,7 @@ def test_state_goes_through_json_and_on_bit_for_bit():
         return control.Controller(
             8,
             rule=control.Goodput(),
-            growth=control.Limits(4096, max_growth=2.0, interval=3, patience=2, multiple=4),
+            limits=control.Limits(4096, max_growth=2.0, interval=3, patience=2, multiple=4),
             unbiased=True,
             smoothing=500,
             scaling=control.LearningRateScaling("adascale", 8, adaptive_optimizer=True),
@@ -358,9 +356,8 @@ def test_state_goes_through_json_and_on_bit_for_bit():
         said = []
         for _ in range(steps):
             moments, seconds = problem.step(one.batch_size, 0.01 * one.lr_factor)
-            one.step_time.observe(one.batch_size, seconds)
-            one.observe(moments)
-            said.append((one.step(), one.noise_scale, one.knee))
+            one.step_time.add(one.batch_size, seconds)
+            said.append((one.update(moments), one.noise_scale, one.knee))
         return said
 
     whole = drive(controller(), NoisyQuadratic(200.0, 0.05, 1e-3, 4), 40)
@@ -372,9 +369,7 @@ def test_state_goes_through_json_and_on_bit_for_bit():
 
 
 def test_unmeasured_steps_break_no_row():
-    controller = control.Controller(16, NormTest(1.0), growth=control.Limits(patience=2))
+    controller = control.Controller(16, NormTest(1.0), limits=control.Limits(patience=2))
     failing = Moments(16, 16, 1.0, 15 * 1000.0 + 16)
     for measured, expected in ((True, 16), (False, 16), (True, 1000)):
-        if measured:
-            controller.observe(failing)
-        assert controller.step().batch_size == expected
+        assert controller.update(failing if measured else None).batch_size == expected

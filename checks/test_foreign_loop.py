@@ -23,7 +23,7 @@ def new_controller() -> control.Controller:
     return control.Controller(
         B0,
         NormTest(eta=1.0),
-        growth=control.Limits(1437, max_growth=2.0),
+        limits=control.Limits(1437, max_growth=2.0),
         unbiased=True,
         smoothing=300,
         scaling=control.LearningRateScaling("adascale", B0),
@@ -81,10 +81,10 @@ def ddp_loop(rank: int, world_size: int, port: int, queue) -> None:
         optimizer.zero_grad()
         with estimator.observe(inputs, targets, world_size / b):
             (cross_entropy(wrapped(inputs), targets, reduction="sum") * world_size / b).backward()
-        controller.observe(estimator.moments())
+        moments = estimator.moments()
         said.append((b, optimizer.param_groups[0]["lr"]))
         optimizer.step()
-        controller.step()
+        controller.update(moments)
         start += b
     queue.put((rank, said))
     torch.distributed.destroy_process_group()
@@ -130,7 +130,7 @@ def test_a_callback_of_lightnings_trainer_decides_as_main_does(tmp_path):
             return torch.optim.SGD(self.model.parameters(), lr=RATE)
 
     controller = new_controller()
-    controller.growth = control.Limits(1437, max_growth=2.0, multiple=piece)
+    controller.limits = control.Limits(1437, max_growth=2.0, multiple=piece)
     callback = names["AdaptiveBatches"](controller, piece, cross_entropy)
     trainer = pl.Trainer(
         accelerator="cpu", devices=1, max_epochs=1, precision="64-true", callbacks=[callback], logger=False,

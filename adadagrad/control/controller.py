@@ -39,19 +39,18 @@ class Update:
 class Controller:
     """Says after every step how large the next batch is and by what the learning rate is multiplied.
 
-        controller = Controller(batch_size=16, test=tests.NormTest(eta=2.0), smoothing=5_000, unbiased=True)
+        controller = Controller(batch_size=16, test=NormTest(eta=2.0), smoothing=5_000, unbiased=True)
         for each step:
-            controller.observe(moments)               # where the step was measured
-            then = controller.step()                  # once a step, on all ranks alike
-            then.batch_size, then.lr_factor
+            update = controller.update(moments)       # once a step, on all ranks alike; None: it was not measured
+            update.batch_size, update.lr_factor
 
     All of its state is in `state_dict()`, plain numbers; given the same measurements it says the same on all ranks.
 
     Args:
         batch_size: b₀, of the first batch [samples].
         test: tests.NormTest and so on; None where the rule needs none.
-        rule: what asks for a size (control/sizes.py); default: the size that the test asks for.
-        growth: the bounds; default: none.
+        rule: what asks for a size (rules.py); default: the size that the test asks for.
+        limits: on changes of the batch size; default: none.
         unbiased: decide by ‖ḡ‖² − V/b and leave-one-out products (docs/statistics.md), not the published form.
         smoothing: half-life of the averages [samples]; 0: the last batch alone.
         scaling: the learning-rate factor; default: 1.
@@ -62,45 +61,43 @@ class Controller:
         batch_size: int,
         test: Test | None = None,
         rule: Rule | None = None,
-        growth: Limits | None = None,
+        limits: Limits | None = None,
         unbiased: bool = False,
         smoothing: float = 0.0,
         scaling: LearningRateScaling | None = None,
     ):
         self.batch_size, self.test = batch_size, test
-        self.rule, self.growth = rule or Adaptive(), growth or Limits()
+        self.rule, self.limits = rule or Adaptive(), limits or Limits()
         self.scaling = scaling or LearningRateScaling("none", batch_size)
         self.step_time = StepTime()
         self.decided_by = Smoothing(smoothing, unbiased)
         self.of_noise = self.decided_by if unbiased else Smoothing(smoothing, unbiased=True)
         self.samples, self.samples_measured = 0, 0
         self.statistics: Statistics | None = None  # of the last measurement, unbiased and averaged
-        self.decision: Decision | None = None
 
-    def observe(self, moments: Moments) -> Decision | None:
-        """The moments of the step that is being taken; gives the test's decision, where there is a test."""
-        passed = self.samples + moments.batch_size - self.samples_measured
-        decided_by = self.decided_by.observe(moments, passed)
-        unbiased = decided_by if self.of_noise is self.decided_by else self.of_noise.observe(moments, passed)
-        self.samples_measured = self.samples + moments.batch_size
-        self.statistics = unbiased if unbiased.is_usable else self.statistics
-        self.decision = self.test(decided_by) if self.test else None
-        return self.decision
-
-    def step(self, taken: int | None = None) -> Update:
-        """The present batch has been used; what comes next.
+    def update(self, moments: Moments | None = None, samples: int | None = None) -> Update:
+        """What follows from the step that was taken.
 
         Args:
-            taken: samples that were really used, where a loop ends a batch early.
+            moments: of the step's batch; None where it was not measured.
+            samples: that the step really used, where a loop ends a batch early.
         """
-        self.samples += taken or self.batch_size
-        measured = self.samples_measured == self.samples
-        decision, self.decision = self.decision, None
-        step_time = self.step_time.fit() if measured and self.rule.timed else None
-        found = Observation(decision, self.noise_scale if measured else None, step_time)
-        wanted = self.rule(self.batch_size, self.samples, found)
-        self.batch_size = self.growth(self.batch_size, wanted, measured or not self.rule.measures)
+        self.samples += samples or (moments.batch_size if moments else self.batch_size)
+        decision = self._measure(moments) if moments else None
+        step_time = self.step_time.fit() if moments and self.rule.timed else None
+        observation = Observation(decision, self.noise_scale if moments else None, step_time)
+        wanted = self.rule(self.batch_size, self.samples, observation)
+        self.batch_size = self.limits(self.batch_size, wanted, moments is not None or not self.rule.measures)
         return Update(self.batch_size, self.lr_factor, decision)
+
+    def _measure(self, moments: Moments) -> Decision | None:
+        """Add a batch to the averages; gives the test's decision on them, where there is a test."""
+        passed = self.samples - self.samples_measured
+        self.samples_measured = self.samples
+        decided_by = self.decided_by.add(moments, passed)
+        unbiased = decided_by if self.of_noise is self.decided_by else self.of_noise.add(moments, passed)
+        self.statistics = unbiased if unbiased.is_usable else self.statistics
+        return self.test(decided_by) if self.test else None
 
     @property
     def lr_factor(self) -> float:
@@ -143,7 +140,7 @@ class Controller:
             "statistics": None if statistics is None else vars(statistics),
             "decided_by": self.decided_by.state_dict(),
             "of_noise": self.of_noise.state_dict(),
-            "growth": self.growth.state_dict(),
+            "limits": self.limits.state_dict(),
             "step_time": self.step_time.state_dict(),
         }
 
@@ -151,5 +148,5 @@ class Controller:
         for name in ("batch_size", "samples", "samples_measured"):
             setattr(self, name, state[name])
         self.statistics = None if state["statistics"] is None else Statistics(**state["statistics"])
-        for name in ("decided_by", "of_noise", "growth", "step_time"):
+        for name in ("decided_by", "of_noise", "limits", "step_time"):
             getattr(self, name).load_state_dict(state[name])

@@ -30,7 +30,7 @@ class Smoothing:
     weight: float = 0.0
     averages: dict[str, float] | None = None
 
-    def observe(self, moments: Moments, samples: int) -> Statistics:
+    def add(self, moments: Moments, samples: int) -> Statistics:
         """Add what a batch has measured; gives the averaged statistics, for a batch of its size.
 
         Args:

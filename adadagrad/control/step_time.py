@@ -21,7 +21,7 @@ class StepTime:
         self.bins: dict[int, deque[tuple[float, float]]] = {}
         self.probes: list[tuple[float, float]] = []
 
-    def observe(self, batch_size: float, seconds: float) -> None:
+    def add(self, batch_size: float, seconds: float) -> None:
         """A step (or the mean of several) took so long. All ranks must be given the same numbers."""
         own = self.bins.setdefault(round(2 * math.log2(batch_size)), deque(maxlen=PER_BIN))
         own.append((float(batch_size), float(seconds)))
