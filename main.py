@@ -98,7 +98,7 @@ class Trainer:
                 self.state.save()
                 return self.interrupted()
             if evaluation or progress.steps % self.config.log_interval == 0:
-                self.reporter.add(self.totals.read(), row | self.standing() | evaluation)
+                self.log_step(row, evaluation)
             self.stop_signal = self.state.save_when_due(self.interrupts, bool(evaluation))
             if self.reporter.diverged:
                 return "diverged"
@@ -246,10 +246,10 @@ class Trainer:
                     return None
             return self.validation.compute()
 
-    def standing(self) -> dict[str, Any]:
-        """What a row says of the run after its step."""
+    def log_step(self, row: dict[str, Any], evaluation: dict[str, float]) -> None:
+        """A row of metrics.csv: of the last step, of the training since the row before, and of an evaluation."""
         samples = self.controller.samples
-        return {
+        row |= {
             "step": self.progress.steps,
             "samples": samples,
             "epoch": samples / self.parts.samples_per_epoch,
@@ -257,6 +257,7 @@ class Trainer:
             "next_batch_size": self.controller.batch_size,
             "world_size": self.fabric.world_size,
         }
+        self.reporter.add(self.totals.read(), row | evaluation)
 
     def conclude(self, status: str) -> None:
         """The end of the run, on all ranks."""
