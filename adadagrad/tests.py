@@ -169,6 +169,10 @@ def _ratio(variance: float | None, bound: float) -> float:
     return variance / bound if bound > 0 else math.nan
 
 
+TESTS: dict[str, type["Test"]] = {}
+"""By their names on the command line; every class that is made is in it."""
+
+
 class Test:
     """A statistical test; its parameters are the fields of the dataclass that it is.
 
@@ -183,6 +187,9 @@ class Test:
     title: ClassVar[str]
     symbols: ClassVar[dict[str, str]]
     needs_inner_products: ClassVar[bool] = False
+
+    def __init_subclass__(cls):
+        TESTS[cls.name] = cls
 
     def __post_init__(self):
         for name, value in asdict(self).items():
@@ -257,7 +264,5 @@ class AugmentedInnerProductTest(Test):
         return _decide(moments, {"inner product test": inner_product, "orthogonality test": orthogonality})
 
 
-TESTS: dict[str, type[Test]] = {test.name: test for test in (NormTest, InnerProductTest, AugmentedInnerProductTest)}
-"""By their names on the command line."""
 MEASURED = ("variance", "variance_inner_product", "variance_orthogonality", "grad_norm_sq", "batch_noise_scale")
 """What a row of metrics.csv says of a measured batch: properties of its `Moments`."""

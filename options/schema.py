@@ -325,7 +325,7 @@ class Config(
     def _check_ranges(self):
         positive = (
             "batch_size max_batch_size max_micro_batch_size eval_micro_batch_size max_test_micro_batch_size "
-            "gradient_accumulation_steps eta theta nu test_interval test_groups learning_rate max_lr gamma "
+            "gradient_accumulation_steps test_interval test_groups learning_rate max_lr gamma "
             "max_samples max_iters devices num_nodes log_interval linear_ramp_up_increment lr_decay_samples "
             "lr_decay_iters keep_checkpoints timeout_minutes batch_size_multiple growth_interval "
             "knee eval_samples validation_samples"
@@ -343,7 +343,8 @@ class Config(
         for name in ("global_batch_sizes", "samples_stages", "milestones"):
             for value in getattr(self, name):
                 _require_range(name, value, "a list of positive numbers", lambda value: value > 0)
-        for name in ("eta", "theta", "nu"):  # their squares are needed
+        for name in PARAMETERS_OF_TESTS:  # their squares are needed
+            _require_range(name, getattr(self, name), "positive", lambda value: value > 0)
             _require_range(name, getattr(self, name), "from 1e-100 to 1e100", lambda value: 1e-100 <= value <= 1e100)
         sizes = [("global_batch_sizes", size) for size in self.global_batch_sizes]
         sizes += [(name, getattr(self, name)) for name in ("batch_size", "max_batch_size", "linear_ramp_up_increment")]
@@ -397,7 +398,7 @@ class Config(
                 if getattr(self, name) != getattr(DEFAULTS, name) and not left_over:
                     raise UsageError(f"--{name} acts only with {rule.chosen_by}: add that, or leave --{name} out")
         if chosen.measures and "test_type" not in chosen.options:
-            for name in ("test_type", *(name for test in TESTS for name in test_parameters({"test_type": test}))):
+            for name in ("test_type", *PARAMETERS_OF_TESTS):
                 if getattr(self, name) != getattr(DEFAULTS, name):
                     raise UsageError(
                         f"--{name}: {chosen.chosen_by} makes no test: leave --{name} out, or take another type"
@@ -475,6 +476,7 @@ class Config(
                 return
 
 
+PARAMETERS_OF_TESTS = sorted({name for test in TESTS for name in test_parameters({"test_type": test})})
 GENERAL = {"batch_size", "max_batch_size", "test_type"}
 """Options that are no single rule's."""
 DEFAULTS = SimpleNamespace(

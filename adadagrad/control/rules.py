@@ -30,14 +30,18 @@ class Observation:
     step_time: tuple[float, float] | None = None
 
 
+RULES: dict[str, type["Rule"]] = {}
+"""By name; every class that is made is in it."""
+
+
 class Rule:
     """What asks for the next batch size.
 
     Attributes:
-        name: of the rule, as `RULES` has it.
+        name: of the rule; in the names of folders, too.
         options: the options of main.py that it reads.
         described: those of them that `describe` tells of.
-        chosen_by: what asks for it on the command line.
+        chosen_by: what asks for it on the command line; default: --ramp_up_type with its name.
         measures: it can ask only after a step that was measured.
         timed: it looks at the steps' times.
         may_shrink: it asks for smaller sizes, too.
@@ -52,6 +56,11 @@ class Rule:
     timed = False
     may_shrink = False
     test: Test | None = None
+
+    def __init_subclass__(cls):
+        RULES[cls.name] = cls
+        if "chosen_by" not in cls.__dict__:
+            cls.chosen_by = f"--ramp_up_type={cls.name}"
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], test: Test | None, decay: Callable[[int], float]) -> "Rule":
@@ -103,7 +112,7 @@ class Constant(Rule):
 class Adaptive(Rule):
     """Where the test fails, the size that it asks for, or `factor` times the present one where a factor is given."""
 
-    name, chosen_by = "test", "--ramp_up_type=test"
+    name = "test"
     options = described = ("test_type",)
     measures = True
     test: Test | None = None
@@ -130,7 +139,7 @@ class Adaptive(Rule):
 class AdaptiveByFactor(Adaptive):
     """`Adaptive` with a factor."""
 
-    name, chosen_by = "factor", "--ramp_up_type=factor"
+    name = "factor"
     options, described = ("test_type", "ramp_up_factor"), ("test_type",)
 
     @classmethod
@@ -235,7 +244,7 @@ class Goodput(Rule):
         most_critical: bound on the batch, in critical batch sizes.
     """
 
-    name, chosen_by = "goodput", "--ramp_up_type=goodput"
+    name = "goodput"
     options = ("knee", "may_shrink")
     measures = True
     knee: float | None = None
@@ -280,9 +289,3 @@ def progress_rate(batch_size: float, critical: float, step_time: tuple[float, fl
     """Progress a second, b/(b + C) / (α + βb), in the units of a step of an infinite batch."""
     fixed, per_sample = step_time
     return batch_size / (batch_size + critical) / (fixed + per_sample * batch_size)
-
-
-RULES: dict[str, type[Rule]] = {
-    rule.name: rule for rule in (Constant, Adaptive, AdaptiveByFactor, Stagewise, Linear, Seesaw, Goodput)
-}
-"""By name."""
