@@ -74,19 +74,21 @@ class Moments:
 
         Args:
             unbiased: E‖ḡ‖² = ‖G‖² + V/b, so ‖ḡ‖² − V/b takes the place of ‖ḡ‖² (for one batch it may be negative), and
-                the leave-one-out products q_i, whose mean it is, that of the p_i, which contain ‖g_i‖²/b of the sample
-                itself. Var q_i is still more than GᵀΣG, what a test of many samples would find: by tr(Σ²)/(b − 1).
+                the leave-one-out products q_k, whose mean it is, that of the p_k, which contain ‖ḡ_k‖² of the group
+                itself. A group is also in the mean of the others' others, so that q_k has only (K − 2)/(K − 1) of the
+                signal's part ⟨G, ḡ_k − G⟩: allowed for. Var q_k is still more than GᵀΣG, what a test of many samples
+                would find: by about tr(Σ²)/(b − 1). Two groups have one q between them: V_ip is not a number then.
         """
         if not unbiased:
             variances = self.variance, self.variance_inner_product, self.variance_orthogonality
             return Statistics(self.batch_size, self.num_groups, self.grad_norm_sq, *variances)
         signal = self.grad_norm_sq - self.variance / self.batch_size
-        of_products = of_rest = None
+        of_products = None
         if self.sum_leave_one_out_sq is not None:
             of_products = self._per_degree_of_freedom(self.sum_leave_one_out_sq - self.batch_size * signal**2)
-            # From V = V_orth + V_ip/‖G‖²
-            of_rest = max(self.variance - of_products / signal, 0.0) if signal > 0 else math.nan
-        return Statistics(self.batch_size, self.num_groups, signal, self.variance, of_products, of_rest)
+            k = self.num_groups
+            of_products = of_products * ((k - 1) / (k - 2)) ** 2 if k > 2 else math.nan
+        return Statistics.from_averages(self.batch_size, self.num_groups, signal, self.variance, of_products)
 
     def _per_degree_of_freedom(self, sum_of_squares: float) -> float:
         # Rounding can leave a sum of squares a little below zero where all gradients agree.
@@ -113,10 +115,26 @@ class Statistics:
     variance_inner_product: float | None = None
     variance_orthogonality: float | None = None
 
+    @classmethod
+    def from_averages(
+        cls,
+        batch_size: int,
+        num_groups: int,
+        grad_norm_sq: float,
+        variance: float,
+        variance_inner_product: float | None = None,
+    ) -> "Statistics":
+        """V_orth by V = V_orth + V_ip/‖G‖², for numbers that were averaged apart; not a number where ‖G‖² ≤ 0."""
+        rest = None
+        if variance_inner_product is not None:
+            rest = max(variance - variance_inner_product / grad_norm_sq, 0.0) if grad_norm_sq > 0 else math.nan
+        return cls(batch_size, num_groups, grad_norm_sq, variance, variance_inner_product, rest)
+
     @property
     def is_usable(self) -> bool:
-        """Finite, and more than one observation."""
-        return self.num_groups > 1 and math.isfinite(self.grad_norm_sq) and math.isfinite(self.variance)
+        """More than one observation, and finite in all that is averaged."""
+        averaged = (self.grad_norm_sq, self.variance, self.variance_inner_product or 0.0)
+        return self.num_groups > 1 and all(map(math.isfinite, averaged))
 
     @property
     def noise_scale(self) -> float | None:
