@@ -338,7 +338,7 @@ def test_goodput_finds_the_quickest_batch(knee_over_noise_scale):
         controller = control.Controller(
             b0,
             rule=control.Goodput(fixed / per_sample, critical=1.0),  # the curvature is the same everywhere
-            limits=control.Limits(max_growth=2.0),
+            limits=control.Limits(max_growth=4.0),
             unbiased=True,
             smoothing=20 * noise_scale,
             scaling=control.LearningRateScaling("adascale", b0),
