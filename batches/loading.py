@@ -21,6 +21,8 @@ from options.errors import RunError, in_one_line
 
 CHUNK = 32
 """Samples that a worker process reads at a time."""
+AHEAD = 2
+"""Chunks that each worker process reads ahead."""
 
 
 class LoadedStream(Stream):
@@ -40,7 +42,6 @@ class LoadedStream(Stream):
         device: torch.device,
         normalise: Normalise,
         num_workers: int,
-        batch_ahead: int,
     ):
         super().__init__(data_set, orders, seed, device, normalise)
         self.train, self.val = (
@@ -49,7 +50,6 @@ class LoadedStream(Stream):
                 order,
                 seed,
                 num_workers,
-                batch_ahead,
                 pin_memory=device.type == "cuda",
             )
             for name, samples, order in zip(("training", "validation"), (data_set.train, data_set.val), orders)
@@ -105,7 +105,6 @@ class ChunkReader:
         order: which sample stands at which position.
         seed: of the run; with the position, it seeds the random generators for each sample.
         num_workers: worker processes; 0: this process reads.
-        batch_ahead: chunks that each worker process reads ahead.
         pin_memory: into page-locked memory, from which a GPU copies while it computes.
     """
 
@@ -115,7 +114,6 @@ class ChunkReader:
         order: SampleOrder | EvenlySpread,
         seed: int,
         num_workers: int,
-        batch_ahead: int,
         pin_memory: bool,
     ):
         self.samples, self.order, self.seed = samples, order, seed
@@ -125,7 +123,7 @@ class ChunkReader:
             batch_sampler=self,
             collate_fn=_unchanged,
             num_workers=num_workers,
-            prefetch_factor=batch_ahead if num_workers else None,
+            prefetch_factor=AHEAD if num_workers else None,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
             worker_init_fn=_begin_worker,
