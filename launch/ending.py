@@ -21,12 +21,12 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from launch import heartbeat
 from launch.collectives import all_gather_object, broadcast_object
-from launch.environments import by_torchrun, launcher, started_by_the_first_process
+from launch.environments import launcher, started_by_the_first_process
 from options.errors import GRACE, RunError, UsageError, in_one_line, say_error
 
 _children: list[subprocess.Popen] = []
 _leaving = threading.Event()
-_beating: list[heartbeat.Heartbeat] = []
+_beating: list[threading.Thread] = []
 
 
 def _is_child() -> bool:
@@ -36,11 +36,11 @@ def _is_child() -> bool:
 
 def watch(fabric: Fabric) -> None:
     """From before the processes meet on."""
-    launcher = getattr(fabric.strategy, "launcher", None)
-    if _is_child() or by_torchrun():
+    own_launcher = getattr(fabric.strategy, "launcher", None)
+    if _is_child() or launcher() == "torchrun":
         threading.Thread(target=_watch_parent, args=(os.getppid(),), daemon=True).start()
-    elif hasattr(launcher, "procs"):
-        threading.Thread(target=_watch_children, args=(launcher,), daemon=True).start()
+    elif hasattr(own_launcher, "procs"):
+        threading.Thread(target=_watch_children, args=(own_launcher,), daemon=True).start()
 
 
 def _watch_parent(parent: int) -> None:
@@ -71,7 +71,8 @@ def give_signs_of_life(fabric: Fabric) -> None:
     """And look for those of the other ranks, until `leave`."""
     if fabric.world_size > 1:
         hosts, address = all_gather_object(fabric, socket.gethostname()), broadcast_object(fabric, heartbeat.open_store)
-        _beating.append(heartbeat.Heartbeat(fabric.global_rank, hosts, address, _leaving, lambda: leave(1)))
+        arguments = (fabric.global_rank, hosts, address, _leaving, lambda: leave(1))
+        _beating.append(threading.Thread(target=heartbeat.beat, args=arguments, daemon=True))
         _beating[-1].start()
 
 
