@@ -4,7 +4,7 @@ Pure arithmetic on Python's numbers: nothing here knows of devices, processes, o
 anybody's training loop. `Controller` is the one object to hold.
 """
 
-from .controller import Controller, Rule, Update
+from .controller import Controller, Rule, Update, steady
 from .learning_rate import LearningRateScaling
 from .rules import Adaptive, Constant, Goodput, Limits, Linear, Seesaw, Stagewise
 from .smoothing import Smoothing
@@ -24,4 +24,5 @@ __all__ = [
     "Smoothing",
     "Stagewise",
     "StepTime",
+    "steady",
 ]

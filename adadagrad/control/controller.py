@@ -100,6 +100,13 @@ class Controller:
         return self.test(decided_by) if self.test else None
 
     @property
+    def needs_moments(self) -> bool:
+        """A measurement can still change something: the learning rate, or a batch that is not yet at its largest."""
+        limits = self.limits
+        is_largest = limits.max_batch_size is not None and self.batch_size >= limits.max_batch_size
+        return self.scaling.measures or (self.rule.measures and (limits.may_shrink or not is_largest))
+
+    @property
     def lr_factor(self) -> float:
         """On the learning rate of a step of the present batch size."""
         return self.scaling(self.batch_size, self.statistics)
@@ -150,3 +157,21 @@ class Controller:
         self.statistics = None if state["statistics"] is None else Statistics(**state["statistics"])
         for name in ("decided_by", "of_noise", "limits", "step_time"):
             getattr(self, name).load_state_dict(state[name])
+
+
+def steady(batch_size: int, max_batch_size: int | None = None, adaptive_optimizer: bool = False) -> Controller:
+    """The program's default recipe: the batch with the most progress a second, and a learning rate that follows.
+
+    Args:
+        batch_size: b₀, of the first batch, for which the learning rate was chosen [samples].
+        max_batch_size: largest size [samples]; None: no bound.
+        adaptive_optimizer: the optimizer divides by the gradient's size.
+    """
+    return Controller(
+        batch_size,
+        rule=Goodput(),
+        limits=Limits(max_batch_size, max_growth=2.0, interval=16),
+        unbiased=True,
+        smoothing=5_000.0,
+        scaling=LearningRateScaling("critical", batch_size, adaptive_optimizer),
+    )
