@@ -16,12 +16,14 @@ from .control import (
     LearningRateScaling,
     Limits,
     Linear,
+    Observation,
+    Rule,
     Seesaw,
     Stagewise,
     Update,
     steady,
 )
-from .tests import AugmentedInnerProductTest, Decision, InnerProductTest, Moments, NormTest, Statistics
+from .tests import AugmentedInnerProductTest, Decision, InnerProductTest, Moments, NormTest, Statistics, Test
 
 if TYPE_CHECKING:
     from . import gradients
@@ -45,9 +47,12 @@ __all__ = [
     "Linear",
     "Moments",
     "NormTest",
+    "Observation",
+    "Rule",
     "Seesaw",
     "Stagewise",
     "Statistics",
+    "Test",
     "Update",
     "control",
     "gradients",

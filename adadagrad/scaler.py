@@ -210,7 +210,7 @@ class BatchScaler:
         self._begin_step()
 
     def _build_estimator(self, inputs: Batch, targets: Batch) -> Estimator:
-        test, name = self.controller.test, self.test_gradients
+        test, name = self.controller.rule.test, self.test_gradients
         is_sharded = any(isinstance(parameter, DTensor) for parameter in self.module.parameters())
         if is_sharded and name == "auto":
             name = "micro_batch"

@@ -45,7 +45,7 @@ from checks.test_readme import BLOCKS
 from options import command_line
 
 STEPS, B0, SEED, RATE = 30, 16, 7, 0.05
-ETA_OF_GROUPS = 1.5
+ETA_OF_GROUPS = 0.6
 
 
 def example(marker: str) -> str:
@@ -246,6 +246,11 @@ def on_ranks(rank: int, port: int, queue) -> None:
     scaler = names["train"](model, optimizer, *images_and_labels, 2000, 8, batch_size=B0, test=NormTest(1.0))
     found["example"] = [scaler.samples, scaler.batch_size]
 
+    model = DistributedDataParallel(seeded_model())
+    scaler = BatchScaler(model, cross_entropy, torch.optim.SGD(model.parameters(), lr=RATE), B0)
+    taken(model, scaler, steps=9)
+    found["times"] = scaler.controller.step_time.state_dict()
+
     for arguments in ({"test": InnerProductTest(1.0)}, {"test_gradients": "vmap"}):
         model = on_cpu(seeded_model())
         scaler = BatchScaler(model, cross_entropy, torch.optim.SGD(model.parameters(), lr=RATE), B0, **arguments)
@@ -266,7 +271,8 @@ def of_ranks() -> list[dict]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    context = mp.get_context("fork")
+    context = mp.get_context("forkserver")  # of a process that has done nothing yet: autograd does not bear a fork
+    context.set_forkserver_preload(["checks.test_library"])
     queue = context.Queue()
     ranks = [context.Process(target=on_ranks, args=(rank, port, queue)) for rank in range(2)]
     for process in ranks:
@@ -285,11 +291,10 @@ def test_two_processes_decide_as_main_does(of_main, of_ranks, way):
 def test_groups_of_two_processes_decide_as_a_plain_loop_over_them(of_ranks, in_double):
     model, samples, b, start, sizes = seeded_model(), Samples(), B0, 0, []
     for _ in range(12):
-        groups = []
-        for rank in range(2):
-            x, y = samples([p for p in range(start, start + b) if p % 2 == rank])
-            own = torch.autograd.grad(cross_entropy(model(x), y), list(model.parameters()))
-            groups.append((len(y), torch.cat([gradient.flatten() for gradient in own])))
+        groups, (x, y), rank = [], samples(range(start, start + b)), torch.arange(start, start + b) % 2
+        for own in (rank == 0, rank == 1):
+            parts = torch.autograd.grad(cross_entropy(model(x[own]), y[own]), list(model.parameters()))
+            groups.append((int(own.sum()), torch.cat([gradient.flatten() for gradient in parts])))
         mean = sum(m * gradient for m, gradient in groups) / b
         variance = float(
             sum(m * gradient.square().sum() for m, gradient in groups) - b * mean.square().sum()
@@ -310,6 +315,12 @@ def test_example_for_several_processes(of_ranks):
     assert samples >= 2000 and batch_size > B0
 
 
+def test_the_slowest_process_counts_for_all(of_ranks):
+    assert of_ranks[0]["times"] == of_ranks[1]["times"]
+    (_, [[batch_size, seconds]]) = of_ranks[0]["times"]["bins"][0]
+    assert batch_size == 2 * B0 and seconds > 0
+
+
 # What there is beside the decisions
 
 
@@ -321,7 +332,7 @@ def test_defaults_are_those_of_the_program():
             ours = tests.controller(config, lambda samples: 1.0, adaptive_optimizer=optimizer is torch.optim.Adagrad)
             model = torch.nn.Linear(5, 3)
             scaler = BatchScaler(model, cross_entropy, optimizer(model.parameters()), 16, 500, test)
-            for name in ("test", "rule", "limits", "decided_by", "of_noise"):
+            for name in ("rule", "limits", "decided_by", "of_noise"):
                 assert getattr(scaler.controller, name) == getattr(ours, name)
             assert scaler.controller.scaling.rule == ours.scaling.rule
             assert test or scaler.controller.scaling == ours.scaling
@@ -507,4 +518,4 @@ def test_a_callback_of_lightnings_trainer_decides_as_main_does(tmp_path, in_doub
     assert len(taken) > 8 and taken[-1] > B0
     assert taken == column(ours, "batch_size")
     assert [rate for _, rate in whole] == pytest.approx(column(ours, "lr"), rel=1e-9)
-    assert not any(math.isnan(float(p.sum())) for p in model.parameters())
+    assert not any(math.isnan(p.sum().item()) for p in model.parameters())

@@ -17,6 +17,7 @@ from typing import Any
 from options.errors import UsageError, in_one_line
 
 MODELS = ("logistic", "cnn", "gpt")
+RAMP_UP_TYPES = ("test", "factor", "goodput")
 DATA_SETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "imagenet", "tokens", "stdlib")
 OPTIMIZERS = ("adagrad", "adagradnorm", "adam", "adamw", "sgd", "sgdm")
 
@@ -34,6 +35,8 @@ def unknown(option: str, name: str) -> str:
         return ""
     if option == "model":
         known, listed = [*MODELS, *torchvision_models()], "logistic, cnn, gpt or a torchvision classifier"
+    elif option == "ramp_up_type":
+        known, listed = list(RAMP_UP_TYPES), f"known: {', '.join(RAMP_UP_TYPES)}"
     elif option == "dataset":
         known, listed = list(DATA_SETS), f"known: {', '.join(DATA_SETS)}"
     else:

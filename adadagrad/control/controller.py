@@ -4,21 +4,10 @@ from dataclasses import dataclass
 
 from ..tests import Decision, Moments, Statistics, Test
 from .learning_rate import CRITICAL, LearningRateScaling
-from .rules import (
-    Adaptive,
-    Constant,
-    Goodput,
-    Limits,
-    Linear,
-    Observation,
-    Seesaw,
-    Stagewise,
-    quickest_batch,
-)
+from .limits import Limits
+from .rules import Adaptive, Goodput, Observation, Rule, quickest_batch
 from .smoothing import Smoothing
 from .step_time import StepTime
-
-Rule = Adaptive | Constant | Goodput | Linear | Seesaw | Stagewise
 
 
 @dataclass(frozen=True)
@@ -48,8 +37,8 @@ class Controller:
 
     Args:
         batch_size: b₀, of the first batch [samples].
-        test: tests.NormTest and so on; None where the rule needs none.
-        rule: what asks for a size (rules.py); default: the size that the test asks for.
+        test: the size that it asks for is taken where it fails: short for rule=Adaptive(test).
+        rule: what asks for a size (rules.py).
         limits: on changes of the batch size; default: none.
         unbiased: decide by ‖ḡ‖² − V/b and leave-one-out products (docs/statistics.md), not the published form.
         smoothing: half-life of the averages [samples]; 0: the last batch alone.
@@ -66,8 +55,8 @@ class Controller:
         smoothing: float = 0.0,
         scaling: LearningRateScaling | None = None,
     ):
-        self.batch_size, self.test = batch_size, test
-        self.rule, self.limits = rule or Adaptive(), limits or Limits()
+        self.batch_size = batch_size
+        self.rule, self.limits = rule or Adaptive(test), limits or Limits()
         self.scaling = scaling or LearningRateScaling("none", batch_size)
         self.step_time = StepTime()
         self.decided_by = Smoothing(smoothing, unbiased)
@@ -97,7 +86,7 @@ class Controller:
         decided_by = self.decided_by.add(moments, passed)
         unbiased = decided_by if self.of_noise is self.decided_by else self.of_noise.add(moments, passed)
         self.statistics = unbiased if unbiased.is_usable else self.statistics
-        return self.test(decided_by) if self.test else None
+        return self.rule.test(decided_by) if self.rule.test else None
 
     @property
     def needs_moments(self) -> bool:
