@@ -273,13 +273,9 @@ def of_ranks() -> list[dict]:
         port = listener.getsockname()[1]
     context = mp.get_context("forkserver")  # of a process that has done nothing yet: autograd does not bear a fork
     context.set_forkserver_preload(["checks.test_library"])
-    queue = context.Queue()
-    ranks = [context.Process(target=on_ranks, args=(rank, port, queue)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    found = dict(queue.get(timeout=120) for _ in ranks)
-    for process in ranks:
-        process.join(60)
+    queue = context.SimpleQueue()
+    mp.start_processes(on_ranks, (port, queue), nprocs=2, start_method="forkserver")  # where one fails, it says so
+    found = dict(queue.get() for _ in range(2))
     return [found[0], found[1]]
 
 
@@ -317,8 +313,8 @@ def test_example_for_several_processes(of_ranks):
 
 def test_the_slowest_process_counts_for_all(of_ranks):
     assert of_ranks[0]["times"] == of_ranks[1]["times"]
-    (_, [[batch_size, seconds]]) = of_ranks[0]["times"]["bins"][0]
-    assert batch_size == 2 * B0 and seconds > 0
+    ((_, [[_, seconds]]),) = of_ranks[0]["times"]["bins"]
+    assert seconds > 0
 
 
 # What there is beside the decisions
