@@ -43,9 +43,10 @@ class BatchScaler:
         batch_size: b₀, of the first batch [samples].
         max_batch_size: largest size [samples]; default: no bound.
         test: makes the published rule (arXiv:2402.11215) of it: tested at every step, by the statistics of that batch
-            alone, and the learning rate stays. Default: `steady`, measured at every 8th step.
+            alone, and the learning rate stays. Default: `steady`.
         controller: instead of the last three: any other.
-        measure_interval: steps from one measurement to the next.
+        measure_interval: steps from one measurement to the next; default: 1 with `test`, else as
+            `Controller.is_due` has it: often until the noise is known well, then at every 16th step.
         test_gradients: where the statistics come from (`gradients.build`), or an estimator that was built before.
             On shards `auto` means micro_batch, which compares the processes' gradients with each other.
         max_micro_batch_size: most samples in a pass that is made for the statistics alone.
@@ -54,7 +55,6 @@ class BatchScaler:
     Attributes:
         controller: holds the averaged statistics, the fit to the step times, and all that is decided by.
         moments: of the last step that was measured; None before the first one.
-        steps: that were taken.
 
     Raises:
         ValueError: the processes are more than the samples of a batch; `observe`: this model's statistics cannot be had
@@ -79,16 +79,15 @@ class BatchScaler:
             raise ValueError("a BatchScaler needs either batch_size (with max_batch_size and test) or controller")
         if controller is None and test is not None:
             controller = Controller(batch_size, test, limits=Limits(max_batch_size))
+            measure_interval = measure_interval or 1
         if controller is None:
             controller = steady(batch_size, max_batch_size, not isinstance(optimizer, (SGD, ASGD)))
-            measure_interval = measure_interval or 8
         self.module, self.is_compiled = _unwrapped(model)
         self.loss, self.optimizer, self.controller = loss, optimizer, controller
-        self.measure_interval = measure_interval or 1
+        self.measure_interval = measure_interval
         self.test_gradients, self.max_micro_batch_size, self.autocast = test_gradients, max_micro_batch_size, autocast
         self.estimator: Estimator | None = None  # built on the samples of the first batch that is measured
         self.moments: Moments | None = None
-        self.steps = 0
         self.rank, self.world_size = 0, 1
         if dist.is_available() and dist.is_initialized():
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -99,7 +98,7 @@ class BatchScaler:
 
     def _begin_step(self) -> None:
         # A step with a measurement, which has been made; samples of this process: so far, in the present micro-batch
-        self._measures = self.steps % self.measure_interval == 0 and self.controller.needs_moments
+        self._measures = self.controller.needs_moments and self.controller.is_due(self.measure_interval)
         self._measured, self._taken, self._micro_batch_size = False, 0, 0
 
     @property
@@ -111,6 +110,11 @@ class BatchScaler:
     def samples(self) -> int:
         """That all steps so far have used, over all processes."""
         return self.controller.samples
+
+    @property
+    def steps(self) -> int:
+        """That were taken so far."""
+        return self.controller.steps
 
     @property
     def positions(self) -> range:
@@ -187,7 +191,6 @@ class BatchScaler:
         self.optimizer.zero_grad()
         update = self.controller.update(self.moments if self._measured else None)
         # (What a change of the batch does to the optimizer's state belongs here.)
-        self.steps += 1
         self._begin_step()
         return update
 
@@ -201,11 +204,10 @@ class BatchScaler:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and dicts, for a checkpoint; the same on all processes. Between two steps."""
-        return {"steps": self.steps, "controller": self.controller.state_dict()}
+        return self.controller.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.steps = state["steps"]
-        self.controller.load_state_dict(state["controller"])
+        self.controller.load_state_dict(state)
         self._timed_from = None
         self._begin_step()
 

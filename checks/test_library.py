@@ -117,7 +117,7 @@ def test_the_decision_needs_no_torch_and_the_rest_torch_alone():
     first = (
         "import sys; sys.modules['torch'] = None\n"
         "import adadagrad.tests, adadagrad.control\nfrom adadagrad import NormTest, Controller, Moments, steady\n"
-        "print(steady(16).update(Moments(16, 16, 1.0, 100.0)).batch_size)\n"
+        "print(Controller(16, NormTest(1.0)).update(Moments(16, 16, 1.0, 1000.0)).batch_size)\n"
     )
     second = (
         "import sys; sys.modules |= {'torchvision': None, 'numpy': None}\n"
@@ -128,7 +128,7 @@ def test_the_decision_needs_no_torch_and_the_rest_torch_alone():
         "    print(moments(model, torch.nn.functional.cross_entropy, x, y, test_gradients=way).batch_size)\n"
         "assert not any(name.startswith('lightning') for name in sys.modules)\n"
     )
-    for program, said in ((first, "32"), (second, "8 8 8")):
+    for program, said in ((first, "66"), (second, "8 8 8")):
         done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
         assert done.stdout.split() == said.split(), done.stderr
 
@@ -205,7 +205,7 @@ def taken(model, scaler: BatchScaler, steps: int = STEPS, micro_batch_size: int 
 
 def new_scaler(model, **arguments) -> BatchScaler:
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-    return BatchScaler(model, cross_entropy, optimizer, controller=new_controller(), **arguments)
+    return BatchScaler(model, cross_entropy, optimizer, controller=new_controller(), measure_interval=1, **arguments)
 
 
 def same(decisions: list[tuple[float, float]], others: list[tuple[float, float]]) -> bool:
@@ -248,7 +248,7 @@ def on_ranks(rank: int, port: int, queue) -> None:
 
     model = DistributedDataParallel(seeded_model())
     scaler = BatchScaler(model, cross_entropy, torch.optim.SGD(model.parameters(), lr=RATE), B0)
-    taken(model, scaler, steps=9)
+    taken(model, scaler, steps=3)
     found["times"] = scaler.controller.step_time.state_dict()
 
     for arguments in ({"test": InnerProductTest(1.0)}, {"test_gradients": "vmap"}):
@@ -313,8 +313,8 @@ def test_example_for_several_processes(of_ranks):
 
 def test_the_slowest_process_counts_for_all(of_ranks):
     assert of_ranks[0]["times"] == of_ranks[1]["times"]
-    ((_, [[_, seconds]]),) = of_ranks[0]["times"]["bins"]
-    assert seconds > 0
+    ((_, timed),) = of_ranks[0]["times"]["bins"]
+    assert len(timed) == 2 and min(seconds for _, seconds in timed) > 0
 
 
 # What there is beside the decisions
@@ -332,7 +332,7 @@ def test_defaults_are_those_of_the_program():
                 assert getattr(scaler.controller, name) == getattr(ours, name)
             assert scaler.controller.scaling.rule == ours.scaling.rule
             assert test or scaler.controller.scaling == ours.scaling
-            assert scaler.measure_interval == config.test_interval
+            assert scaler.measure_interval == (None if config.test_interval == "auto" else config.test_interval)
 
 
 def small(**arguments):
@@ -418,15 +418,15 @@ def test_clipping_and_a_gradient_scaler_change_no_statistics():
 def test_times_of_steps_are_those_between_measurements(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("adadagrad.scaler.time.perf_counter", lambda: clock[0])
-    model, _, batch, scaler = small(batch_size=16, max_batch_size=500)
-    for step in range(25):
+    model, _, batch, scaler = small(batch_size=16, max_batch_size=500, measure_interval=8)
+    for step in range(100):
         clock[0] += 100.0 if step == 0 else 0.5 + 0.125 * scaler.batch_size  # the first one is no measure
         steps(model, batch, scaler, 1)
         if step == 4:
             with scaler.pause():
                 clock[0] += 1000.0
     timed = [pair for pairs in scaler.controller.step_time.bins.values() for pair in pairs]
-    assert timed == [(32, 4.5), (32, 4.5), (64, 8.5)]
+    assert len(dict(timed)) > 1 and all(seconds == 0.5 + 0.125 * size for size, seconds in timed)
     assert scaler.controller.step_time.fit() == pytest.approx((0.5, 0.125))
 
 
@@ -435,7 +435,7 @@ def test_the_host_does_not_wait_in_a_plain_step():
     with fake_gpu() as (_, watch), mock.patch("adadagrad.scaler.build", partial(unchecked, num_groups=8)):
         model = torch.nn.Linear(5, 3).to(DEVICE)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        scaler = BatchScaler(model, cross_entropy, optimizer, batch_size=4, max_batch_size=4)
+        scaler = BatchScaler(model, cross_entropy, optimizer, batch_size=4, max_batch_size=4, measure_interval=8)
         x, y = torch.randn(4, 5, device=DEVICE), torch.zeros(4, dtype=torch.long, device=DEVICE)
         waits = []
         for _ in range(9):

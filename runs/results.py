@@ -13,11 +13,10 @@ from typing import Any
 import yaml
 
 import tests
-from adadagrad.control import RULES
 from options.errors import UsageError
 from options.names import nearest
 from options.recipes import RECIPES
-from options.schema import MEASURED_SCALINGS, CheckpointOptions, Config
+from options.schema import MEASURED_SCALINGS, PARAMETERS_OF_TESTS, CheckpointOptions, Config
 
 FILES = ("config.yaml", "metrics.csv", "summary.json")
 NOT_COMPARED = {"seed", "run_name", "recipe", "out_dir", "data_dir", "num_workers"}
@@ -258,11 +257,10 @@ def _equal(option: Any, value: str) -> bool:
 def without_effect(options: dict[str, Any]) -> set[str]:
     """Options that the run did not read, given the others: they tell no two configurations apart."""
     rule = tests.rule_class(options)
-    parameters = {name for test in tests.TESTS for name in tests.test_parameters({"test_type": test})}
     read = set(rule.options)
     if "test_type" in read:
         read |= set(tests.test_parameters(options))
-    unused = (parameters | {name for other in RULES.values() for name in other.options}) - read
+    unused = ({*PARAMETERS_OF_TESTS} - read) | tests.options_of_other_rules(options)
     if rule.name == "stagewise":
         unused |= {"batch_size", "max_batch_size"}
     else:
@@ -284,7 +282,7 @@ def schedule(options: dict[str, Any]) -> tuple[str, set[str]]:
     if rule.test:
         said |= set(tests.test_parameters(options))
     if rule.measures:
-        otherwise = {name for name, value in steady.items() if options[name] != value}
+        otherwise = {name for name, value in steady.items() if options[name] != value} - without_effect(options)
         if not otherwise:
             return "steady", said | set(steady)
         if otherwise == {"ramp_up_type"}:  # a test in the recipe's place of goodput
