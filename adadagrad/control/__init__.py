@@ -4,7 +4,7 @@ Pure arithmetic on Python's numbers: nothing here knows of devices, processes, o
 anybody's training loop. `Controller` is the one object to hold.
 """
 
-from .controller import Controller, Update
+from .controller import Controller, Update, steady
 from .learning_rate import CRITICAL, LearningRateScaling
 from .limits import Limits
 from .rules import (
@@ -42,4 +42,5 @@ __all__ = [
     "StepTime",
     "Update",
     "free_batch_size",
+    "steady",
 ]

@@ -134,6 +134,13 @@ class Controller:
         self.reported = statistics if statistics.is_usable else self.reported
 
     @property
+    def needs_moments(self) -> bool:
+        """A measurement can still change something: the learning rate, or a batch that is not yet at its largest."""
+        limits = self.limits
+        is_largest = limits.max_batch_size is not None and self.batch_size >= limits.max_batch_size
+        return self.scaling.measures or (self.rule.measures and (limits.may_shrink or not is_largest))
+
+    @property
     def lr_factor(self) -> float:
         """On the learning rate of a step of the present batch size."""
         return self.scaling(self.batch_size, self._known)
@@ -184,3 +191,21 @@ class Controller:
             setattr(self, name, state[name] and Statistics(**state[name]))
         for name in PARTS:
             getattr(self, name).load_state_dict(state[name])
+
+
+def steady(batch_size: int, max_batch_size: int | None = None, adaptive_optimizer: bool = False) -> Controller:
+    """The program's default recipe: the batch with the most progress a second, and a learning rate that follows.
+
+    Args:
+        batch_size: b₀, of the first batch, for which the learning rate was chosen [samples].
+        max_batch_size: largest size [samples]; None: no bound.
+        adaptive_optimizer: the optimizer divides by the gradient's size.
+    """
+    return Controller(
+        batch_size,
+        rule=Goodput(max_waste=1.0),
+        limits=Limits(max_batch_size, max_growth=4.0),
+        unbiased=True,
+        smoothing=5_000.0,
+        scaling=LearningRateScaling("critical", batch_size, adaptive_optimizer),
+    )
