@@ -141,6 +141,15 @@ def test_what_the_spread_of_leave_one_out_products_contains(b):
     assert abs(products.mean() - expected) < 5 * products.std() / math.sqrt(len(many))
 
 
+def test_unbiased_products_have_all_of_the_signals_part():
+    """Of eight groups a leave-one-out product has 6/7 of it; noise so small that its own part is none."""
+    rng = np.random.default_rng(4)
+    many = [moments_of(gradients_of(rng, 8, MEAN, 1e-3 * SCALES)).statistics(unbiased=True) for _ in range(4000)]
+    expected = MEAN**2 @ (1e-3 * SCALES) ** 2
+    assert np.mean([own.variance_inner_product for own in many]) == pytest.approx(expected, rel=0.05)
+    assert not moments_of(gradients_of(rng, 2, MEAN, SCALES)).statistics(unbiased=True).is_usable
+
+
 def test_identity_of_the_unbiased_variances():
     moments = moments_of(gradients_of(np.random.default_rng(3), 64, 3 * MEAN, SCALES))
     statistics = moments.statistics(unbiased=True)
@@ -193,6 +202,35 @@ def test_first_measurement_counts_in_full_and_bad_ones_not_at_all():
     before = smoothing.state_dict()
     assert not smoothing.add(Moments(16, 16, math.nan, math.inf), 16).is_usable
     assert smoothing.state_dict() == before
+
+
+def test_a_noisy_batch_leaves_the_augmented_test_able_to_decide():
+    """‖ḡ‖² − V/b < 0: V_orth is no number of that batch, and one of the averages."""
+    rng = np.random.default_rng(5)
+    few = [moments_of(gradients_of(rng, 4, MEAN, SCALES)) for _ in range(400)]
+    assert any(m.statistics(unbiased=True).grad_norm_sq < 0 for m in few)
+    smoothing = control.Smoothing(2000, unbiased=True)
+    for m in few:
+        statistics = smoothing.add(m, 4)
+        assert all(math.isfinite(value) for value in smoothing.averages.values())
+    assert statistics.grad_norm_sq > 0 and AugmentedInnerProductTest(0.5, 0.5)(statistics).passed is False
+
+
+def test_what_is_only_watched_decides_nothing():
+    rng = np.random.default_rng(6)
+
+    def sizes(watched: bool) -> list[int]:
+        controller, said = control.Controller(16, NormTest(1.0), smoothing=300, unbiased=True), []
+        measured = np.random.default_rng(7)
+        for step in range(64):
+            due = step % 8 == 0
+            moments = moments_of(gradients_of(measured, 16, MEAN, SCALES)) if due else None
+            extra = moments_of(gradients_of(rng, 16, MEAN, SCALES)) if watched and not due else None
+            update = controller.update(moments, samples=16, watched=extra)
+            said.append((update.batch_size, update.lr_factor))
+        return said
+
+    assert sizes(True) == sizes(False) and sizes(False)[-1][0] > 16
 
 
 @pytest.mark.parametrize(

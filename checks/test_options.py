@@ -97,8 +97,7 @@ REFUSED = [
     ("--config=nowhere.yaml", "--config"),
     *[(f"--{name}={value}", f"--{name} must be positive")
       for name in ("eta", "theta", "nu", "learning_rate", "batch_size", "max_batch_size", "max_micro_batch_size",
-                   "max_test_micro_batch_size", "test_interval", "max_samples", "max_iters", "devices", "test_groups",
-                   "batch_ahead")
+                   "max_test_micro_batch_size", "test_interval", "max_samples", "max_iters", "devices", "test_groups")
       for value in (0, -1)],
     ("--eta=nan", "--eta must be a number"),
     ("--seed=-1", "--seed must be zero or positive"),
@@ -146,7 +145,7 @@ REFUSED = [
     ("--test=False --linear_ramp_up_increment=3", "acts only with --linear_ramp_up=True"),
     ("--lr_decay_iters=5", "--lr_decay_iters acts only with --lr_decay_type=iter"),
     ("--max_iters=5", "--max_iters acts only with --training_type=iter"),
-    ("--batch_ahead=4", "--batch_ahead acts only with --num_workers=1 or more"),
+    ("--ramp_up_type=goodputt", "did you mean 'goodput'"),
     ("--ramp_up_factor=3", "--ramp_up_factor acts only with --ramp_up_type=factor"),
     ("--seed=4294967296", "--seed must be below 2^32"),
     ("--eta=1e300", "--eta must be from 1e-100 to 1e100"),

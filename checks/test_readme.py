@@ -78,14 +78,14 @@ COMMANDS = {
     " --run_name=long --resume=auto --checkpoint_minutes=2": "needs machines: checks/test_elastic.py has two agents",
     "python main.py --dataset=stdlib --model=gpt": "takes minutes: checks/test_text.py, on a small text",
     "python -m text.prepare book.txt more.txt --out_dir=data/books": TEXT,
-    "python main.py --dataset=tokens --data_dir=data/books --model=gpt --sequence_length=128"
+    "python main.py --dataset=tokens --data_dir=data/books --model=gpt --dataset_args.sequence_length=128"
     " --model_args.layers=2": TEXT,
     "fabric run main.py --num-nodes=2 --node-rank=0 --main-address=HOST --devices=4 …": "needs two machines",
     "fabric run main.py --devices=4 --num_workers=12 --precision=bf16-mixed --optimizer=sgdm"
     " --data_dir=/data/imagenet-ffcv --batch_size=256 --max_test_micro_batch_size=64 --max_micro_batch_size=512"
     " --max_batch_size=111360 --max_samples=256233400 --warmup_samples=6405835 --lr_decay_samples=249827565"
     " --learning_rate=2.5e0 --min_lr=2.5e-1 --weight_decay=1e-4 --model=resnet101 --dataset=imagenet"
-    " --warmup_from=zero --test_type=norm --eta=1e-1": "needs ImageNet and GPUs",
+    " --test_type=norm --eta=1e-1": "needs ImageNet and GPUs",
     "srun python main.py --model=resnet50 --dataset=cifar100": SLURM,
     "srun --kill-on-bad-exit=1 python main.py … --resume=auto": SLURM,
     "./expt.sh": RUN,
@@ -330,7 +330,12 @@ def test_text_is_prepared_and_learned_from(folder, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     example = next(block for block in BLOCKS if "llama:small" in block)
     (tmp_path / "llama.py").write_text(example)
-    words = [*used_by(example, tmp_path / "data" / "books"), *short.split(), "--sequence_length=16", "--run_name=llama"]
+    words = [
+        *used_by(example, tmp_path / "data" / "books"),
+        *short.split(),
+        "--dataset_args.sequence_length=16",
+        "--run_name=llama",
+    ]
     assert main.main(words) == 0
 
 

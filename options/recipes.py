@@ -1,7 +1,10 @@
 """What a recipe sets of the options that are not given, and which one a command line gets."""
 
 from collections.abc import Collection
+from dataclasses import fields
 from typing import Any
+
+from adadagrad.tests import TESTS
 
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -15,7 +18,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "test_interval": 8,
     },
 }
-PUBLISHED = {"test_type", "eta", "theta", "nu", "ramp_up_type"}
+PUBLISHED = {"test_type", "ramp_up_type", *(entry.name for test in TESTS.values() for entry in fields(test))}
 """Whoever gives one of these asks for the published rule."""
 
 
