@@ -208,7 +208,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="how the table is written (default: %(default)s)")  # fmt: skip
     parser.add_argument("--target", type=float, metavar="VALUE",
                         help="also samples, steps and seconds until the mean of the last three evaluations has passed "
-                             "this accuracy, between 0 and 1, or value of the metric that the runs are compared by")  # fmt: skip
+                             "this accuracy, between 0 and 1, or value of what the runs are compared by")  # fmt: skip
     parser.add_argument("--knee", type=knees, default=(), metavar="P[,P…]",
                         help="also the modelled time samples + P · steps, to the target if there is one, else to the "
                              "end, on hardware where a step costs as much as P samples beside its own")  # fmt: skip

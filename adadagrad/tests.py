@@ -106,6 +106,7 @@ class Statistics:
         variance: V.
         variance_inner_product: V_ip, None where it was not measured.
         variance_orthogonality: V_orth, likewise.
+        margin: half of the two-sided 90 % interval of ‖G‖², None where it is not known.
     """
 
     batch_size: int
@@ -114,6 +115,7 @@ class Statistics:
     variance: float
     variance_inner_product: float | None = None
     variance_orthogonality: float | None = None
+    margin: float | None = None
 
     @classmethod
     def from_averages(
@@ -123,12 +125,13 @@ class Statistics:
         grad_norm_sq: float,
         variance: float,
         variance_inner_product: float | None = None,
+        margin: float | None = None,
     ) -> "Statistics":
         """V_orth by V = V_orth + V_ip/‖G‖², for numbers that were averaged apart; not a number where ‖G‖² ≤ 0."""
         rest = None
         if variance_inner_product is not None:
             rest = max(variance - variance_inner_product / grad_norm_sq, 0.0) if grad_norm_sq > 0 else math.nan
-        return cls(batch_size, num_groups, grad_norm_sq, variance, variance_inner_product, rest)
+        return cls(batch_size, num_groups, grad_norm_sq, variance, variance_inner_product, rest, margin)
 
     @property
     def is_usable(self) -> bool:
@@ -141,6 +144,33 @@ class Statistics:
         """V / ‖G‖² [samples], the simple gradient noise scale (McCandlish et al., arXiv:1812.06162); None where the
         estimate of ‖G‖² is not positive. Says what its name says of unbiased, averaged statistics only."""
         return self.variance / self.grad_norm_sq if self.grad_norm_sq > 0 else None
+
+    @property
+    def noise_scale_interval(self) -> tuple[float, float] | None:
+        """The noise scale's two-sided 90 % interval [samples], V being well known; the upper end may be infinite."""
+        if self.margin is None:
+            return None
+        ends = (self.grad_norm_sq + self.margin, self.grad_norm_sq - self.margin)
+        low, high = (self.variance / signal if signal > 0 else math.inf for signal in ends)
+        return low, high
+
+    @property
+    def is_narrow(self) -> bool:
+        """The noise scale is known to a half or better."""
+        return self.margin is not None and self.margin < 0.5 * self.grad_norm_sq
+
+    @property
+    def safe(self) -> "Statistics":
+        """With ‖G‖² at the upper end of its interval: a batch or a rate by these does not grow by what is not known."""
+        if self.margin is None:
+            return self
+        return Statistics.from_averages(
+            self.batch_size,
+            self.num_groups,
+            self.grad_norm_sq + self.margin,
+            self.variance,
+            self.variance_inner_product,
+        )
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,6 @@ COMMANDS = {
     "make install-imagenet": "needs the network",
     "source .venv/bin/activate": "changes the shell that it is typed in; `make` has made it",
     "apt-get install pkg-config libopencv-dev libturbojpeg0-dev": "needs root and the network",
-    "python launch/exact_options.py": "changes the environment; `make` runs it before these tests",
     "python -m imagenet.convert IMAGE_FOLDER OUT_DIR": "needs ffcv: checks/test_imagenet.py, where it is installed",
     "python -m checks.fault_drill --rounds=50": "takes long: checks/test_survival.py runs a few rounds",
     "python -m benchmarks.torchvision_models": MEASURES,
@@ -70,6 +69,7 @@ COMMANDS = {
     "python main.py --devices=2 --accelerator=cpu": DEVICES,
     "fabric run main.py --devices=4 --model=resnet18 --dataset=cifar10 --eta=0.5": DEVICES,
     "torchrun --nproc_per_node=4 main.py --model=resnet18 --dataset=cifar10": DEVICES,
+    "torchrun --nproc_per_node=2 main.py --test_type=ip+orth --config='{nu: 0.5}'": DEVICES,
     "fabric run main.py --devices=4 --model=gpt --dataset=stdlib --strategy=ddp": SHARDS,
     "fabric run main.py --devices=4 --model=gpt --dataset=stdlib --strategy=fsdp": SHARDS,
     "fabric run main.py --model=gpt --dataset=stdlib --devices=4 --strategy=fsdp --precision=bf16-mixed": SHARDS,
@@ -200,7 +200,7 @@ def of_the_program(words: list[str]) -> list[str]:
 def test_words_of_commands_that_are_not_run():
     for command in commands():
         if " main.py" in command and not command.startswith("python"):
-            command_line.parse(of_the_program(command.partition(" main.py")[2].split()))
+            command_line.parse(of_the_program(shlex.split(command.partition(" main.py")[2])))
 
 
 @pytest.fixture

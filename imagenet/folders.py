@@ -208,7 +208,7 @@ def problem(path: str | Path, whole: bool = False) -> str:
         if whole:
             read(path)
     except OSError as error:
-        return _words(error)
+        return in_one_line(error)
     return ""
 
 
@@ -220,14 +220,12 @@ def _may_be_cut_short(file: IO[bytes], kind: str | None) -> bool:
     return mark not in file.read()
 
 
-def _words(error: OSError) -> str:
-    return " ".join(str(error.strerror or error).split())
-
-
 @contextlib.contextmanager
 def naming(path: str) -> Iterator[None]:
     """Raises: OSError with the file's name, and how to find all such files."""
     try:
         yield
     except OSError as error:
-        raise OSError(f"{path}: {_words(error)} (`python -m imagenet.check FOLDER` names all such files)") from None
+        raise OSError(
+            f"{path}: {in_one_line(error)} (`python -m imagenet.check FOLDER` names all such files)"
+        ) from None

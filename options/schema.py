@@ -76,8 +76,6 @@ class BatchOptions:
     """sizes are rounded up to a multiple of this [samples]; the initial and the largest size stand as they are"""
     max_growth: float | None = None
     """largest factor by which the batch grows at a time; default: no bound"""
-    growth_interval: int = 1
-    """at least so many steps between two changes of the batch size"""
 
 
 @dataclass
@@ -100,8 +98,9 @@ class TestOptions:
     smoothing: float = 0.0
     """average the statistics over steps, with this half-life [samples], or of four measurements where those have more
     samples; 0: the last tested batch alone"""
-    test_interval: int = 1
-    """test every so many steps"""
+    test_interval: int | Literal["auto"] = 1
+    """measure, and test, every so many steps; auto: every step until the noise scale is known to a half (at most an
+    eighth of the steps and 16 more), then every sixteenth"""
     monitor_interval: int = 0
     """measure the statistics every so many steps also where nothing is decided by them: in runs without a test and at
     the largest batch size; 0: do not. A network with BatchNorm is watched by micro_batch"""
@@ -127,9 +126,16 @@ class TestOptions:
     knee: float | None = None
     """of ramp_up_type=goodput: the batch whose samples take as long as the fixed part of a step [samples]; default: as
     the steps' times say. With a number, the sizes do not depend on times"""
+    max_waste: float | None = None
+    """of ramp_up_type=goodput: W, a bound on the samples: the batch stays where the run takes at most 1 + W times the
+    least possible ones, W critical batch sizes; default: 10"""
+    free_start: bool = False
+    """of ramp_up_type=goodput: begin with an eighth of the knee where that is more than batch_size, as a step takes
+    hardly longer for it; the learning rate begins at that of batch_size and follows what is measured"""
     recipe: Literal["paper", "steady"] | None = None
     """paper: the published rule. steady: unbiased, smoothed statistics, goodput, a learning rate that follows,
-    measured at every eighth step, growth at most twofold in 16 steps. Options that are given stand above it; default:
+    a free start, growth at most fourfold at a time and by what is known for sure, at most twice the least
+    possible samples. Options that are given stand above it; default:
     paper where test_type, eta, theta, nu or ramp_up_type is given or there is no test, else steady"""
 
 
@@ -327,7 +333,7 @@ class Config(
             "batch_size max_batch_size max_micro_batch_size eval_micro_batch_size max_test_micro_batch_size "
             "gradient_accumulation_steps test_interval test_groups learning_rate max_lr gamma "
             "max_samples max_iters devices num_nodes log_interval linear_ramp_up_increment lr_decay_samples "
-            "lr_decay_iters keep_checkpoints timeout_minutes batch_size_multiple growth_interval "
+            "lr_decay_iters keep_checkpoints timeout_minutes batch_size_multiple max_waste "
             "knee eval_samples validation_samples"
         )
         not_negative = (

@@ -15,7 +15,6 @@ from typing import Any
 import yaml
 
 import tests
-from adadagrad.control import RULES
 from options.errors import UsageError
 from options.names import nearest
 from options.recipes import RECIPES
@@ -270,7 +269,7 @@ def without_effect(options: dict[str, Any]) -> set[str]:
     read = set(rule.options)
     if "test_type" in read:
         read |= set(tests.test_parameters(options))
-    unused = ({*PARAMETERS_OF_TESTS} | {name for other in RULES.values() for name in other.options}) - read
+    unused = ({*PARAMETERS_OF_TESTS} - read) | tests.options_of_other_rules(options)
     if rule.name == "stagewise":
         unused |= {"batch_size", "max_batch_size"}
     else:
@@ -292,7 +291,7 @@ def schedule(options: dict[str, Any]) -> tuple[str, set[str]]:
     if rule.test:
         said |= set(tests.test_parameters(options))
     if rule.measures:
-        otherwise = {name for name, value in steady.items() if options[name] != value}
+        otherwise = {name for name, value in steady.items() if options[name] != value} - without_effect(options)
         if not otherwise:
             return "steady", said | set(steady)
         if otherwise == {"ramp_up_type"}:  # a test in the recipe's place of goodput

@@ -18,6 +18,7 @@ from .rules import (
     Rule,
     Seesaw,
     Stagewise,
+    free_batch_size,
 )
 from .smoothing import Smoothing
 from .step_time import StepTime
@@ -40,4 +41,5 @@ __all__ = [
     "Stagewise",
     "StepTime",
     "Update",
+    "free_batch_size",
 ]

@@ -25,7 +25,9 @@ class Update:
     decision: Decision | None
 
 
-NUMBERS = ("batch_size", "samples", "samples_measured", "samples_watched")
+OFTEN, SELDOM = 8, 16
+"""Steps between two measurements: while the noise scale is not known well, and afterwards."""
+NUMBERS = ("batch_size", "steps", "measurements", "samples", "samples_measured", "samples_watched")
 STATISTICS = ("statistics", "reported")
 PARTS = ("decided_by", "of_noise", "watched", "limits", "step_time")
 
@@ -67,6 +69,7 @@ class Controller:
         self.decided_by = Smoothing(smoothing, unbiased)
         self.of_noise = self.decided_by if unbiased else Smoothing(smoothing, unbiased=True)
         self.watched = Smoothing(smoothing, unbiased=True)  # of all measurements; nothing is decided by them
+        self.steps, self.measurements = 0, 0
         self.samples, self.samples_measured, self.samples_watched = 0, 0, 0
         self.statistics: Statistics | None = None  # unbiased and averaged, of the last measurement to decide by
         self.reported: Statistics | None = None  # likewise, of the last measurement
@@ -85,9 +88,11 @@ class Controller:
         self.samples += samples or (measured.batch_size if measured else self.batch_size)
         if measured:
             self._report(measured)
+        self.steps += 1
         decision = self._measure(moments) if moments else None
         step_time = self.step_time.fit() if moments and self.rule.timed else None
-        noise_scale = self.statistics.noise_scale if moments and self.statistics else None
+        known = self._known
+        noise_scale = known.noise_scale if moments and known else None
         observation = Observation(decision, noise_scale, step_time)
         wanted = self.rule(self.batch_size, self.samples, observation)
         self.batch_size = self.limits(self.batch_size, wanted, moments is not None or not self.rule.measures)
@@ -96,11 +101,32 @@ class Controller:
     def _measure(self, moments: Moments) -> Decision | None:
         """Add a batch to the averages; gives the test's decision on them, where there is a test."""
         passed = self.samples - self.samples_measured
-        self.samples_measured = self.samples
+        self.samples_measured, self.measurements = self.samples, self.measurements + 1
         decided_by = self.decided_by.add(moments, passed)
         unbiased = decided_by if self.of_noise is self.decided_by else self.of_noise.add(moments, passed)
         self.statistics = unbiased if unbiased.is_usable else self.statistics
-        return self.rule.test(decided_by) if self.rule.test else None
+        return self.rule.test(decided_by.safe) if self.rule.test else None
+
+    @property
+    def _known(self) -> Statistics | None:
+        """What growth and learning rate may go by: ‖G‖² at the safe end of its interval, once there is one."""
+        if self.statistics is None or (self.of_noise.half_life and self.statistics.margin is None):
+            return None
+        return self.statistics.safe
+
+    def is_due(self, interval: int | None) -> bool:
+        """Whether the next step is to be measured.
+
+        Args:
+            interval: every so many steps; None: at every step until the noise scale is known to a half, as far as
+                these are at most 16 steps and an eighth of all (with a test that takes half of a step's time, 6 % of
+                the run), then at every sixteenth.
+        """
+        if interval is not None:
+            return self.steps % interval == 0
+        if self.statistics is not None and self.statistics.is_narrow:
+            return self.steps % SELDOM == 0
+        return self.measurements < SELDOM + self.steps // OFTEN
 
     def _report(self, moments: Moments) -> None:
         passed, self.samples_watched = self.samples - self.samples_watched, self.samples
@@ -110,12 +136,17 @@ class Controller:
     @property
     def lr_factor(self) -> float:
         """On the learning rate of a step of the present batch size."""
-        return self.scaling(self.batch_size, self.statistics)
+        return self.scaling(self.batch_size, self._known)
 
     @property
     def noise_scale(self) -> float | None:
         """V/‖G‖² of the averaged, unbiased statistics [samples]; None where ‖G‖² is not positive or not known."""
         return self.reported.noise_scale if self.reported else None
+
+    @property
+    def noise_scale_interval(self) -> tuple[float, float] | None:
+        """Its two-sided 90 % interval [samples]; None where it is not known."""
+        return self.reported.noise_scale_interval if self.reported else None
 
     @property
     def knee(self) -> float | None:

@@ -233,29 +233,31 @@ class Goodput(Rule):
     A step of b samples takes α + βb seconds and makes progress in proportion to b/(b + C), C the critical batch size,
     `critical` noise scales. The most progress a second is at b* = √(C · α/β), the geometric mean of the critical batch
     size and the hardware's knee P = α/β. The batch moves there where that gains more than `least_gain`; it becomes
-    smaller only with `may_shrink`. Above `most_critical` · C it does not go: a step of 10 C makes 10/11 of the progress
-    of the largest there can be, and the estimate of the knee is not to decide over more samples than that.
+    smaller only with `may_shrink`. Samples have a price, too: a run by batches of b takes 1 + b/C times the least
+    possible samples, so that "at most 1 + W times the least" is b ≤ W·C. (With a price of λ seconds a sample the least
+    of (α + βb)(1 + C/b) + λ(b + C) is at √(C·α/(β + λ)).) Without a bound, W is 10: a step of 10 C makes 10/11 of the
+    progress of the largest there can be, and the estimate of the knee is not to decide over more samples than that.
 
     Args:
         knee: P [samples], where it is known; default: what the steps' times say.
         least_gain: of progress a second, over the present batch, below which nothing changes.
         may_shrink: move to smaller batches, too.
         critical: the batch of which a step makes half the progress of the largest there can be, in noise scales.
-        most_critical: bound on the batch, in critical batch sizes.
+        max_waste: W [of the least possible samples]; default: 10.
     """
 
     name = "goodput"
-    options = ("knee", "may_shrink")
+    options = ("knee", "may_shrink", "max_waste", "free_start")
     measures = True
     knee: float | None = None
     least_gain: float = 0.05
     may_shrink: bool = False
     critical: float = CRITICAL
-    most_critical: float = 10.0
+    max_waste: float | None = None
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], test: Test | None, decay: Callable[[int], float]) -> "Rule":
-        return cls(options["knee"], may_shrink=options["may_shrink"])
+        return cls(options["knee"], may_shrink=options["may_shrink"], max_waste=options["max_waste"])
 
     @property
     def timed(self) -> bool:
@@ -272,11 +274,16 @@ class Goodput(Rule):
         if step_time is None:  # one other size tells what sizes cost here
             return 2 * batch_size
         critical = self.critical * observation.noise_scale
-        best = min(quickest_batch(critical, step_time), max(round(self.most_critical * critical), 1))
+        best = min(quickest_batch(critical, step_time), max(round((self.max_waste or 10.0) * critical), 1))
         if best < batch_size and not self.may_shrink:
             return batch_size
         gain = progress_rate(best, critical, step_time) / progress_rate(batch_size, critical, step_time)
         return best if gain > 1 + self.least_gain else batch_size
+
+
+def free_batch_size(knee: float) -> int:
+    """Below an eighth of the knee a smaller batch saves at most an eighth of a step's time [samples]."""
+    return round(knee / 8)
 
 
 def quickest_batch(critical: float, step_time: tuple[float, float]) -> int:

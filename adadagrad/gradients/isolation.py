@@ -141,14 +141,15 @@ def _without_fast_attention() -> Iterator[None]:
 
 
 def random_states(device: torch.device) -> list:
-    """Of all generators that a model may draw from: torch's (host, device), Python's, NumPy's."""
-    states = [torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None]
-    return [*states, random.getstate(), numpy.random.get_state()]
+    """Of all generators that a model may draw from: torch's (host, device), Python's, NumPy's; as plain values."""
+    name, key, *rest = numpy.random.get_state()
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return [torch.get_rng_state(), on_device, random.getstate(), (name, key.tolist(), *rest)]
 
 
 def set_random_states(states: list, device: torch.device) -> None:
     torch.set_rng_state(states[0])
-    if states[1] is not None:
+    if device.type == "cuda" and states[1] is not None:
         torch.cuda.set_rng_state(states[1], device)
     random.setstate(states[2])
     numpy.random.set_state(states[3])
