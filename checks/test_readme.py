@@ -140,6 +140,7 @@ def test_every_command_is_run_or_listed():
         "bash",
         "python",
         "bibtex",
+        "text",
     }  # no command in a block that is not read
 
 
@@ -157,7 +158,7 @@ def test_links_and_names_lead_somewhere(page):
         if anchor:
             assert anchor in map(slug, re.findall(r"^#+ (.*)", target.read_text(), re.M)), link
     for name in re.findall(r"`(?:python )?([\w./-]+\.(?:py|sh))\b", PAGES[page]):
-        within = [ROOT, *(path for path in ROOT.iterdir() if path.is_dir())]
+        within = [ROOT, *(path for path in ROOT.iterdir() if path.is_dir()), *(ROOT / "adadagrad").iterdir()]
         assert name in ("flowers.py", "photos.py", "houses.py", "llama.py") or any(
             (folder / name).exists() for folder in within
         ), name
@@ -173,6 +174,20 @@ def slug(heading: str) -> str:
 def test_make_knows_its_targets():
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
     assert {command.split()[1] for command in started("make")} <= set(targets)
+
+
+def test_tables_of_what_to_type():
+    """ "You want … → you type …": the program knows every option in the second column, and its value."""
+    cells = [
+        re.findall(r"`([^`]+)`", cell)
+        for page in PAGES.values()
+        for table in re.findall(r"^\| you want \| you type \|\n\|[-|]+\n((?:\|.*\n)+)", page, re.M)
+        for cell in re.findall(r"^\|.*?\| (.*) \|$", table, re.M)
+    ]
+    typed = [words for cell in cells for words in cell if "--" in words and "report.py" not in words]
+    assert len(typed) > 15
+    for words in typed:
+        command_line.parse(of_the_program(words.removeprefix("python main.py").replace("…", "").split()))
 
 
 def test_front_door_is_short():
