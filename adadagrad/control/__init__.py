@@ -4,7 +4,7 @@ Pure arithmetic on Python's numbers: nothing here knows of devices, processes, o
 anybody's training loop. `Controller` is the one object to hold.
 """
 
-from .controller import Controller, Update, steady
+from .controller import STEADY, Controller, Update, steady
 from .learning_rate import CRITICAL, LearningRateScaling
 from .limits import Limits
 from .rules import (
@@ -26,6 +26,7 @@ from .step_time import StepTime
 __all__ = [
     "CRITICAL",
     "RULES",
+    "STEADY",
     "Adaptive",
     "AdaptiveByFactor",
     "Constant",

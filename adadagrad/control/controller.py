@@ -193,6 +193,10 @@ class Controller:
             getattr(self, name).load_state_dict(state[name])
 
 
+STEADY = {"smoothing": 5_000.0, "max_growth": 4.0, "max_waste": 1.0}
+"""Of the default recipe."""
+
+
 def steady(batch_size: int, max_batch_size: int | None = None, adaptive_optimizer: bool = False) -> Controller:
     """The program's default recipe: the batch with the most progress a second, and a learning rate that follows.
 
@@ -203,9 +207,9 @@ def steady(batch_size: int, max_batch_size: int | None = None, adaptive_optimize
     """
     return Controller(
         batch_size,
-        rule=Goodput(max_waste=1.0),
-        limits=Limits(max_batch_size, max_growth=4.0),
+        rule=Goodput(max_waste=STEADY["max_waste"]),
+        limits=Limits(max_batch_size, STEADY["max_growth"]),
         unbiased=True,
-        smoothing=5_000.0,
+        smoothing=STEADY["smoothing"],
         scaling=LearningRateScaling("critical", batch_size, adaptive_optimizer),
     )
