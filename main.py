@@ -39,7 +39,7 @@ from launch.collectives import on_all_ranks
 from launch.signals import Interrupts
 from options import command_line
 from options.errors import REFUSED, UsageError
-from options.schema import MEASURED_SCALINGS, Config
+from options.schema import Config
 from training import tuner
 from training.clock import Clock
 from training.components import Components, OutOfMemory
@@ -71,7 +71,6 @@ class Trainer:
         parts.config = replace(parts.config, max_micro_batch_size=size, eval_micro_batch_size=evaluation_size)
         self.config = parts.config
         self.state = State(parts, self.controller, self.totals, self.validation, self.reporter)
-        self.progress = self.state.progress
         marks = self.state.restore(parts.resumed) if parts.resumed else None
         on_all_ranks(fabric, lambda: fabric.is_global_zero and self.open_log(marks))
         self.state.open(self.reporter.log and self.reporter.log.folder)
@@ -82,30 +81,30 @@ class Trainer:
         measured = [*(f"train_{name}" for name in self.totals.metrics), *self.validation.names]
         self.reporter.open(self.config, self.fabric.world_size, measured, resumed, marks)
         if resumed:
-            say(f"resuming from {resumed}: step {self.progress.steps:,}, samples {self.controller.samples:,}")
+            say(f"resuming from {resumed}: step {self.controller.steps:,}, samples {self.controller.samples:,}")
             if warning := self.learning_rate.idle_end():
                 say(warning)
 
     def fit(self) -> str:
         """Train to the end; returns the run's status."""
-        progress = self.progress
+        state = self.state
         self.clock.start()
-        while progress.unevaluated or not self.finished():
-            row, progress.unevaluated = progress.unevaluated or self.step(), {}
+        while state.unevaluated or not self.finished():
+            row, state.unevaluated = state.unevaluated or self.step(), {}
             evaluation = self.evaluate() if self.evaluation_is_due(row["batch_size"]) else {}
             if evaluation is None:  # made up for when the run goes on
-                progress.unevaluated = row
-                self.state.save()
+                state.unevaluated = row
+                state.save()
                 return self.interrupted()
-            if evaluation or progress.steps % self.config.log_interval == 0:
+            if evaluation or self.controller.steps % self.config.log_interval == 0:
                 self.log_step(row, evaluation)
-            self.stop_signal = self.state.save_when_due(self.interrupts, bool(evaluation))
+            self.stop_signal = state.save_when_due(self.interrupts, bool(evaluation))
             if self.reporter.diverged:
                 return "diverged"
             if self.stop_signal and not self.finished():
                 return self.interrupted()
-        if self.state.checkpoints.saved_step != progress.steps:
-            self.state.save()
+        if state.checkpoints.saved_step != self.controller.steps:
+            state.save()
         return "finished"
 
     def interrupted(self) -> str:
@@ -114,7 +113,7 @@ class Trainer:
 
     def finished(self) -> bool:
         if self.config.training_type == "iter":
-            return self.progress.steps >= self.config.max_iters
+            return self.controller.steps >= self.config.max_iters
         return self.controller.samples >= self.config.max_samples
 
     def step(self) -> dict[str, Any]:
@@ -123,15 +122,16 @@ class Trainer:
         Returns:
             What the step's row says of its batch.
         """
-        measured = self.measurement_is_due()
+        decisive = self.decision_is_due()
+        measured = decisive or self.monitoring_is_due()
         plan, lr_factor = self.plan(measured), self.controller.lr_factor
-        learning_rate = self.learning_rate(plan.start, self.progress.steps, lr_factor)
+        learning_rate = self.learning_rate(plan.start, self.controller.steps, lr_factor)
         for group in self.parts.optimizer.param_groups:
             group["lr"] = learning_rate
         moments = self.train_step(plan, measured)
-        # The statistical test of the paper (adadagrad/tests.py), where the rule has one, and the next batch's size.
-        update = self.controller.update(moments, plan.batch_size)
-        self.reporter.explain(self.progress.steps, update.decision)
+        # Here the paper's test is made (adadagrad/tests.py), where the rule has one, and the next batch gets its size.
+        update = self.controller.update(moments if decisive else None, plan.batch_size, watched=moments)
+        self.reporter.explain(self.controller.steps, update.decision)
         row = {
             "batch_size": plan.batch_size,
             "micro_batch_size": plan.micro_batch_size,
@@ -143,15 +143,15 @@ class Trainer:
             row["noise_scale"] = self.controller.noise_scale
         return row
 
-    def measurement_is_due(self) -> bool:
-        """Every `test_interval` steps while batch or learning rate still depend on the gradients' statistics, and every
-        `monitor_interval` steps."""
-        c, steps = self.config, self.progress.steps
-        read_at_the_end = c.may_shrink or c.lr_scaling in MEASURED_SCALINGS
-        asked = c.test and (self.controller.batch_size < c.max_batch_size or read_at_the_end)
-        return bool(
-            (asked and steps % c.test_interval == 0) or (c.monitor_interval and steps % c.monitor_interval == 0)
-        )
+    def decision_is_due(self) -> bool:
+        """The next step is measured, and what it finds decides: on the batch size, on the learning rate."""
+        interval = self.config.test_interval if self.controller.rule.measures else self.config.monitor_interval
+        return self.controller.needs_moments and self.controller.is_due(None if interval == "auto" else interval)
+
+    def monitoring_is_due(self) -> bool:
+        """The next step is measured, and what it finds is reported."""
+        interval = self.config.monitor_interval
+        return bool(interval) and self.controller.steps % interval == 0
 
     def plan(self, measured: bool) -> batches.Plan:
         """How the next batch is cut over ranks and micro-batches."""
@@ -189,7 +189,6 @@ class Trainer:
             with self.clock.measuring():
                 moments = parts.moments()
         parts.step(self.config.grad_clip)
-        self.progress.steps += 1
         return moments
 
     def pass_micro_batch(
@@ -213,12 +212,12 @@ class Trainer:
             outputs = parts.forward(inputs)
             losses = parts.loss(outputs, targets)
             parts.backward(losses, weights_of(losses, n, loss_scale))
-        self.totals.add(losses, outputs, targets, n, self.progress.steps)
+        self.totals.add(losses, outputs, targets, n, self.controller.steps)
 
     def evaluation_is_due(self, batch_size: int) -> bool:
         """After a step on a batch of this size."""
         if self.config.eval_interval:
-            due = self.progress.steps % self.config.eval_interval == 0
+            due = self.controller.steps % self.config.eval_interval == 0
         else:
             interval, samples = self.config.eval_samples or self.parts.samples_per_epoch, self.controller.samples
             due = samples // interval > (samples - batch_size) // interval
@@ -250,7 +249,7 @@ class Trainer:
         """A row of metrics.csv: of the last step, of the training since the row before, and of an evaluation."""
         samples = self.controller.samples
         row |= {
-            "step": self.progress.steps,
+            "step": self.controller.steps,
             "samples": samples,
             "epoch": samples / self.parts.samples_per_epoch,
             "lr": self.parts.optimizer.param_groups[0]["lr"],

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from options.errors import UsageError
+from options.errors import UsageError, in_one_line
 from options.names import import_object, nearest, unknown
 from options.schema import Config
 
@@ -115,10 +115,9 @@ def build(parameters: Iterable[Tensor], config: Config) -> torch.optim.Optimizer
         _try_out(lambda toy: optimizer_class(toy, **arguments))
         return optimizer_class(parameters, **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).split("\n")[0]
         raise UsageError(
             f"--optimizer={config.optimizer} cannot be used with {arguments}: choose other values or another one "
-            f"({reason})"
+            f"({in_one_line(error)})"
         ) from None
 
 
@@ -250,7 +249,7 @@ class LearningRate:
         else:
             position, warmup, end, batch = steps, c.warmup_iters, c.lr_decay_iters or c.max_iters, 1
         if position < warmup:
-            return rising(position, c.learning_rate, warmup, first=batch if c.warmup_from == "first" else 0)
+            return rising(position, c.learning_rate, warmup, first=batch)
         if c.scheduler == "multistep":
             return multistep(position, c.learning_rate, c.milestones, c.gamma, c.min_lr)
         return warmup_decay(

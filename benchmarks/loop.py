@@ -41,7 +41,7 @@ class Turns(main.Trainer):
     end = 0
 
     def finished(self) -> bool:
-        return self.progress.steps >= self.end
+        return self.controller.steps >= self.end
 
     def evaluation_is_due(self, batch_size: int) -> bool:
         return super().evaluation_is_due(batch_size) and False

@@ -4,14 +4,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import tests
 from adadagrad import gradients
-from adadagrad.tests import Decision, Moments
 from options.schema import Config
 from runs import log as texts
 from runs.log import RunLog
 from training.components import Components
-
-OF_MOMENTS = ("variance", "variance_inner_product", "variance_orthogonality", "grad_norm_sq", "batch_noise_scale")
 
 
 class Reporter:
@@ -86,7 +84,7 @@ class Reporter:
             self.notices.append(line)
             self.say(line)
 
-    def explain(self, step: int, decision: Decision | None) -> None:
+    def explain(self, step: int, decision: tests.Decision | None) -> None:
         """Say why the test made no decision; once, until the reason changes."""
         if decision and decision.reason != self.undecided:
             self.undecided = decision.reason
@@ -104,8 +102,8 @@ class Reporter:
         self.notices, self.undecided = state["notices"], state["undecided"]
 
 
-def columns_of(moments: Moments, of_parameters: dict[str, Moments]) -> dict[str, Any]:
+def columns_of(moments: tests.Moments, of_parameters: dict[str, tests.Moments]) -> dict[str, Any]:
     """What was measured on a batch, as a row has it, modules.csv included."""
-    return {name: getattr(moments, name) for name in OF_MOMENTS} | {
+    return {name: getattr(moments, name) for name in tests.MEASURED} | {
         "modules": texts.module_numbers(gradients.by_module(of_parameters))
     }

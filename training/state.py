@@ -1,16 +1,14 @@
 """What a checkpoint holds of a run, saving it, and going back to it on as many ranks as there are then."""
 
-import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import optim
 from adadagrad.control import Controller
+from adadagrad.gradients.isolation import random_states, set_random_states
 from launch import fsdp
 from launch.collectives import Agreement, on_all_ranks
 from launch.signals import Interrupts
@@ -22,20 +20,12 @@ from training.reporter import Reporter
 GO_ON, SAVE = 0, 1  # what ranks agree on: the largest wins, and the number of a signal is larger
 
 
-@dataclass
-class Progress:
-    """How far a run has come, beside batch size and samples, which are the controller's."""
-
-    steps: int = 0
-    best_step: int | None = None  # the checkpoint with the best validation metric
-    unevaluated: dict[str, Any] = field(default_factory=dict)  # the last step's row, its evaluation cut off by a signal
-
-
 class State:
     """All that a run has come to: saved when it is due, and restored.
 
     Attributes:
-        progress: how far it has come.
+        best_step: the checkpoint with the best validation metric; None before the first evaluation.
+        unevaluated: the row of the last step, where a signal has cut off its evaluation.
         checkpoints: where it is saved; known once the run has its folder.
     """
 
@@ -44,7 +34,8 @@ class State:
     ):
         self.fabric, self.parts, self.controller = parts.fabric, parts, controller
         self.totals, self.validation, self.reporter = totals, validation, reporter
-        self.progress = Progress()
+        self.best_step: int | None = None
+        self.unevaluated: dict[str, Any] = {}
         self.requests = Agreement(parts.fabric)
 
     def open(self, folder: Path | None) -> None:
@@ -57,10 +48,10 @@ class State:
         What the ranks' clocks and signals ask for is agreed upon one step late: no rank waits for the others.
         """
         wanted = interrupts.received or (SAVE if self.checkpoints.due_by_clock() else GO_ON)
-        agreed, progress = self.requests.exchange(wanted), self.progress
+        agreed, step = self.requests.exchange(wanted), self.controller.steps
         if best := evaluated and self.validation.is_best():
-            progress.best_step = progress.steps
-        if best or agreed or self.checkpoints.due(progress.steps):
+            self.best_step = step
+        if best or agreed or self.checkpoints.due(step):
             self.save()
         return agreed if agreed > SAVE else 0
 
@@ -76,7 +67,8 @@ class State:
             return
         with self.totals.clock.pause():
             common = {
-                "progress": asdict(self.progress),
+                "best_step": self.best_step,
+                "unevaluated": self.unevaluated,
                 "controller": self.controller.state_dict(),
                 "history": self.validation.history,
                 "said": self.reporter.state_dict(),
@@ -87,12 +79,12 @@ class State:
                 "buffers": {name: buffer.cpu() for name, buffer in self.parts.module.named_buffers()},
                 "totals": self.totals.state_dict(),
             }
-            self.checkpoints.save(self.progress.steps, self.progress.best_step, {**self._of_fabric(), **common}, own)
+            self.checkpoints.save(self.controller.steps, self.best_step, {**self._of_fabric(), **common}, own)
 
     def restore(self, path: Path) -> dict[str, Any]:
         """Go back to what a checkpoint holds, on as many ranks as there are now; gives the log's marks."""
         saved = self._load(path)
-        vars(self.progress).update(saved["progress"])
+        self.best_step, self.unevaluated = saved["best_step"], saved["unevaluated"]
         self.controller.load_state_dict(saved["controller"])
         self.validation.history = saved["history"]
         self.reporter.load_state_dict(saved["said"])
@@ -101,15 +93,15 @@ class State:
 
     def results(self) -> dict[str, Any]:
         """What summary.json says of the training itself."""
-        progress, controller = self.progress, self.controller
+        controller, best = self.controller, self.best_step
         return {
             **self.validation.results(),
-            "steps": progress.steps,
+            "steps": controller.steps,
             "samples": controller.samples,
-            "mean_batch_size": controller.samples / max(progress.steps, 1),
+            "mean_batch_size": controller.samples / max(controller.steps, 1),
             "final_batch_size": controller.batch_size,
             **controller.findings(),
-            "best_checkpoint": progress.best_step and self.checkpoints.path(progress.best_step).name,
+            "best_checkpoint": best and self.checkpoints.path(best).name,
             "world_size": self.fabric.world_size,
         }
 
@@ -156,25 +148,3 @@ def pooled(ranks: Sequence[dict[str, Any]], rank: int) -> dict[str, Any]:
     sums = {name: sum(other[name] for other in all_totals) * (rank == 0) for name in ("sums", "block", "samples")}
     not_finite_at = torch.stack([other["not_finite_at"] for other in all_totals]).min()
     return {"buffers": buffers, "totals": {**totals, **sums, "not_finite_at": not_finite_at}}
-
-
-def random_states(device: torch.device) -> dict[str, Any]:
-    """The states of all random number generators of this process, as plain values."""
-    version, words, gauss = random.getstate()
-    name, key, *rest = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "python": [version, list(words), gauss],
-        "numpy": [name, key.tolist(), *rest],
-    }
-
-
-def set_random_states(states: dict[str, Any], device: torch.device) -> None:
-    version, words, gauss = states["python"]
-    name, key, *rest = states["numpy"]
-    random.setstate((version, tuple(words), gauss))
-    np.random.set_state((name, np.array(key, dtype=np.uint32), *rest))
-    torch.set_rng_state(states["torch"])
-    if device.type == "cuda" and states["cuda"] is not None:
-        torch.cuda.set_rng_state(states["cuda"], device)

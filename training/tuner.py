@@ -14,10 +14,10 @@ import batches
 import optim
 from adadagrad import gradients
 from adadagrad.control.step_time import StepTime
+from adadagrad.gradients.isolation import random_states, set_random_states
 from launch import fsdp
 from launch.collectives import all_gather_object
 from options.errors import RunError
-from training import state
 from training.clock import Event
 from training.components import Components
 from training.metrics import Validation, weights_of
@@ -185,7 +185,7 @@ def leaving_no_trace(parts: Components) -> Iterator[None]:
     to_come = 0 if device.type == "cpu" else optim.bytes_of_state_to_come(parts.optimizer, parts.config)
     room = torch.empty(to_come, dtype=torch.uint8, device=device)
     buffers = [buffer.clone() for buffer in parts.module.buffers()]
-    random_states = state.random_states(device)
+    states = random_states(device)
     parts.model.train()
     try:
         yield
@@ -195,7 +195,7 @@ def leaving_no_trace(parts: Components) -> Iterator[None]:
         with torch.no_grad():
             for buffer, before in zip(parts.module.buffers(), buffers):
                 buffer.copy_(before)
-        state.set_random_states(random_states, device)
+        set_random_states(states, device)
         parts.model.train()
         if parts.estimator:
             parts.estimator.forget()

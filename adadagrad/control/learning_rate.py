@@ -33,6 +33,11 @@ class LearningRateScaling:
     initial_batch_size: int
     adaptive_optimizer: bool = False
 
+    @property
+    def measures(self) -> bool:
+        """The factor depends on the statistics."""
+        return self.rule in ("adascale", "critical")
+
     def __call__(self, batch_size: int, statistics: Statistics | None) -> float:
         """
         Args:
