@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..tests import Moments
-from .contributions import at_least_single
+from .contributions import at_least_single, real
 from .samples import Batch
 
 Loss = Callable[[Any, Any], Tensor]
@@ -150,9 +150,11 @@ class Estimator:
 
     def mean_gradient(self, samples: Tensor, grad_scale: float | Tensor) -> dict[str, Tensor]:
         """ḡ by parameter: here from the sums of an own pass, averaged over the ranks in one exchange."""
-        flat = sum_over_ranks(torch.cat([gradient.flatten() for gradient in self.gradient_sum.values()])) / samples
-        pieces = flat.split([gradient.numel() for gradient in self.gradient_sum.values()])
-        return {name: piece.view_as(self.gradient_sum[name]) for name, piece in zip(self.gradient_sum, pieces)}
+        sums = {name: real(gradient) for name, gradient in self.gradient_sum.items()}
+        flat = sum_over_ranks(torch.cat([own.flatten() for own in sums.values()])) / samples  # in the widest dtype
+        pieces = flat.split([own.numel() for own in sums.values()])
+        mean = {name: piece.view(sums[name].shape) for name, piece in zip(sums, pieces)}
+        return {n: torch.view_as_complex(g) if self.gradient_sum[n].is_complex() else g for n, g in mean.items()}
 
     def products(self, mean: dict[str, Tensor], grad_scale: float | Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
         """p_k, ‖ḡ_k‖² and m_k of this rank's groups in order, float64 (K,); here single samples."""

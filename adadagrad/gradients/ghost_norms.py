@@ -12,7 +12,7 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .estimator import MicroBatch, dense, first_line, is_out_of_memory, listed, training_gradient
-from .ghost import GhostMode
+from .ghost import GhostMode, Seen
 from .isolation import isolated
 from .per_sample import (
     BySample,
@@ -39,14 +39,14 @@ class GhostNorms(OwnPass):
     over each gives the p_i.
 
     Attributes:
-        expansions, uncovered: of `GhostMode`, as the check at the start has found them.
+        known, uncovered: of `GhostMode`, as the check at the start has found them.
         forward_mode: the model has a forward-mode derivative; else `why_not_forward` says why.
     """
 
     def __init__(self, *arguments, in_training_pass: bool = False, notify: Callable[[str], None] = lambda line: None):
         super().__init__(*arguments, notify=notify)
         self.in_training_pass = in_training_pass
-        self.expansions: set[int] | None = None
+        self.known: Seen | None = None
         self.uncovered: set[str] = set()
         self.references: list[BySample] = [PerSampleGradients(*arguments), SingleGradients(*arguments)]
         self.forward_mode, self.why_not_forward = True, ""
@@ -64,15 +64,15 @@ class GhostNorms(OwnPass):
         if self.in_training_pass:
             marks = {name: _mark(parameter.grad) for name, parameter in self.parameters().items()}
             refresh = self.parameters if sharded else None
-            with GhostMode(self.parameters(), inputs, self.expansions, keep, refresh) as mode:
+            with GhostMode(self.parameters(), inputs, self.known, keep, refresh, self.uncovered) as mode:
                 yield
             self._say_what_failed(mode)
             mode.uncovered |= {name for name in mode.unseen() if _mark(self.parameters()[name].grad) != marks[name]}
             self._add(mode.norms_sq() / batch.loss_scale**2)
             if self.by_parameter:
                 self._tell_apart(mode, batch.loss_scale)
-            uncovered = self.uncovered | mode.uncovered
-            if mode.is_complete and not uncovered:
+            uncovered = mode.uncovered
+            if mode.is_complete:
                 self.kept.append((mode, batch.loss_scale))
         else:
             uncovered = set(self.uncovered)
@@ -80,7 +80,7 @@ class GhostNorms(OwnPass):
             def norms_and_gradient(chunk: tuple[Batch, Batch]) -> tuple[Tensor, dict[str, Tensor]]:
                 is_whole = keep and count(chunk[0]) == count(inputs)
                 mode, gradient = self.backward(*chunk, before[1], is_whole)
-                self.kept = [(mode, 1.0)] if mode.is_complete and not uncovered else []
+                self.kept = [(mode, 1.0)] if mode.is_complete else []
                 uncovered.update(mode.uncovered)
                 return mode.norms_sq(), gradient
 
@@ -100,10 +100,10 @@ class GhostNorms(OwnPass):
         return self.in_training_pass
 
     def _tell_apart(self, mode: GhostMode, loss_scale: float) -> None:
-        unknown = mode.uncovered | self.uncovered  # without a rule; all of these are measured together
         for name in mode.parameters:
             own = mode.norms_sq(name).sum() / loss_scale**2
-            self._add_by_parameter({name: own * math.nan if name in unknown else own})
+            # Those without a rule are measured together.
+            self._add_by_parameter({name: own * math.nan if name in mode.uncovered else own})
 
     def _norms_sq_of(self, names: set[str], inputs: Batch, targets: Batch, buffers: dict[str, Tensor]) -> Tensor:
         """‖g_i‖² over these parameters (n,), by the first reference that can; NaN, with a line, where none can."""
@@ -143,7 +143,7 @@ class GhostNorms(OwnPass):
         with (
             isolated(self.model, buffers),
             torch.enable_grad(),
-            GhostMode(parameters, inputs, self.expansions, keep) as mode,
+            GhostMode(parameters, inputs, self.known, keep, uncovered=self.uncovered) as mode,
         ):
             outputs = self._call(inputs)
             with torch._C.DisableTorchFunction():  # the loss has no parameters
@@ -237,6 +237,7 @@ class GhostNorms(OwnPass):
     def along(self, direction: dict[str, Tensor], inputs: Batch, targets: Batch, buffers: dict[str, Tensor]) -> Tensor:
         """The derivative of every sample's loss along a direction (by parameter), by forward mode: float64 (n,)."""
         parameters = {name: parameter.detach() for name, parameter in self.parameters().items()}
+        direction = {name: direction[name].to(parameter.dtype) for name, parameter in parameters.items()}
 
         def losses(parameters: dict[str, Tensor]) -> Tensor:
             with self.autocast(), in_wide_range(self.device):

@@ -122,9 +122,19 @@ def _embedding(mode: GhostMode, function, input, weight, padding_idx=None, *args
         mode._give_up([weight])
         return output
     indices, n = input.detach().reshape(mode.n, -1), mode.n
-    padding_index = None if padding_idx is None or padding_idx == -1 else padding_idx % len(weight)
+    padding_index = None if padding_idx is None else padding_idx % len(weight)
     mode.use(output, weight, lambda B: EmbeddingRows(indices, _by_sample(B, n), len(weight), padding_index))
     return output
+
+
+def _plain_embedding(mode: GhostMode, function, weight, indices, padding_idx=-1, *args, **kwargs) -> Tensor:
+    """Here a negative index of the padding means that there is none; for F.embedding, −1 is the last row."""
+
+    def call(indices, weight, padding_idx, *args, **kwargs):
+        return function(weight, indices, -1 if padding_idx is None else padding_idx, *args, **kwargs)
+
+    padding_index = None if padding_idx < 0 else padding_idx
+    return _embedding(mode, call, indices, weight, padding_index, *args, **kwargs)
 
 
 def _layer_norm(mode: GhostMode, function, input, normalized_shape, weight=None, bias=None, eps=1e-5, *args) -> Tensor:
@@ -301,8 +311,8 @@ def _multi_head_attention(mode: GhostMode, function, query: Tensor, key: Tensor,
         def by_sample(tensor: Tensor) -> Tensor:
             return tensor.reshape(-1, n, tensor.shape[-1]).transpose(0, 1)
 
-        mode.use(output, weight, lambda B: OuterProducts(by_sample(x), by_sample(B)))
-        mode.use(output, bias, lambda B: Direct(by_sample(at_least_single(B)).sum(1)))
+        mode.use(output, weight, lambda B: OuterProducts(by_sample(x), by_sample(B)), "second dimension")
+        mode.use(output, bias, lambda B: Direct(by_sample(at_least_single(B)).sum(1)), "second dimension")
         return output
 
     output = _with_linear(linear)(query, key, value, *args, **kwargs)
@@ -325,15 +335,7 @@ def _in(names: dict, function: FunctionType) -> FunctionType:
 RULES: dict[Callable, Rule] = {
     F.linear: _linear,
     F.embedding: _embedding,
-    torch.embedding: lambda mode, function, weight, indices, padding_idx=-1, *args, **kwargs: _embedding(
-        mode,
-        lambda i, w, p, *a, **k: function(w, i, -1 if p is None else p, *a, **k),
-        indices,
-        weight,
-        padding_idx,
-        *args,
-        **kwargs,
-    ),
+    torch.embedding: _plain_embedding,
     F.multi_head_attention_forward: _multi_head_attention,
 }
 for _functions, _rule in (

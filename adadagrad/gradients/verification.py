@@ -91,7 +91,7 @@ class SameDraws(TorchDispatchMode):
 
     def _uniform(self, like: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(self.draws)
-        last = like.shape[-1] if like.dim() > 1 else 1
+        last = like.shape[-1:] if like.dim() != 1 else (1,)
         return torch.rand(last, generator=generator, dtype=torch.float64).to(like.device).expand(like.shape)
 
 
@@ -324,7 +324,7 @@ class Check:
         twins = GhostNorms(self.model, self.loss, True, self.n)
         with self._drawing():
             mode, _ = twins.backward(self.inputs, self.targets, self.buffers, keep=True)
-        estimator.expansions, estimator.uncovered = mode.expansions, mode.uncovered
+        estimator.known, estimator.uncovered = mode.seen, mode.uncovered
         covered = [name for name in self.parameters if name not in mode.uncovered]
         problem = self._verdict({name: self._difference(name, mode.norms_sq(name), None) for name in covered})
         if not problem and mode.is_complete and self._total_differs(mode.inner_products(self.direction)):
