@@ -33,7 +33,8 @@ from .contributions import (
     total_norms_sq,
 )
 from .estimator import first_line, is_out_of_memory
-from .ghost_rules import EXPANSIONS, OF_FIRST_ALONE, PICKS, RULES, VIEWS
+from .ghost_rules import EXPANSIONS, FACTORIES, OF_FIRST_ALONE, PICKS, RULES, VIEWS
+from .hooks import Hook, Hooked
 from .samples import count, leaves
 
 Origin = frozenset[str] | str
@@ -68,6 +69,7 @@ class GhostMode(TorchFunctionMode):
             dimension.
         known: what an earlier pass of the same model has seen; what it has not seen is not covered.
         uncovered: names of parameters that are left out.
+        hooks: of parameters, those that change the samples' gradients.
         refresh: name → parameter as they are now. Under FSDP2 a module that runs has other, gathered parameters.
         keep: remember the layers' inputs and output gradients, for `inner_products`. Memory stays about the same:
             they come as the backward pass frees what else the forward pass has saved.
@@ -86,11 +88,12 @@ class GhostMode(TorchFunctionMode):
         keep: bool = False,
         refresh: Callable[[], dict[str, Tensor]] | None = None,
         uncovered: Collection[str] = (),
+        hooks: dict[str, Hook] | None = None,
     ):
         super().__init__()
         self.names = {id(parameter): name for name, parameter in parameters.items()}
         self.parameters, self.n, self._refresh = parameters, count(inputs), refresh
-        self.uncovered, self.failure = set(uncovered), ""
+        self.uncovered, self.failure, self.hooks = set(uncovered), "", hooks or {}
         self.seen, self._known, self._function = Seen(), known, ""
         self._keep, self._contributions, self._all_kept = keep, [], keep
         self._uses: Counter[str] = Counter()
@@ -121,7 +124,7 @@ class GhostMode(TorchFunctionMode):
         if rule is None:  # where no gradients are recorded, what is computed now may still get one (checkpointing)
             self._give_up(sources)
         result = rule(self, function, *args, **kwargs) if rule else function(*args, **kwargs)
-        picked = PICKED in batch or self._picks(function, args)
+        picked = PICKED in batch or self._picks(function, args, kwargs)
         for tensor in _flatten((result if result is not None else args[0],), {}):
             self._mark(tensor, PICKED if picked else BY_SAMPLE)
         return result
@@ -177,19 +180,26 @@ class GhostMode(TorchFunctionMode):
             return False
         return tensor.dim() > 0 and len(tensor) > 0 and len(tensor) % self.n == 0
 
-    def _picks(self, function: Callable, args: tuple) -> bool:
+    def _picks(self, function: Callable, args: tuple, kwargs: dict) -> bool:
+        """Rows by values of the batch. (What picks them by other values picks the same ones of every batch.)"""
         if function in PICKS:
-            return True
+            position, default = PICKS[function]
+            dim = kwargs.get("dim", args[position] if len(args) > position else default)
+            return not isinstance(dim, int) or dim % max(args[0].dim(), 1) == 0
         if function is not Tensor.__getitem__:
             return False
         first = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
-        return isinstance(first, (Tensor, list))
+        return isinstance(first, Tensor) and isinstance(self._origin(first), str)
 
     def _derive(self, function, args, kwargs, tensors: list[Tensor], origins: list[Origin]):
         """A function of parameters alone: remember of which. Expanding one over the batch is itself a use."""
         result = function(*args, **kwargs)
         ancestors = frozenset().union(*origins)
         if not ancestors:
+            # Positions, states, …: the same ones for every sample
+            expanded = function in EXPANSIONS and _one_more_dimension(tensors[0], result, self.n)
+            if expanded or (function in FACTORIES and result.dim() and len(result) == self.n):
+                self._mark(result, BY_SAMPLE)
             return result
         source = next(tensor for tensor, origin in zip(tensors, origins) if origin)
         self._function = getattr(function, "__name__", "")
@@ -204,7 +214,7 @@ class GhostMode(TorchFunctionMode):
     def _expands_over_batch(self, source: Tensor, result: Tensor, ancestors: frozenset[str]) -> bool:
         """By the shape, if an earlier pass does not say that it can be something else, as shapes can coincide."""
         call = (self._function, ancestors, tuple(source.shape))
-        expands = result.dim() == source.dim() > 0 and len(source) == 1 and len(result) == self.n
+        expands = result.numel() == self.n * source.numel() and _one_more_dimension(source, result, self.n)
         (self.seen.expansions if expands else self.seen.others).add(call)
         if not expands or self._known is None:
             return expands
@@ -265,6 +275,8 @@ class GhostMode(TorchFunctionMode):
         for name in ancestors - self.uncovered:
             parameter = self.parameters[name]
             own = contribution if parameter is source else PulledBack(contribution, source, parameter)
+            if name in self.hooks:
+                own = Hooked(own.at_hand() if isinstance(own, PulledBack) else own, self.hooks[name], parameter.shape)
             if self._keep:
                 own = self._remember(name, own)
             if self._uses[name] == 1:
@@ -344,6 +356,13 @@ def _maker(output: Tensor) -> tuple[Any, int] | None:
         return output.grad_fn and (output.grad_fn, output.output_nr)
     whole = base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
     return (base.grad_fn, base.output_nr) if whole else None
+
+
+def _one_more_dimension(source: Tensor, result: Tensor, n: int) -> bool:
+    """The first one, n times what the source is (or, of one row, n times that row)."""
+    if not result.dim() or len(result) != n:
+        return False
+    return source.dim() < result.dim() or (source.dim() == result.dim() and len(source) == 1)
 
 
 def _flatten(args, kwargs):
