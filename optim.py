@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adadagrad.control import carry_over
-from options.errors import UsageError
+from options.errors import UsageError, in_one_line
 from options.names import import_object, nearest, unknown
 from options.schema import Config
 
@@ -152,10 +152,9 @@ def build(model: nn.Module | Iterable[Tensor], config: Config) -> torch.optim.Op
         shares = _split(model if isinstance(model, nn.Module) else nn.ParameterList(model), config)
         optimizers = [kind(share, **own) for (kind, own), share in zip(chosen, shares, strict=True)]
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
         raise UsageError(
             f"--optimizer={config.optimizer} cannot be used with {arguments}: choose other values or another one "
-            f"({reason})"
+            f"({in_one_line(error)})"
         ) from None
     optimizer = optimizers[0] if len(optimizers) == 1 else Joined(optimizers)
     for group in optimizer.param_groups:

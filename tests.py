@@ -19,7 +19,7 @@ from adadagrad.tests import (
     Statistics,
     Test,
 )
-from options.schedules import rule_class, test_parameters
+from options.schedules import options_of_other_rules, rule_class, test_parameters
 from options.schema import Config
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "Statistics",
     "Test",
     "controller",
+    "options_of_other_rules",
     "rule",
     "rule_class",
     "test_parameters",
@@ -62,13 +63,15 @@ def controller(
         family: of the optimizer, whose state can follow; None where it is not known.
     """
     chosen = rule(vars(config), decay)
+    first = config.batch_size
+    if config.free_start and config.knee:
+        first = max(first, min(control.free_batch_size(config.knee), config.max_batch_size))
     return control.Controller(
-        config.batch_size,
+        first,
         rule=chosen,
         limits=control.Limits(
             config.max_batch_size,
             config.max_growth or float("inf"),
-            config.growth_interval,
             multiple=config.batch_size_multiple,
             may_shrink=chosen.may_shrink,
         ),

@@ -74,19 +74,21 @@ class Moments:
 
         Args:
             unbiased: E‖ḡ‖² = ‖G‖² + V/b, so ‖ḡ‖² − V/b takes the place of ‖ḡ‖² (for one batch it may be negative), and
-                the leave-one-out products q_i, whose mean it is, that of the p_i, which contain ‖g_i‖²/b of the sample
-                itself. Var q_i is still more than GᵀΣG, what a test of many samples would find: by tr(Σ²)/(b − 1).
+                the leave-one-out products q_k, whose mean it is, that of the p_k, which contain ‖ḡ_k‖² of the group
+                itself. A group is also in the mean of the others' others, so that q_k has only (K − 2)/(K − 1) of the
+                signal's part ⟨G, ḡ_k − G⟩: allowed for. Var q_k is still more than GᵀΣG, what a test of many samples
+                would find: by about tr(Σ²)/(b − 1). Two groups have one q between them: V_ip is not a number then.
         """
         if not unbiased:
             variances = self.variance, self.variance_inner_product, self.variance_orthogonality
             return Statistics(self.batch_size, self.num_groups, self.grad_norm_sq, *variances)
         signal = self.grad_norm_sq - self.variance / self.batch_size
-        of_products = of_rest = None
+        of_products = None
         if self.sum_leave_one_out_sq is not None:
             of_products = self._per_degree_of_freedom(self.sum_leave_one_out_sq - self.batch_size * signal**2)
-            # From V = V_orth + V_ip/‖G‖²
-            of_rest = max(self.variance - of_products / signal, 0.0) if signal > 0 else math.nan
-        return Statistics(self.batch_size, self.num_groups, signal, self.variance, of_products, of_rest)
+            k = self.num_groups
+            of_products = of_products * ((k - 1) / (k - 2)) ** 2 if k > 2 else math.nan
+        return Statistics.from_averages(self.batch_size, self.num_groups, signal, self.variance, of_products)
 
     def _per_degree_of_freedom(self, sum_of_squares: float) -> float:
         # Rounding can leave a sum of squares a little below zero where all gradients agree.
@@ -104,6 +106,7 @@ class Statistics:
         variance: V.
         variance_inner_product: V_ip, None where it was not measured.
         variance_orthogonality: V_orth, likewise.
+        margin: half of the two-sided 90 % interval of ‖G‖², None where it is not known.
     """
 
     batch_size: int
@@ -112,17 +115,62 @@ class Statistics:
     variance: float
     variance_inner_product: float | None = None
     variance_orthogonality: float | None = None
+    margin: float | None = None
+
+    @classmethod
+    def from_averages(
+        cls,
+        batch_size: int,
+        num_groups: int,
+        grad_norm_sq: float,
+        variance: float,
+        variance_inner_product: float | None = None,
+        margin: float | None = None,
+    ) -> "Statistics":
+        """V_orth by V = V_orth + V_ip/‖G‖², for numbers that were averaged apart; not a number where ‖G‖² ≤ 0."""
+        rest = None
+        if variance_inner_product is not None:
+            rest = max(variance - variance_inner_product / grad_norm_sq, 0.0) if grad_norm_sq > 0 else math.nan
+        return cls(batch_size, num_groups, grad_norm_sq, variance, variance_inner_product, rest, margin)
 
     @property
     def is_usable(self) -> bool:
-        """Finite, and more than one observation."""
-        return self.num_groups > 1 and math.isfinite(self.grad_norm_sq) and math.isfinite(self.variance)
+        """More than one observation, and finite in all that is averaged."""
+        averaged = (self.grad_norm_sq, self.variance, self.variance_inner_product or 0.0)
+        return self.num_groups > 1 and all(map(math.isfinite, averaged))
 
     @property
     def noise_scale(self) -> float | None:
         """V / ‖G‖² [samples], the simple gradient noise scale (McCandlish et al., arXiv:1812.06162); None where the
         estimate of ‖G‖² is not positive. Says what its name says of unbiased, averaged statistics only."""
         return self.variance / self.grad_norm_sq if self.grad_norm_sq > 0 else None
+
+    @property
+    def noise_scale_interval(self) -> tuple[float, float] | None:
+        """The noise scale's two-sided 90 % interval [samples], V being well known; the upper end may be infinite."""
+        if self.margin is None:
+            return None
+        ends = (self.grad_norm_sq + self.margin, self.grad_norm_sq - self.margin)
+        low, high = (self.variance / signal if signal > 0 else math.inf for signal in ends)
+        return low, high
+
+    @property
+    def is_narrow(self) -> bool:
+        """The noise scale is known to a half or better."""
+        return self.margin is not None and self.margin < 0.5 * self.grad_norm_sq
+
+    @property
+    def safe(self) -> "Statistics":
+        """With ‖G‖² at the upper end of its interval: a batch or a rate by these does not grow by what is not known."""
+        if self.margin is None:
+            return self
+        return Statistics.from_averages(
+            self.batch_size,
+            self.num_groups,
+            self.grad_norm_sq + self.margin,
+            self.variance,
+            self.variance_inner_product,
+        )
 
 
 @dataclass(frozen=True)
@@ -169,6 +217,10 @@ def _ratio(variance: float | None, bound: float) -> float:
     return variance / bound if bound > 0 else math.nan
 
 
+TESTS: dict[str, type["Test"]] = {}
+"""By their names on the command line; every class that is made is in it."""
+
+
 class Test:
     """A statistical test; its parameters are the fields of the dataclass that it is.
 
@@ -183,6 +235,9 @@ class Test:
     title: ClassVar[str]
     symbols: ClassVar[dict[str, str]]
     needs_inner_products: ClassVar[bool] = False
+
+    def __init_subclass__(cls):
+        TESTS[cls.name] = cls
 
     def __post_init__(self):
         for name, value in asdict(self).items():
@@ -257,7 +312,5 @@ class AugmentedInnerProductTest(Test):
         return _decide(moments, {"inner product test": inner_product, "orthogonality test": orthogonality})
 
 
-TESTS: dict[str, type[Test]] = {test.name: test for test in (NormTest, InnerProductTest, AugmentedInnerProductTest)}
-"""By their names on the command line."""
 MEASURED = ("variance", "variance_inner_product", "variance_orthogonality", "grad_norm_sq", "batch_noise_scale")
 """What a row of metrics.csv says of a measured batch: properties of its `Moments`."""

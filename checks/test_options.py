@@ -158,7 +158,7 @@ REFUSED = [
     ("--weight_decay=much", "--weight_decay must be a number, not 'much'"),
     ("--milestones=3", "--milestones must be a list"),
     ("--strategy=ddpp", "did you mean 'ddp'"),
-    ("--optimizer_args=3", "--optimizer_args must be of the form NAME=VALUE"),
+    ("--optimizer_args=3", "--optimizer_args must be {NAME: VALUE}, not '3'"),
     ("--batch_size", "--batch_size needs a value"),
     ("quickstart", "unexpected argument 'quickstart': options are written --NAME=VALUE"),
 ]  # fmt: skip
@@ -167,14 +167,14 @@ REFUSED = [
 @pytest.mark.parametrize(
     "words, recipe, expected",
     [
-        ("", "steady", ("unbiased", 5000.0, "goodput", "critical", 2.0)),
-        ("--model=cnn --dataset=mnist", "steady", ("unbiased", 5000.0, "goodput", "critical", 2.0)),
+        ("", "steady", ("unbiased", 5000.0, "goodput", "critical", 4.0)),
+        ("--model=cnn --dataset=mnist", "steady", ("unbiased", 5000.0, "goodput", "critical", 4.0)),
         ("--eta=1", "paper", ("batch", 0.0, "test", "none", None)),
         ("--test_type=norm", "paper", ("batch", 0.0, "test", "none", None)),
         ("--test=False", "paper", ("batch", 0.0, "test", "none", None)),
         ("--recipe=paper", "paper", ("batch", 0.0, "test", "none", None)),
-        ("--recipe=steady --smoothing=100 --max_growth=4", "steady", ("unbiased", 100.0, "goodput", "critical", 4.0)),
-        ("--recipe=steady --ramp_up_type=test --eta=2", "steady", ("unbiased", 5000.0, "test", "critical", 2.0)),
+        ("--recipe=steady --smoothing=100 --max_growth=2", "steady", ("unbiased", 100.0, "goodput", "critical", 2.0)),
+        ("--recipe=steady --ramp_up_type=test --eta=2", "steady", ("unbiased", 5000.0, "test", "critical", 4.0)),
     ],
 )
 def test_recipes(words, recipe, expected):

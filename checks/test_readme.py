@@ -38,9 +38,9 @@ COMMANDS = {
     "make quickstart": "sets up the environment; checks/test_runs.py runs what it runs, `python main.py`",
     "make test": "is what runs this",
     "make install-imagenet": "needs the network",
+    "pip install .": "changes the environment: checks/test_library.py installs the wheel into a folder",
     "source .venv/bin/activate": "changes the shell that it is typed in; `make` has made it",
     "apt-get install pkg-config libopencv-dev libturbojpeg0-dev": "needs root and the network",
-    "python launch/exact_options.py": "changes the environment; `make` runs it before these tests",
     "python -m imagenet.convert IMAGE_FOLDER OUT_DIR": "needs ffcv: checks/test_imagenet.py, where it is installed",
     "python -m checks.fault_drill --rounds=50": "takes long: checks/test_survival.py runs a few rounds",
     "python -m benchmarks.torchvision_models": MEASURES,
@@ -70,6 +70,7 @@ COMMANDS = {
     "python main.py --devices=2 --accelerator=cpu": DEVICES,
     "fabric run main.py --devices=4 --model=resnet18 --dataset=cifar10 --eta=0.5": DEVICES,
     "torchrun --nproc_per_node=4 main.py --model=resnet18 --dataset=cifar10": DEVICES,
+    "torchrun --nproc_per_node=2 main.py --test_type=ip+orth --config='{nu: 0.5}'": DEVICES,
     "fabric run main.py --devices=4 --model=gpt --dataset=stdlib --strategy=ddp": SHARDS,
     "fabric run main.py --devices=4 --model=gpt --dataset=stdlib --strategy=fsdp": SHARDS,
     "fabric run main.py --model=gpt --dataset=stdlib --devices=4 --strategy=fsdp --precision=bf16-mixed": SHARDS,
@@ -111,12 +112,13 @@ EXAMPLES = (
     "photos:load",
     "houses:load",
     "llama:small",
-    "tests.NormTest(eta=0.1)",
-    "tests.AugmentedInnerProductTest(",
-    "control.Goodput(),  # or test=",
+    "BatchScaler(model, cross_entropy, optimizer, batch_size=16, max_batch_size",
+    "BatchScaler(model, cross_entropy, optimizer, max_batch_size",
+    "fully_shard(model)",
+    "tests.NormTest(eta=0.1)(moments)",
     "class AdaptiveBatches(",
 )
-"""What tells the Python examples from each other; each is run below, the last one by test_foreign_loop.py."""
+"""What tells the Python examples from each other; each is run below, or by test_library.py."""
 
 
 def commands() -> set[str]:
@@ -138,6 +140,7 @@ def test_every_command_is_run_or_listed():
         "bash",
         "python",
         "bibtex",
+        "text",
     }  # no command in a block that is not read
 
 
@@ -155,7 +158,7 @@ def test_links_and_names_lead_somewhere(page):
         if anchor:
             assert anchor in map(slug, re.findall(r"^#+ (.*)", target.read_text(), re.M)), link
     for name in re.findall(r"`(?:python )?([\w./-]+\.(?:py|sh))\b", PAGES[page]):
-        within = [ROOT, *(path for path in ROOT.iterdir() if path.is_dir())]
+        within = [ROOT, *(path for path in ROOT.iterdir() if path.is_dir()), *(ROOT / "adadagrad").iterdir()]
         assert name in ("flowers.py", "photos.py", "houses.py", "llama.py") or any(
             (folder / name).exists() for folder in within
         ), name
@@ -173,6 +176,20 @@ def test_make_knows_its_targets():
     assert {command.split()[1] for command in started("make")} <= set(targets)
 
 
+def test_tables_of_what_to_type():
+    """ "You want … → you type …": the program knows every option in the second column, and its value."""
+    cells = [
+        re.findall(r"`([^`]+)`", cell)
+        for page in PAGES.values()
+        for table in re.findall(r"^\| you want \| you type \|\n\|[-|]+\n((?:\|.*\n)+)", page, re.M)
+        for cell in re.findall(r"^\|.*?\| (.*) \|$", table, re.M)
+    ]
+    typed = [words for cell in cells for words in cell if "--" in words and "report.py" not in words]
+    assert len(typed) > 15
+    for words in typed:
+        command_line.parse(of_the_program(words.removeprefix("python main.py").replace("…", "").split()))
+
+
 def test_front_door_is_short():
     assert len(PAGES[ROOT / "README.md"].splitlines()) <= 220
 
@@ -185,7 +202,7 @@ def of_the_program(words: list[str]) -> list[str]:
 def test_words_of_commands_that_are_not_run():
     for command in commands():
         if " main.py" in command and not command.startswith("python"):
-            command_line.parse(of_the_program(command.partition(" main.py")[2].split()))
+            command_line.parse(of_the_program(shlex.split(command.partition(" main.py")[2])))
 
 
 @pytest.fixture
@@ -325,29 +342,9 @@ def test_text_is_prepared_and_learned_from(folder, tmp_path, monkeypatch):
 
 
 def test_plain_loop():
-    lines = next(block for block in BLOCKS if EXAMPLES[4] in block)
+    lines = next(block for block in BLOCKS if "tests.NormTest(eta=0.1)(moments)" in block)
     torch.manual_seed(0)
     names = {"model": torch.nn.Linear(5, 3), "inputs": torch.randn(12, 5), "targets": torch.arange(12) % 3}
     names |= {"torch": torch, "gradients": gradients, "tests": tests}
     exec(lines, names)
     assert names["batch_size"] == names["decision"].next_batch_size > 12
-
-
-def test_whole_loop():
-    lines = next(block for block in BLOCKS if EXAMPLES[5] in block)
-    torch.manual_seed(0)
-    labels = torch.arange(300) % 3
-    images = torch.nn.functional.one_hot(labels, 5) + torch.randn(300, 5)
-    names = {"model": torch.nn.Linear(5, 3), "images": images, "labels": labels}
-    exec(lines, names)
-    assert names["decision"].passed is not None and 16 < names["batch_size"] <= 300
-
-
-def test_loop_with_the_controller():
-    lines = next(block for block in BLOCKS if EXAMPLES[6] in block)
-    torch.manual_seed(0)
-    labels = torch.arange(3000) % 3
-    images = torch.nn.functional.one_hot(labels, 5) + torch.randn(3000, 5)
-    names = {"model": torch.nn.Linear(5, 3), "images": images, "labels": labels}
-    exec(lines, names)
-    assert names["controller"].samples > 16 * 20 and names["controller"].noise_scale > 0

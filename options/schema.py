@@ -78,8 +78,6 @@ class BatchOptions:
     """sizes are rounded up to a multiple of this [samples]; the initial and the largest size stand as they are"""
     max_growth: float | None = None
     """largest factor by which the batch grows at a time; default: no bound"""
-    growth_interval: int = 1
-    """at least so many steps between two changes of the batch size"""
 
 
 @dataclass
@@ -102,8 +100,9 @@ class TestOptions:
     smoothing: float = 0.0
     """average the statistics over steps, with this half-life [samples], or of four measurements where those have more
     samples; 0: the last tested batch alone"""
-    test_interval: int = 1
-    """test every so many steps"""
+    test_interval: int | Literal["auto"] = 1
+    """measure, and test, every so many steps; auto: every step until the noise scale is known to a half (at most an
+    eighth of the steps and 16 more), then every sixteenth"""
     monitor_interval: int = 0
     """measure the statistics every so many steps also where nothing is decided by them: in runs without a test and at
     the largest batch size; 0: do not. A network with BatchNorm is watched by micro_batch"""
@@ -129,9 +128,16 @@ class TestOptions:
     knee: float | None = None
     """of ramp_up_type=goodput: the batch whose samples take as long as the fixed part of a step [samples]; default: as
     the steps' times say. With a number, the sizes do not depend on times"""
+    max_waste: float | None = None
+    """of ramp_up_type=goodput: W, a bound on the samples: the batch stays where the run takes at most 1 + W times the
+    least possible ones, W critical batch sizes; default: 10"""
+    free_start: bool = False
+    """of ramp_up_type=goodput: begin with an eighth of the knee where that is more than batch_size, as a step takes
+    hardly longer for it; the learning rate begins at that of batch_size and follows what is measured"""
     recipe: Literal["paper", "steady"] | None = None
     """paper: the published rule. steady: unbiased, smoothed statistics, goodput, a learning rate that follows,
-    measured at every eighth step, growth at most twofold in 16 steps. Options that are given stand above it; default:
+    a free start, growth at most fourfold at a time and by what is known for sure, at most twice the least
+    possible samples. Options that are given stand above it; default:
     paper where test_type, eta, theta, nu or ramp_up_type is given or there is no test, else steady"""
 
 
@@ -344,9 +350,9 @@ class Config(
     def _check_ranges(self):
         positive = (
             "batch_size max_batch_size max_micro_batch_size eval_micro_batch_size max_test_micro_batch_size "
-            "gradient_accumulation_steps eta theta nu test_interval test_groups learning_rate max_lr gamma "
+            "gradient_accumulation_steps test_interval test_groups learning_rate max_lr gamma "
             "max_samples max_iters devices num_nodes log_interval linear_ramp_up_increment lr_decay_samples "
-            "lr_decay_iters keep_checkpoints timeout_minutes batch_size_multiple growth_interval "
+            "lr_decay_iters keep_checkpoints timeout_minutes batch_size_multiple max_waste "
             "knee eval_samples validation_samples"
         )
         not_negative = (
@@ -364,7 +370,8 @@ class Config(
         for name in ("global_batch_sizes", "samples_stages", "milestones"):
             for value in getattr(self, name):
                 _require_range(name, value, "a list of positive numbers", lambda value: value > 0)
-        for name in ("eta", "theta", "nu"):  # their squares are needed
+        for name in PARAMETERS_OF_TESTS:  # their squares are needed
+            _require_range(name, getattr(self, name), "positive", lambda value: value > 0)
             _require_range(name, getattr(self, name), "from 1e-100 to 1e100", lambda value: 1e-100 <= value <= 1e100)
         sizes = [("global_batch_sizes", size) for size in self.global_batch_sizes]
         sizes += [(name, getattr(self, name)) for name in ("batch_size", "max_batch_size", "linear_ramp_up_increment")]
@@ -420,7 +427,7 @@ class Config(
                 if getattr(self, name) != getattr(DEFAULTS, name) and not left_over:
                     raise UsageError(f"--{name} acts only with {rule.chosen_by}: add that, or leave --{name} out")
         if chosen.measures and "test_type" not in chosen.options:
-            for name in ("test_type", *(name for test in TESTS for name in test_parameters({"test_type": test}))):
+            for name in ("test_type", *PARAMETERS_OF_TESTS):
                 if getattr(self, name) != getattr(DEFAULTS, name):
                     raise UsageError(
                         f"--{name}: {chosen.chosen_by} makes no test: leave --{name} out, or take another type"
@@ -498,6 +505,7 @@ class Config(
                 return
 
 
+PARAMETERS_OF_TESTS = sorted({name for test in TESTS for name in test_parameters({"test_type": test})})
 GENERAL = {"batch_size", "max_batch_size", "test_type"}
 """Options that are no single rule's."""
 DEFAULTS = SimpleNamespace(

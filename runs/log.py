@@ -28,7 +28,7 @@ import tests
 from launch.ending import errors_go_to
 from launch.environments import resume_command
 from options.errors import UsageError
-from options.schema import Config
+from options.schema import PARAMETERS_OF_TESTS, Config
 from runs import figures, results
 from runs.checkpoint import plain_options, remove_left_overs, replacing, unwritable
 from runs.lock import locked
@@ -210,7 +210,7 @@ class RunLog:
             metrics = {f"{axis}/{tag}": row[name] for name, tag in tags.items() if row.get(name) is not None}
             if axis == "sample":
                 metrics["sample/step"] = row["step"]
-                metrics |= {f"sample/{name}": getattr(self.config, name) for name in ("eta", "theta", "nu")}
+                metrics |= {f"sample/{name}": getattr(self.config, name) for name in PARAMETERS_OF_TESTS}
             values = [value for tag, number in metrics.items() for value in scalar(tag, number).value]
             self._tensorboard.experiment.file_writer.add_summary(Summary(value=values), at)
 

@@ -4,25 +4,28 @@ import csv
 import json
 import os
 import re
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache, cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
 
 import tests
-from adadagrad.control import RULES
 from options.errors import UsageError
 from options.names import nearest
 from options.recipes import RECIPES
-from options.schema import MEASURED_SCALINGS, CheckpointOptions, Config
+from options.schema import MEASURED_SCALINGS, PARAMETERS_OF_TESTS, CheckpointOptions, Config
 
 FILES = ("config.yaml", "metrics.csv", "summary.json")
 NOT_COMPARED = {"seed", "run_name", "recipe", "out_dir", "data_dir", "num_workers"}
 NOT_COMPARED |= {entry.name for entry in fields(CheckpointOptions)}
 """Options in which the runs of one configuration may differ."""
+ARRIVAL = 3
+"""Evaluations whose mean has to pass a target."""
 
 UNSAID = (None, False, "none")
 IN_A_RECIPE = {name for recipe in RECIPES.values() for name in recipe}
@@ -151,9 +154,14 @@ class Run:
         return {**metrics, "seconds": seconds(metrics)}
 
     def reached(self, target: float) -> dict[str, float] | None:
-        """Steps, samples and seconds at the first evaluation that reaches this objective; None if never."""
+        """Steps, samples and seconds when the mean of the last three evaluations (of all, where there are fewer) has
+        passed this objective; None if it never has. One evaluation alone passes early by chance."""
+        recent: deque[float] = deque(maxlen=ARRIVAL)
         for i, value in enumerate(self.metrics[self.objective]):
-            if value is not None and (value >= target if self.larger_is_better else value <= target):
+            if value is None:
+                continue
+            recent.append(value)
+            if fmean(recent) >= target if self.larger_is_better else fmean(recent) <= target:
                 return {name: self.metrics[name][i] for name in ("step", "samples", "seconds")}
         return None
 
@@ -258,11 +266,10 @@ def _equal(option: Any, value: str) -> bool:
 def without_effect(options: dict[str, Any]) -> set[str]:
     """Options that the run did not read, given the others: they tell no two configurations apart."""
     rule = tests.rule_class(options)
-    parameters = {name for test in tests.TESTS for name in tests.test_parameters({"test_type": test})}
     read = set(rule.options)
     if "test_type" in read:
         read |= set(tests.test_parameters(options))
-    unused = (parameters | {name for other in RULES.values() for name in other.options}) - read
+    unused = ({*PARAMETERS_OF_TESTS} - read) | tests.options_of_other_rules(options)
     if rule.name == "stagewise":
         unused |= {"batch_size", "max_batch_size"}
     else:
@@ -284,7 +291,7 @@ def schedule(options: dict[str, Any]) -> tuple[str, set[str]]:
     if rule.test:
         said |= set(tests.test_parameters(options))
     if rule.measures:
-        otherwise = {name for name, value in steady.items() if options[name] != value}
+        otherwise = {name for name, value in steady.items() if options[name] != value} - without_effect(options)
         if not otherwise:
             return "steady", said | set(steady)
         if otherwise == {"ramp_up_type"}:  # a test in the recipe's place of goodput

@@ -1,35 +1,12 @@
 """What each rank saves of itself, and what it is restored to: random states, buffers, totals since the last row."""
 
-import random
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
+from adadagrad.gradients.isolation import random_states, set_random_states
 from training.metrics import Totals
-
-
-def random_states(device: torch.device) -> dict[str, Any]:
-    """The states of all random number generators of this process, as plain values."""
-    version, words, gauss = random.getstate()
-    name, key, *rest = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "python": [version, list(words), gauss],
-        "numpy": [name, key.tolist(), *rest],
-    }
-
-
-def set_random_states(states: dict[str, Any], device: torch.device) -> None:
-    version, words, gauss = states["python"]
-    name, key, *rest = states["numpy"]
-    random.setstate((version, tuple(words), gauss))
-    np.random.set_state((name, np.array(key, dtype=np.uint32), *rest))
-    torch.set_rng_state(states["torch"])
-    if device.type == "cuda" and states["cuda"] is not None:
-        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def state_of_rank(module: torch.nn.Module, totals: Totals, device: torch.device) -> dict[str, Any]:

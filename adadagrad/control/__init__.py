@@ -5,7 +5,7 @@ knows of devices, processes, options or files, so that it serves anybody's train
 to hold.
 """
 
-from .controller import Controller, Update
+from .controller import STEADY, Controller, Update, steady
 from .learning_rate import CRITICAL, LearningRateScaling
 from .limits import Limits
 from .rules import (
@@ -19,6 +19,7 @@ from .rules import (
     Rule,
     Seesaw,
     Stagewise,
+    free_batch_size,
 )
 from .smoothing import Smoothing
 from .step_time import StepTime
@@ -27,6 +28,7 @@ from .transition import Family, Transition
 __all__ = [
     "CRITICAL",
     "RULES",
+    "STEADY",
     "Adaptive",
     "AdaptiveByFactor",
     "Constant",
@@ -44,4 +46,6 @@ __all__ = [
     "StepTime",
     "Transition",
     "Update",
+    "free_batch_size",
+    "steady",
 ]

@@ -28,6 +28,13 @@ class Update:
     transition: Transition | None = None
 
 
+OFTEN, SELDOM = 8, 16
+"""Steps between two measurements: while the noise scale is not known well, and afterwards."""
+NUMBERS = ("batch_size", "steps", "measurements", "samples", "samples_measured", "samples_watched")
+STATISTICS = ("statistics", "reported")
+PARTS = ("decided_by", "of_noise", "watched", "limits", "step_time")
+
+
 class Controller:
     """Says after every step how large the next batch is and by what the learning rate is multiplied.
 
@@ -64,20 +71,32 @@ class Controller:
         self.step_time = StepTime()
         self.decided_by = Smoothing(smoothing, unbiased)
         self.of_noise = self.decided_by if unbiased else Smoothing(smoothing, unbiased=True)
-        self.samples, self.samples_measured = 0, 0
-        self.statistics: Statistics | None = None  # of the last measurement, unbiased and averaged
+        self.watched = Smoothing(smoothing, unbiased=True)  # of all measurements; nothing is decided by them
+        self.steps, self.measurements = 0, 0
+        self.samples, self.samples_measured, self.samples_watched = 0, 0, 0
+        self.statistics: Statistics | None = None  # unbiased and averaged, of the last measurement to decide by
+        self.reported: Statistics | None = None  # likewise, of the last measurement
 
-    def update(self, moments: Moments | None = None, samples: int | None = None) -> Update:
+    def update(
+        self, moments: Moments | None = None, samples: int | None = None, watched: Moments | None = None
+    ) -> Update:
         """What follows from the step that was taken.
 
         Args:
             moments: of the step's batch; None where it was not measured.
             samples: that the step really used, where a loop ends a batch early.
+            watched: of the step's batch, where it was measured only to be reported.
         """
-        self.samples += samples or (moments.batch_size if moments else self.batch_size)
+        measured = moments or watched
+        self.samples += samples or (measured.batch_size if measured else self.batch_size)
+        if measured:
+            self._report(measured)
+        self.steps += 1
         decision = self._measure(moments) if moments else None
         step_time = self.step_time.fit() if moments and self.rule.timed else None
-        observation = Observation(decision, self.noise_scale if moments else None, step_time)
+        known = self._known
+        noise_scale = known.noise_scale if moments and known else None
+        observation = Observation(decision, noise_scale, step_time)
         wanted = self.rule(self.batch_size, self.samples, observation)
         before = self.batch_size
         self.batch_size = self.limits(before, wanted, moments is not None or not self.rule.measures)
@@ -87,16 +106,49 @@ class Controller:
     def _measure(self, moments: Moments) -> Decision | None:
         """Add a batch to the averages; gives the test's decision on them, where there is a test."""
         passed = self.samples - self.samples_measured
-        self.samples_measured = self.samples
+        self.samples_measured, self.measurements = self.samples, self.measurements + 1
         decided_by = self.decided_by.add(moments, passed)
         unbiased = decided_by if self.of_noise is self.decided_by else self.of_noise.add(moments, passed)
         self.statistics = unbiased if unbiased.is_usable else self.statistics
-        return self.rule.test(decided_by) if self.rule.test else None
+        return self.rule.test(decided_by.safe) if self.rule.test else None
+
+    @property
+    def _known(self) -> Statistics | None:
+        """What growth and learning rate may go by: ‖G‖² at the safe end of its interval, once there is one."""
+        if self.statistics is None or (self.of_noise.half_life and self.statistics.margin is None):
+            return None
+        return self.statistics.safe
+
+    def is_due(self, interval: int | None) -> bool:
+        """Whether the next step is to be measured.
+
+        Args:
+            interval: every so many steps; None: at every step until the noise scale is known to a half, as far as
+                these are at most 16 steps and an eighth of all (with a test that takes half of a step's time, 6 % of
+                the run), then at every sixteenth.
+        """
+        if interval is not None:
+            return self.steps % interval == 0
+        if self.statistics is not None and self.statistics.is_narrow:
+            return self.steps % SELDOM == 0
+        return self.measurements < SELDOM + self.steps // OFTEN
+
+    def _report(self, moments: Moments) -> None:
+        passed, self.samples_watched = self.samples - self.samples_watched, self.samples
+        statistics = self.watched.add(moments, passed)
+        self.reported = statistics if statistics.is_usable else self.reported
+
+    @property
+    def needs_moments(self) -> bool:
+        """A measurement can still change something: the learning rate, or a batch that is not yet at its largest."""
+        limits = self.limits
+        is_largest = limits.max_batch_size is not None and self.batch_size >= limits.max_batch_size
+        return self.scaling.measures or (self.rule.measures and (limits.may_shrink or not is_largest))
 
     @property
     def lr_factor(self) -> float:
         """On the learning rate of a step of the present batch size."""
-        return self.scaling(self.batch_size, self.statistics)
+        return self.scaling(self.batch_size, self._known)
 
     @property
     def decay_factor(self) -> float:
@@ -106,7 +158,12 @@ class Controller:
     @property
     def noise_scale(self) -> float | None:
         """V/‖G‖² of the averaged, unbiased statistics [samples]; None where ‖G‖² is not positive or not known."""
-        return self.statistics.noise_scale if self.statistics else None
+        return self.reported.noise_scale if self.reported else None
+
+    @property
+    def noise_scale_interval(self) -> tuple[float, float] | None:
+        """Its two-sided 90 % interval [samples]; None where it is not known."""
+        return self.reported.noise_scale_interval if self.reported else None
 
     @property
     def knee(self) -> float | None:
@@ -131,21 +188,38 @@ class Controller:
 
     def state_dict(self) -> dict:
         """Plain numbers, lists and dicts, for a checkpoint."""
-        statistics = self.statistics
         return {
-            "batch_size": self.batch_size,
-            "samples": self.samples,
-            "samples_measured": self.samples_measured,
-            "statistics": None if statistics is None else vars(statistics),
-            "decided_by": self.decided_by.state_dict(),
-            "of_noise": self.of_noise.state_dict(),
-            "limits": self.limits.state_dict(),
-            "step_time": self.step_time.state_dict(),
+            **{name: getattr(self, name) for name in NUMBERS},
+            **{name: own and vars(own) for name in STATISTICS for own in [getattr(self, name)]},
+            **{name: getattr(self, name).state_dict() for name in PARTS},
         }
 
     def load_state_dict(self, state: dict) -> None:
-        for name in ("batch_size", "samples", "samples_measured"):
+        for name in NUMBERS:
             setattr(self, name, state[name])
-        self.statistics = None if state["statistics"] is None else Statistics(**state["statistics"])
-        for name in ("decided_by", "of_noise", "limits", "step_time"):
+        for name in STATISTICS:
+            setattr(self, name, state[name] and Statistics(**state[name]))
+        for name in PARTS:
             getattr(self, name).load_state_dict(state[name])
+
+
+STEADY = {"smoothing": 5_000.0, "max_growth": 4.0, "max_waste": 1.0}
+"""Of the default recipe."""
+
+
+def steady(batch_size: int, max_batch_size: int | None = None, adaptive_optimizer: bool = False) -> Controller:
+    """The program's default recipe: the batch with the most progress a second, and a learning rate that follows.
+
+    Args:
+        batch_size: b₀, of the first batch, for which the learning rate was chosen [samples].
+        max_batch_size: largest size [samples]; None: no bound.
+        adaptive_optimizer: the optimizer divides by the gradient's size.
+    """
+    return Controller(
+        batch_size,
+        rule=Goodput(max_waste=STEADY["max_waste"]),
+        limits=Limits(max_batch_size, STEADY["max_growth"]),
+        unbiased=True,
+        smoothing=STEADY["smoothing"],
+        scaling=LearningRateScaling("critical", batch_size, adaptive_optimizer),
+    )

@@ -40,6 +40,11 @@ class LearningRateScaling:
     adaptive_optimizer: bool = False
     family: Family | None = None
 
+    @property
+    def measures(self) -> bool:
+        """The factor depends on the statistics."""
+        return self.rule in ("adascale", "critical")
+
     def __call__(self, batch_size: int, statistics: Statistics | None) -> float:
         """
         Args:

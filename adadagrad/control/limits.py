@@ -11,7 +11,6 @@ class Limits:
     Args:
         max_batch_size: largest size [samples].
         max_growth: largest factor at a time.
-        interval: least number of steps between two changes.
         patience: the rule has to ask for more so many times in a row.
         multiple: sizes are rounded up to a multiple of it; the largest size stands above this.
         may_shrink: smaller sizes are taken, too.
@@ -19,12 +18,10 @@ class Limits:
 
     max_batch_size: int | None = None
     max_growth: float = math.inf
-    interval: int = 1
     patience: int = 1
     multiple: int = 1
     may_shrink: bool = False
     asked: int = 0  # times in a row that the rule has asked for another size
-    since_change: int | None = None  # steps; None before the first change
 
     def __call__(self, batch_size: int, wanted: int, could_ask: bool = True) -> int:
         """The size of the next batch.
@@ -35,16 +32,13 @@ class Limits:
             could_ask: False where the rule needed a measurement that this step did not have: it does not count for
                 `patience`.
         """
-        if self.since_change is not None:
-            self.since_change += 1
         if could_ask:
             self.asked = self.asked + 1 if wanted != batch_size else 0
-        waited = self.since_change is None or self.since_change >= self.interval
-        if wanted == batch_size or self.asked < self.patience or not waited:
+        if wanted == batch_size or self.asked < self.patience:
             return batch_size
         size = self._bounded(batch_size, wanted)
         if size != batch_size:
-            self.asked, self.since_change = 0, 0
+            self.asked = 0
         return size
 
     def _bounded(self, batch_size: int, wanted: int) -> int:
@@ -58,7 +52,7 @@ class Limits:
         return max(min(size, batch_size), 1) if self.may_shrink else batch_size
 
     def state_dict(self) -> dict:
-        return {"asked": self.asked, "since_change": self.since_change}
+        return {"asked": self.asked}
 
     def load_state_dict(self, state: dict) -> None:
-        self.asked, self.since_change = state["asked"], state["since_change"]
+        self.asked = state["asked"]

@@ -30,14 +30,18 @@ class Observation:
     step_time: tuple[float, float] | None = None
 
 
+RULES: dict[str, type["Rule"]] = {}
+"""By name; every class that is made is in it."""
+
+
 class Rule:
     """What asks for the next batch size.
 
     Attributes:
-        name: of the rule, as `RULES` has it.
+        name: of the rule; in the names of folders, too.
         options: the options of main.py that it reads.
         described: those of them that `describe` tells of.
-        chosen_by: what asks for it on the command line.
+        chosen_by: what asks for it on the command line; default: --ramp_up_type with its name.
         measures: it can ask only after a step that was measured.
         timed: it looks at the steps' times.
         may_shrink: it asks for smaller sizes, too.
@@ -52,6 +56,11 @@ class Rule:
     timed = False
     may_shrink = False
     test: Test | None = None
+
+    def __init_subclass__(cls):
+        RULES[cls.name] = cls
+        if "chosen_by" not in cls.__dict__:
+            cls.chosen_by = f"--ramp_up_type={cls.name}"
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], test: Test | None, decay: Callable[[int], float]) -> "Rule":
@@ -103,7 +112,7 @@ class Constant(Rule):
 class Adaptive(Rule):
     """Where the test fails, the size that it asks for, or `factor` times the present one where a factor is given."""
 
-    name, chosen_by = "test", "--ramp_up_type=test"
+    name = "test"
     options = described = ("test_type",)
     measures = True
     test: Test | None = None
@@ -130,7 +139,7 @@ class Adaptive(Rule):
 class AdaptiveByFactor(Adaptive):
     """`Adaptive` with a factor."""
 
-    name, chosen_by = "factor", "--ramp_up_type=factor"
+    name = "factor"
     options, described = ("test_type", "ramp_up_factor"), ("test_type",)
 
     @classmethod
@@ -224,29 +233,31 @@ class Goodput(Rule):
     A step of b samples takes α + βb seconds and makes progress in proportion to b/(b + C), C the critical batch size,
     `critical` noise scales. The most progress a second is at b* = √(C · α/β), the geometric mean of the critical batch
     size and the hardware's knee P = α/β. The batch moves there where that gains more than `least_gain`; it becomes
-    smaller only with `may_shrink`. Above `most_critical` · C it does not go: a step of 10 C makes 10/11 of the progress
-    of the largest there can be, and the estimate of the knee is not to decide over more samples than that.
+    smaller only with `may_shrink`. Samples have a price, too: a run by batches of b takes 1 + b/C times the least
+    possible samples, so that "at most 1 + W times the least" is b ≤ W·C. (With a price of λ seconds a sample the least
+    of (α + βb)(1 + C/b) + λ(b + C) is at √(C·α/(β + λ)).) Without a bound, W is 10: a step of 10 C makes 10/11 of the
+    progress of the largest there can be, and the estimate of the knee is not to decide over more samples than that.
 
     Args:
         knee: P [samples], where it is known; default: what the steps' times say.
         least_gain: of progress a second, over the present batch, below which nothing changes.
         may_shrink: move to smaller batches, too.
         critical: the batch of which a step makes half the progress of the largest there can be, in noise scales.
-        most_critical: bound on the batch, in critical batch sizes.
+        max_waste: W [of the least possible samples]; default: 10.
     """
 
-    name, chosen_by = "goodput", "--ramp_up_type=goodput"
-    options = ("knee", "may_shrink")
+    name = "goodput"
+    options = ("knee", "may_shrink", "max_waste", "free_start")
     measures = True
     knee: float | None = None
     least_gain: float = 0.05
     may_shrink: bool = False
     critical: float = CRITICAL
-    most_critical: float = 10.0
+    max_waste: float | None = None
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], test: Test | None, decay: Callable[[int], float]) -> "Rule":
-        return cls(options["knee"], may_shrink=options["may_shrink"])
+        return cls(options["knee"], may_shrink=options["may_shrink"], max_waste=options["max_waste"])
 
     @property
     def timed(self) -> bool:
@@ -263,11 +274,16 @@ class Goodput(Rule):
         if step_time is None:  # one other size tells what sizes cost here
             return 2 * batch_size
         critical = self.critical * observation.noise_scale
-        best = min(quickest_batch(critical, step_time), max(round(self.most_critical * critical), 1))
+        best = min(quickest_batch(critical, step_time), max(round((self.max_waste or 10.0) * critical), 1))
         if best < batch_size and not self.may_shrink:
             return batch_size
         gain = progress_rate(best, critical, step_time) / progress_rate(batch_size, critical, step_time)
         return best if gain > 1 + self.least_gain else batch_size
+
+
+def free_batch_size(knee: float) -> int:
+    """Below an eighth of the knee a smaller batch saves at most an eighth of a step's time [samples]."""
+    return round(knee / 8)
 
 
 def quickest_batch(critical: float, step_time: tuple[float, float]) -> int:
@@ -280,9 +296,3 @@ def progress_rate(batch_size: float, critical: float, step_time: tuple[float, fl
     """Progress a second, b/(b + C) / (α + βb), in the units of a step of an infinite batch."""
     fixed, per_sample = step_time
     return batch_size / (batch_size + critical) / (fixed + per_sample * batch_size)
-
-
-RULES: dict[str, type[Rule]] = {
-    rule.name: rule for rule in (Constant, Adaptive, AdaptiveByFactor, Stagewise, Linear, Seesaw, Goodput)
-}
-"""By name."""
