@@ -8,6 +8,7 @@ from .limits import Limits
 from .rules import Adaptive, Goodput, Observation, Rule, quickest_batch
 from .smoothing import Smoothing
 from .step_time import StepTime
+from .transition import Transition
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,13 @@ class Update:
         batch_size: of the next batch [samples].
         lr_factor: on the learning rate of the next step.
         decision: the test's, None where none was made.
+        transition: what the optimizer's state has to follow (carry_over.apply), None where it has not.
     """
 
     batch_size: int
     lr_factor: float
     decision: Decision | None
+    transition: Transition | None = None
 
 
 OFTEN, SELDOM = 8, 16
@@ -95,8 +98,10 @@ class Controller:
         noise_scale = known.noise_scale if moments and known else None
         observation = Observation(decision, noise_scale, step_time)
         wanted = self.rule(self.batch_size, self.samples, observation)
-        self.batch_size = self.limits(self.batch_size, wanted, moments is not None or not self.rule.measures)
-        return Update(self.batch_size, self.lr_factor, decision)
+        before = self.batch_size
+        self.batch_size = self.limits(before, wanted, moments is not None or not self.rule.measures)
+        transition = self.scaling.transition(before, self.batch_size, self.statistics)
+        return Update(self.batch_size, self.lr_factor, decision, transition)
 
     def _measure(self, moments: Moments) -> Decision | None:
         """Add a batch to the averages; gives the test's decision on them, where there is a test."""
@@ -144,6 +149,11 @@ class Controller:
     def lr_factor(self) -> float:
         """On the learning rate of a step of the present batch size."""
         return self.scaling(self.batch_size, self._known)
+
+    @property
+    def decay_factor(self) -> float:
+        """On a decoupled weight decay, of a step of the present batch size."""
+        return self.scaling.decay(self.batch_size, self.statistics)
 
     @property
     def noise_scale(self) -> float | None:
