@@ -37,7 +37,7 @@ COLUMNS = (
     *("step", "samples", "epoch", "train_loss", "METRICS", "lr"),
     *("batch_size", "micro_batch_size", "gradient_accumulation_steps"),
     *tests.MEASURED,
-    *("noise_scale", "lr_factor", "next_batch_size"),
+    *("noise_scale", "noise_scale_low", "noise_scale_high", "lr_factor", "next_batch_size"),
     *("world_size", "step_time", "test_time", "samples_per_second"),
 )
 """Of metrics.csv; in the place of METRICS stand those of the data set, train_… and val_…."""
@@ -55,6 +55,8 @@ TAGS = {
     "grad_norm_sq": "grad_norm_sq",
     "batch_noise_scale": "noise_scale",
     "noise_scale": "noise_scale_unbiased",
+    "noise_scale_low": "noise_scale_low",
+    "noise_scale_high": "noise_scale_high",
     "lr_factor": "lr_factor",
     "step_time": "time",
 }
