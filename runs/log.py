@@ -21,7 +21,6 @@ import torch
 import yaml
 from lightning.fabric.loggers import TensorBoardLogger
 from tensorboard.compat.proto.summary_pb2 import Summary
-from torch.utils.tensorboard.summary import scalar
 from tqdm import tqdm
 
 import tests
@@ -213,7 +212,7 @@ class RunLog:
             if axis == "sample":
                 metrics["sample/step"] = row["step"]
                 metrics |= {f"sample/{name}": getattr(self.config, name) for name in PARAMETERS_OF_TESTS}
-            values = [value for tag, number in metrics.items() for value in scalar(tag, number).value]
+            values = [Summary.Value(tag=tag, simple_value=number) for tag, number in metrics.items()]
             self._tensorboard.experiment.file_writer.add_summary(Summary(value=values), at)
 
     def advance(self, done: int) -> None:
