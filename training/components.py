@@ -19,6 +19,7 @@ import models
 import optim
 import tests
 from adadagrad import gradients
+from adadagrad.control import carry_over
 from launch import fsdp
 from launch.collectives import on_all_ranks
 from launch.processes import naming_long_work
@@ -169,8 +170,8 @@ class Components:
         fabric, c = self.fabric, self.config
         with out_of_memory_means("the model", "take a smaller --model"):
             self.model = fabric.setup_module(torch.compile(self.module) if c.compile else self.module)
-        optimizer = on_all_ranks(fabric, lambda: optim.build(self.module.parameters(), c))
-        self.is_adaptive = optim.is_adaptive(optimizer)
+        optimizer = on_all_ranks(fabric, lambda: optim.build(self.module, c))
+        self.is_adaptive, self.family = optim.is_adaptive(optimizer), carry_over.family(optimizer)
         self.optimizer = fabric.setup_optimizers(optimizer)
         if c.strategy == "ddp":
             with naming_long_work(fabric, "looking for parameters that the loss does not use"):
