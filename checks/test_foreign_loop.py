@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch.nn.functional import cross_entropy
 
 import data
@@ -13,7 +12,7 @@ import models
 from adadagrad import control, gradients
 from batches.augment import Normalise
 from batches.order import SampleOrder
-from checks.conftest import column, train
+from checks.conftest import column, forks, train
 from tests import NormTest
 
 STEPS, B0, SEED, RATE = 30, 16, 7, 0.05
@@ -94,7 +93,7 @@ def test_a_plain_ddp_loop_decides_as_main_does(tmp_path, free_port):
     ours = train(tmp_path, *OPTIONS)
     sizes, rates = column(ours, "batch_size"), column(ours, "lr")
     assert len(sizes) == STEPS and sizes[-1] >= 4 * B0 and max(rates) > 1.5 * RATE
-    context = mp.get_context("spawn")
+    context = forks()
     queue = context.Queue()
     ranks = [context.Process(target=ddp_loop, args=(rank, 2, free_port, queue)) for rank in range(2)]
     for process in ranks:

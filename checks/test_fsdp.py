@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -11,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from checks.conftest import column, launch, train
+from checks.conftest import Started, column, run, train
 from checks.fault_drill import differences, rows_written
 from checks.test_text import write_tokens
 from launch.fsdp import blocks, refuse_what_needs_whole_tensors
@@ -26,7 +24,6 @@ TESTS = {
 }
 
 IN_PARTS = [*STEPS, *TESTS["norm"], "--checkpoint_interval=10", "--keep_checkpoints=9", "--decay_lr=False"]
-TWO_SHARDS = [sys.executable, "main.py", "--accelerator=cpu", "--devices=2", "--strategy=fsdp"]
 
 
 class Residual(nn.Module):
@@ -141,7 +138,7 @@ def test_what_needs_whole_tensors_is_refused():
     ],
 )
 def test_refusals_of_two_processes(tmp_path, options, said):
-    done = launch(*TWO_SHARDS, f"--out_dir={tmp_path}", *options)
+    done = run("--strategy=fsdp", f"--out_dir={tmp_path}", *options, processes=2)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("main.py: error:") == 1, done.stderr
     assert not any(tmp_path.iterdir())
 
@@ -152,12 +149,12 @@ def test_a_kill_changes_nothing(tmp_path, words):
     options += ["--strategy=fsdp", "--model_args.dropout=0.1", "--max_micro_batch_size=16", "--resume=auto"]
     whole = train(tmp_path, *options, processes=2, name="whole")
     folder = tmp_path / "killed"
-    command = [*TWO_SHARDS, f"--out_dir={tmp_path}", "--run_name=killed", *options]
-    first = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while rows_written(folder) < 12 and first.poll() is None:
+    first = Started(f"--out_dir={tmp_path}", "--run_name=killed", *options, processes=2)
+    while rows_written(folder) < 12 and first.ranks[0].is_alive():
         time.sleep(0.01)
-    os.killpg(first.pid, signal.SIGKILL)
-    assert first.wait() == -signal.SIGKILL and list((folder / "checkpoints").glob("*.pt"))
+    for process in first.ranks:
+        process.kill()
+    assert first.wait().returncode == -signal.SIGKILL and list((folder / "checkpoints").glob("*.pt"))
     train(tmp_path, *options, processes=2, name="killed")
     assert not differences(whole.folder, folder)
 
@@ -168,11 +165,11 @@ def test_a_signal_cuts_an_evaluation_off(tmp_path):
     options = [*options_of("gpt", tmp_path), "--model_args.layers=6", "--max_iters=3", "--training_type=iter"]
     options += ["--batch_size=4", "--max_micro_batch_size=2", "--log_interval=1", "--run_name=run"]
     options += [f"--out_dir={tmp_path}"]
-    run = subprocess.Popen([*TWO_SHARDS, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while rows_written(tmp_path / "run") < 2 and run.poll() is None:
+    program = Started("--strategy=fsdp", *options, processes=2)
+    while rows_written(tmp_path / "run") < 2 and program.ranks[0].is_alive():
         time.sleep(0.01)
     time.sleep(2)
-    run.send_signal(signal.SIGTERM)
-    told = run.communicate()[0]
-    assert run.returncode == 75 and "interrupted by SIGTERM" in told and "val loss" not in told, told
+    os.kill(program.ranks[0].pid, signal.SIGTERM)
+    done = program.wait()
+    assert done.returncode == 75 and "interrupted by SIGTERM" in done.stdout and "val loss" not in done.stdout, done
     assert list((tmp_path / "run" / "checkpoints").glob("*.pt"))
