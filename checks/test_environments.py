@@ -69,9 +69,9 @@ def test_what_was_meant(monkeypatch, env, words):
 @pytest.mark.parametrize(
     "env, devices",
     [
-        ({"LOCAL_RANK": "0"}, 2),
+        pytest.param({"LOCAL_RANK": "0"}, 2, marks=pytest.mark.long),
         ({"RANK": "1", "WORLD_SIZE": "1", "LOCAL_RANK": "1", "NODE_RANK": "1", "LT_CLI_USED": "1"}, 1),
-        ({**BATCH, "MASTER_ADDR": "10.255.255.1", "MASTER_PORT": "1"}, 2),
+        pytest.param({**BATCH, "MASTER_ADDR": "10.255.255.1", "MASTER_PORT": "1"}, 2, marks=pytest.mark.long),
     ],
     ids=["container", "one left over", "batch script"],
 )

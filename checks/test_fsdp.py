@@ -23,7 +23,7 @@ TESTS = {
     "worker": ["--test_type=norm", "--eta=0.4", "--test_gradients=worker", "--max_micro_batch_size=31"],
 }
 
-IN_PARTS = [*STEPS, *TESTS["norm"], "--checkpoint_interval=10", "--keep_checkpoints=9", "--decay_lr=False"]
+IN_PARTS = [*STEPS, *TESTS["norm"], "--checkpoint_interval=4", "--keep_checkpoints=9", "--decay_lr=False"]
 
 
 class Residual(nn.Module):
@@ -64,14 +64,14 @@ def options_of(model: str, words) -> list[str]:
     "model, test_type", [("gpt", name) for name in TESTS] + [("resnet", name) for name in ("norm", "ip+orth", "worker")]
 )
 def test_as_ddp(tmp_path, words, model, test_type):
-    """The same batch sizes over 50 steps, losses and weights equal to rounding, in pieces and whole."""
-    options = [*options_of(model, words), *STEPS, "--max_iters=50", "--max_micro_batch_size=16", *TESTS[test_type]]
-    options += ["--grad_clip=1.0", "--eval_interval=25", "--monitor_interval=1"]
+    """The same batch sizes over 12 steps, losses and weights equal to rounding, in pieces and whole."""
+    options = [*options_of(model, words), *STEPS, "--max_iters=12", "--max_micro_batch_size=16", *TESTS[test_type]]
+    options += ["--grad_clip=1.0", "--eval_interval=6", "--monitor_interval=1"]
     ddp, fsdp = (
         train(tmp_path, *options, f"--strategy={name}", processes=2, name=name) for name in ("ddp", "fsdp")
     )  # fmt: skip
     assert column(fsdp, "batch_size") == column(ddp, "batch_size") and column(ddp, "batch_size")[-1] > 32
-    assert len(column(ddp, "variance")) == 50
+    assert len(column(ddp, "variance")) == 12
     for name in ("train_loss", "val_loss", "variance", "grad_norm_sq", "variance_inner_product"):
         if column(ddp, name):
             assert column(fsdp, name) == pytest.approx(column(ddp, name), rel=1e-9), name
@@ -94,7 +94,7 @@ def test_the_measured_size_leaves_no_trace(tmp_path, words):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, words):
     """The run of one process that is never interrupted."""
-    return train(tmp_path_factory.mktemp("whole"), *options_of("gpt", words), *IN_PARTS, "--max_iters=30")
+    return train(tmp_path_factory.mktemp("whole"), *options_of("gpt", words), *IN_PARTS, "--max_iters=12")
 
 
 @pytest.mark.parametrize("path", [("fsdp", 2, "auto", 1), ("auto", 1, "fsdp", 2)], ids=str)
@@ -102,8 +102,8 @@ def test_a_checkpoint_does_not_know_the_strategy(tmp_path, words, whole, path):
     """Saved by one, resumed by another, on another number of processes: the run of one process goes on."""
     strategy, processes, then, processes_then = path
     options = [*options_of("gpt", words), *IN_PARTS]
-    train(tmp_path, *options, f"--strategy={strategy}", "--max_iters=20", processes=processes)
-    options += [f"--strategy={then}", "--max_iters=30", "--resume=auto"]
+    train(tmp_path, *options, f"--strategy={strategy}", "--max_iters=8", processes=processes)
+    options += [f"--strategy={then}", "--max_iters=12", "--resume=auto"]
     parts = train(tmp_path, *options, processes=processes_then)
     assert column(parts, "batch_size") == column(whole, "batch_size")
     assert column(parts, "train_loss") == pytest.approx(column(whole, "train_loss"), rel=1e-9)
@@ -145,12 +145,12 @@ def test_refusals_of_two_processes(tmp_path, options, said):
 
 def test_a_kill_changes_nothing(tmp_path, words):
     """Both processes at once, in the middle; what goes on from the last checkpoint equals the undisturbed run."""
-    options = [*options_of("gpt", words), *STEPS, *TESTS["norm"], "--max_iters=40", "--checkpoint_interval=7"]
+    options = [*options_of("gpt", words), *STEPS, *TESTS["norm"], "--max_iters=20", "--checkpoint_interval=3"]
     options += ["--strategy=fsdp", "--model_args.dropout=0.1", "--max_micro_batch_size=16", "--resume=auto"]
     whole = train(tmp_path, *options, processes=2, name="whole")
     folder = tmp_path / "killed"
     first = Started(f"--out_dir={tmp_path}", "--run_name=killed", *options, processes=2)
-    while rows_written(folder) < 12 and first.ranks[0].is_alive():
+    while rows_written(folder) < 8 and first.ranks[0].is_alive():
         time.sleep(0.01)
     for process in first.ranks:
         process.kill()

@@ -79,7 +79,8 @@ def test_launchers(tmp_path, launcher, free_port):
     assert done.stdout.count("\nfinished") == 1
 
 
-def test_fabric_run_shares_the_cores(tmp_path, free_port):
+@pytest.mark.long
+def test_fabric_run_shares_the_cores(tmp_path, free_port, monkeypatch):
     """The launcher itself gives each process as many threads as there are cores; a user's own choice stays."""
     (tmp_path / "counted.py").write_text(
         "import models, os, pathlib, torch\n"
@@ -91,11 +92,12 @@ def test_fabric_run_shares_the_cores(tmp_path, free_port):
     cores = len(os.sched_getaffinity(0))
     command = [BIN / "fabric", "run", "main.py", f"--main-port={free_port}", "--devices=2", *TINY]
     command += ["--model=counted:Net", f"--out_dir={tmp_path}"]
-    for number, (chosen, expected) in enumerate(((cores, max(1, cores // 2)), (1, 1))):
-        environment = {"OMP_NUM_THREADS": str(chosen), "PYTHONPATH": str(tmp_path)}
-        done = launch(*command, f"--run_name=run_{number}", **environment)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert [(tmp_path / f"threads{rank}").read_text() for rank in (0, 1)] == [str(expected)] * 2
+    done = launch(*command, OMP_NUM_THREADS=str(cores), PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [(tmp_path / f"threads{rank}").read_text() for rank in (0, 1)] == [str(max(1, cores // 2))] * 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(cores))
+    processes.share_cores()
+    assert torch.get_num_threads() == 1  # chosen in conftest.py
 
 
 class WithUnused(torch.nn.Linear):
@@ -212,6 +214,7 @@ def test_batch_norm_network_on_tiny_images(tmp_path):
     assert done.returncode == 2 and "BatchNorm on 1×1 maps" in done.stderr
 
 
+@pytest.mark.long
 def test_published_cifar_command(tmp_path, monkeypatch, capsys):
     """ResNet-18 on CIFAR-10 as published, on one process, twenty samples in the official files."""
     write_cifar10(tmp_path / "data", monkeypatch)
@@ -254,6 +257,7 @@ def compiled_run(tmp_path, *options) -> int:
     return counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.long
 def test_compiled_with_changing_batch_sizes(tmp_path):
     """At most a graph for the first size and one for all others, in training and in evaluation."""
     assert 1 <= compiled_run(tmp_path, "--model=logistic") <= 4

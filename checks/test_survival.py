@@ -62,7 +62,11 @@ SOURCES = {
 }
 
 
-@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
+@pytest.mark.parametrize(
+    "source",
+    [SOURCES["in memory"], pytest.param(SOURCES["streamed"], marks=pytest.mark.long)],
+    ids=SOURCES,
+)
 def test_two_processes_stopped_on_one_and_resumed(tmp_path, source):
     """SIGUSR1 on rank 1; the printed command goes on; all is as in the run that was never stopped."""
     options = [*NETWORK, *fault_drill.TESTS["ip+orth"], "--batch_size=24", "--max_batch_size=96", "--log_interval=3"]
