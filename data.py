@@ -25,7 +25,7 @@ from torchvision.datasets.utils import check_integrity, extract_archive
 
 from imagenet.sources import load as load_imagenet
 from options.errors import UsageError, in_one_line
-from options.names import import_object, unknown
+from options.names import import_object, nearest, unknown
 from text.windows import Text, Windows, read_tokens, standard_library
 
 Loss = Callable[[Any, Any], Tensor]
@@ -397,7 +397,7 @@ def load(name: str, data_dir: Path, **options) -> DataSet:
     """Read the data set; `prepare` has seen to it that the files are there.
 
     Args:
-        options: what some data sets take beside their folder (`sequence_length`, `vocab_size`); None: not given.
+        options: what the data set takes beside its folder.
 
     Raises:
         UsageError: the files cannot be read, the user's function does not keep the contract, or an option is given that
@@ -405,12 +405,13 @@ def load(name: str, data_dir: Path, **options) -> DataSet:
     """
     source = _find(name)
     taken = inspect.signature(source).parameters
-    given = {option: value for option, value in options.items() if value is not None}
-    if not given.keys() <= taken.keys():
-        option = next(iter(given.keys() - taken.keys()))
-        raise UsageError(f"--{option} is not for --dataset={name}: leave it out, or choose text, such as stdlib")
+    for option in options:
+        if option not in list(taken)[1:]:
+            raise UsageError(
+                f"--dataset_args.{option}: {name} takes no '{option}'{nearest(option, list(taken)[1:])}: leave it out"
+            )
     try:
-        data_set = source(data_dir, **given)
+        data_set = source(data_dir, **options)
     except UsageError:
         raise
     except Exception as error:

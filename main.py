@@ -145,14 +145,8 @@ class Trainer:
             "lr_factor": lr_factor,
         }
         if moments:
-            names = (
-                "variance",
-                "variance_inner_product",
-                "variance_orthogonality",
-                "grad_norm_sq",
-                "batch_noise_scale",
-            )
-            row |= {name: getattr(moments, name) for name in names} | {"noise_scale": self.controller.noise_scale}
+            row |= {name: getattr(moments, name) for name in tests.MEASURED}
+            row["noise_scale"] = self.controller.noise_scale
             row["modules"] = texts.module_numbers(gradients.by_module(self.parts.estimator.of_parameters))
         return row
 

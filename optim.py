@@ -250,7 +250,7 @@ class LearningRate:
         else:
             position, warmup, end, batch = steps, c.warmup_iters, c.lr_decay_iters or c.max_iters, 1
         if position < warmup:
-            return rising(position, c.learning_rate, warmup, first=batch if c.warmup_from == "first" else 0)
+            return rising(position, c.learning_rate, warmup, first=batch)
         if c.scheduler == "multistep":
             return multistep(position, c.learning_rate, c.milestones, c.gamma, c.min_lr)
         return warmup_decay(

@@ -22,6 +22,8 @@ from options.errors import RunError, in_one_line
 
 CHUNK = 32
 """Samples that a worker process reads at a time."""
+AHEAD = 2
+"""Chunks that each worker process reads ahead."""
 
 
 class LoadedStream:
@@ -41,7 +43,6 @@ class LoadedStream:
         device: torch.device,
         normalise: Normalise,
         num_workers: int,
-        batch_ahead: int,
     ):
         self.device, self.augment, self.seed = device, data_set.crop_and_flip, seed
         self.normalise = normalise
@@ -52,7 +53,6 @@ class LoadedStream:
                 order,
                 seed,
                 num_workers,
-                batch_ahead,
                 pin_memory=device.type == "cuda",
             )
             for name, samples, order in zip(("training", "validation"), (data_set.train, data_set.val), orders)
@@ -125,7 +125,6 @@ class ChunkReader:
         order: which sample stands at which position.
         seed: of the run; with the position, it seeds the random generators for each sample.
         num_workers: worker processes; 0: this process reads.
-        batch_ahead: chunks that each worker process reads ahead.
         pin_memory: into page-locked memory, from which a GPU copies while it computes.
     """
 
@@ -135,7 +134,6 @@ class ChunkReader:
         order: SampleOrder | EvenlySpread,
         seed: int,
         num_workers: int,
-        batch_ahead: int,
         pin_memory: bool,
     ):
         self.samples, self.order, self.seed = samples, order, seed
@@ -145,7 +143,7 @@ class ChunkReader:
             batch_sampler=self,
             collate_fn=_unchanged,
             num_workers=num_workers,
-            prefetch_factor=batch_ahead if num_workers else None,
+            prefetch_factor=AHEAD if num_workers else None,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
             worker_init_fn=_begin_worker,

@@ -56,7 +56,7 @@ def words(tmp_path_factory):
 def options_of(model: str, words) -> list[str]:
     if model == "gpt":
         gpt = [f"--model_args.{name}" for name in ("layers=2", "heads=2", "width=8", "tied=True")]
-        return ["--model=gpt", "--dataset=tokens", f"--data_dir={words}", "--sequence_length=8", *gpt]
+        return ["--model=gpt", "--dataset=tokens", f"--data_dir={words}", "--dataset_args.sequence_length=8", *gpt]
     return ["--model=checks.test_fsdp:residual_net"]
 
 

@@ -18,12 +18,12 @@ ARROWS = {
     "data": {"imagenet", "text", "options"},
     "models": {"text", "options", "adadagrad"},
     "optim": {"options"},
-    "runs": {"options", "launch"},
+    "runs": {"tests", "options", "launch", "adadagrad"},
     "tests": {"options", "adadagrad"},
     "imagenet": {"options", "launch"},
     "text": {"options", "launch"},
     "launch": {"options"},
-    "options": set(),
+    "options": {"adadagrad"},
     "adadagrad": set(),
 }
 KNOW_FABRIC = ("launch.processes", "launch.collectives", "launch.ending", "launch.fsdp", "options.effective")

@@ -227,7 +227,12 @@ def test_text_is_prepared_and_learned_from(folder, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     example = next(block for block in BLOCKS if "llama:small" in block)
     (tmp_path / "llama.py").write_text(example)
-    words = [*used_by(example, tmp_path / "data" / "books"), *short.split(), "--sequence_length=16", "--run_name=llama"]
+    words = [
+        *used_by(example, tmp_path / "data" / "books"),
+        *short.split(),
+        "--dataset_args.sequence_length=16",
+        "--run_name=llama",
+    ]
     assert main.main(words) == 0
 
 

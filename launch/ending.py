@@ -80,8 +80,8 @@ def report(error: Exception) -> None:
     rank = rank_zero_only.rank
     if _is_lost_worker(error):
         error = RunError(
-            "--num_workers: where memory or shared memory (/dev/shm) ran out, take fewer --num_workers or a smaller "
-            f"--batch_ahead ({_first_line(error)})"
+            "--num_workers: where memory or shared memory (/dev/shm) ran out, take fewer --num_workers "
+            f"({_first_line(error)})"
         )
     several = dist.is_initialized() and dist.get_world_size() > 1
     where = f"rank {rank} on {socket.gethostname()}: " if several else ""

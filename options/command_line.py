@@ -14,9 +14,11 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
+from adadagrad.tests import TESTS
 from options.errors import UsageError
 from options.names import expanded, nearest
 from options.recipes import with_recipe
+from options.schedules import test_parameters
 from options.schema import DEFAULTS, Config
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -97,9 +99,13 @@ def _refuse_parameters_of_another_test(config: Config, given: Collection[str]) -
     file or an experiment that the command line overrides.)"""
     if not config.test or "test_type" in given:
         return
-    for name, tests in (("nu", "ip+orth"), ("theta", "ip or ip+orth")):
-        if name in given and getattr(config, name) != getattr(DEFAULTS, name):
-            raise UsageError(f"--{name} acts only with --test_type={tests}: add that, or leave --{name} out")
+    own = {test: test_parameters({"test_type": test}) for test in TESTS}
+    readers = {name: [test for test in TESTS if name in own[test]] for names in own.values() for name in names}
+    for name in sorted(readers, key=lambda name: len(readers[name])):
+        unread = config.test_type not in readers[name]
+        if unread and name in given and getattr(config, name) != getattr(DEFAULTS, name):
+            choice = " or ".join(readers[name])
+            raise UsageError(f"--{name} acts only with --test_type={choice}: add that, or leave --{name} out")
 
 
 def _explain(message: str) -> str:

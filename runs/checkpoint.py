@@ -32,7 +32,7 @@ from runs.lock import refuse_another_writer
 # What may differ between a run and its continuation: where things are, how often something is written, and how a batch
 # is cut over devices and passes. All else changes the mathematics.
 FREE = """
-    data_dir num_workers batch_ahead compile gradient_accumulation_steps
+    data_dir num_workers compile gradient_accumulation_steps
     max_micro_batch_size eval_micro_batch_size max_test_micro_batch_size
     accelerator strategy shard_modules devices num_nodes timeout_minutes deterministic recipe
     out_dir run_name log_interval eval_interval eval_samples checkpoint_interval checkpoint_minutes keep_checkpoints

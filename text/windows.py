@@ -46,7 +46,7 @@ class Windows(Dataset):
         self.tokens, self.width, self.vocab_size = tokens, sequence_length + 1, vocab_size
         if not len(self):
             raise UsageError(
-                f"--sequence_length={sequence_length}: a text of {len(tokens):,} tokens has no window of "
+                f"--dataset_args.sequence_length={sequence_length}: a text of {len(tokens):,} tokens has no window of "
                 f"{self.width:,}: choose a shorter one"
             )
 
@@ -68,7 +68,8 @@ class Windows(Dataset):
             row[:] = self.tokens[i * self.width : (i + 1) * self.width]
         if rows.max() >= self.vocab_size:
             raise RunError(
-                f"--vocab_size={self.vocab_size}: the text has token {rows.max()}: give its real vocabulary's size"
+                f"--dataset_args.vocab_size={self.vocab_size}: the text has token {rows.max()}: give its real "
+                "vocabulary's size"
             )
         windows = torch.from_numpy(rows)
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
@@ -87,7 +88,9 @@ def read_tokens(folder: Path, vocab_size: int | None = None) -> Text:
     meta = _read_meta(folder / "meta.json")
     vocab_size = vocab_size or meta.get("vocab_size")
     if vocab_size is None:
-        raise UsageError(f"--vocab_size is needed: {folder} has no meta.json that says how many tokens there are")
+        raise UsageError(
+            f"--dataset_args.vocab_size=N is needed: {folder} has no meta.json that says how many tokens there are"
+        )
     dtype = np.dtype(meta.get("dtype") or ("uint16" if vocab_size <= 2**16 else "uint32"))
     train, val = (_mapped(folder / f"{split}.bin", dtype) for split in SPLITS)
     return Text(train, val, vocab_size, meta.get("tokenizer") == "bytes")

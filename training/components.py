@@ -71,10 +71,9 @@ class Components:
         """The data set, and what the options come to with it."""
         fabric, requested_precision = self.fabric, os.environ.get("LT_PRECISION", config.precision)
         config, self.resumed = checkpoint.resumption(fabric, config)
-        text_options = {name: getattr(config, name) for name in ("sequence_length", "vocab_size")}
         with naming_long_work(fabric, f"reading {config.dataset} in {config.data_dir}"):
             on_all_ranks(fabric, lambda: fabric.is_global_zero and data.prepare(config.dataset, config.data_dir))
-            data_set = on_all_ranks(fabric, lambda: data.load(config.dataset, config.data_dir, **text_options))
+            data_set = on_all_ranks(fabric, lambda: data.load(config.dataset, config.data_dir, **config.dataset_args))
         self.loss = on_all_ranks(fabric, lambda: import_object("loss", config.loss) if config.loss else data_set.loss)
         self.metrics, self.train_metrics = data_set.metrics, data_set.train_metrics
         self.samples_per_epoch, of_validation = len(data_set.train), len(data_set.val)
@@ -124,7 +123,7 @@ class Components:
             memory_format = torch.contiguous_format  # which shards need
             if not self.sharded:
                 memory_format = models.choose_memory_format(self.module, data_set.input_shape)
-        dtype, workers = next(self.module.parameters()).dtype, (c.num_workers, c.batch_ahead)
+        dtype, workers = next(self.module.parameters()).dtype, (c.num_workers,)
         arguments = (c.seed, c.shuffle, fabric.device, dtype, *workers, memory_format, c.validation_samples)
         with out_of_memory_means("the data set", "take one that is read while training goes on (docs/extending.md)"):
             self.stream = batches.build(data_set, *arguments)
@@ -132,8 +131,8 @@ class Components:
             on_all_ranks(fabric, self._refuse_loss)
 
     def _build_estimator(self, notify: Callable[[str], None]) -> gradients.Estimator | None:
-        c, test = self.config, tests.test(self.config)
-        if not (c.test or c.monitor_interval):
+        c, rule = self.config, tests.rule(vars(self.config))
+        if not (rule.measures or c.monitor_interval):
             return None
         self.module.train()
         try:
@@ -141,7 +140,7 @@ class Components:
                 self.test_gradients,
                 self.module,
                 self.mean_loss,
-                bool(test and test.needs_inner_products),
+                bool(rule.test and rule.test.needs_inner_products),
                 c.max_test_micro_batch_size,
                 probe=self.stream.read(range(min(gradients.PROBE, self.samples_per_epoch))),
                 autocast=self.fabric.autocast,

@@ -4,24 +4,42 @@ Pure arithmetic on Python's numbers: nothing here knows of devices, processes, o
 anybody's training loop. `Controller` is the one object to hold.
 """
 
-from .controller import Controller, Rule, Update
-from .learning_rate import LearningRateScaling
-from .rules import Adaptive, Constant, Goodput, Limits, Linear, Seesaw, Stagewise
+from .controller import Controller, Update
+from .learning_rate import CRITICAL, LearningRateScaling
+from .limits import Limits
+from .rules import (
+    RULES,
+    Adaptive,
+    AdaptiveByFactor,
+    Constant,
+    Goodput,
+    Linear,
+    Observation,
+    Rule,
+    Seesaw,
+    Stagewise,
+    free_batch_size,
+)
 from .smoothing import Smoothing
 from .step_time import StepTime
 
 __all__ = [
+    "CRITICAL",
+    "RULES",
     "Adaptive",
+    "AdaptiveByFactor",
     "Constant",
     "Controller",
     "Goodput",
-    "Limits",
     "LearningRateScaling",
+    "Limits",
     "Linear",
-    "Update",
+    "Observation",
     "Rule",
     "Seesaw",
     "Smoothing",
     "Stagewise",
     "StepTime",
+    "Update",
+    "free_batch_size",
 ]
