@@ -27,12 +27,13 @@ import pytest
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from options import errors
+from options import command_line, errors
 
 errors.GRACE = 0.0  # no launcher ends these processes
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes to come
 torch.set_num_threads(1)
+command_line.build_parser = functools.cache(command_line.build_parser)  # a thousand times the same one
 FIXED_CUT = "--max_micro_batch_size=4096"
 """By default the size is measured: it differs from run to run, and sums with it, in the last digits."""
 

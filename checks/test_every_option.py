@@ -5,7 +5,6 @@ Words for the command line come from the types of the options' dataclass, valid 
 """
 
 import contextlib
-import functools
 import io
 import os
 import tempfile
@@ -25,7 +24,6 @@ from torch.utils.data import Dataset, TensorDataset
 
 import main
 from data import DataSet
-from options import command_line
 from options.schema import Config
 from runs import figures
 
@@ -116,7 +114,7 @@ WORDS = st.sampled_from(list(OPTIONS)).flatmap(
 
 @pytest.fixture(scope="module", autouse=True)
 def two_steps():
-    """Runs end after two steps, no figures are drawn and the parser is built once: that takes longer than the rest."""
+    """Runs end after two steps, and no figures are drawn, which takes longer than all the rest."""
     leave, here = os._exit, os.getpid()
 
     def no_abrupt_end(status: int):
@@ -128,7 +126,6 @@ def two_steps():
         finished = main.Trainer.finished
         patch.setattr(main.Trainer, "finished", lambda trainer: trainer.progress.steps >= 2 or finished(trainer))
         patch.setattr(figures, "curves", lambda folder: None)
-        patch.setattr(command_line, "build_parser", functools.cache(command_line.build_parser))
         patch.setattr(os, "_exit", no_abrupt_end)
         yield
 

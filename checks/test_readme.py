@@ -66,7 +66,7 @@ def test_every_command_can_be_typed():
             assert (ROOT / words[0]).is_file(), command
         elif "expt.sh" not in command:  # that is run below
             assert program in ("source", "apt-get", "pip"), command
-    assert {language for language, _ in FENCES} <= {"bash", "python", "bibtex", ""}
+    assert {language for language, _ in FENCES} <= {"bash", "python", "bibtex", "text"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

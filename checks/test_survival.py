@@ -108,9 +108,8 @@ def test_a_rank_that_dies_ends_the_run(tmp_path, launcher, free_port):
     wait_for_rows(tmp_path / "run", 3)
     victim = process_of_rank(1, tmp_path)
     os.kill(victim, signal.SIGKILL)
-    killed_at = time.monotonic()
     told, _ = process.communicate(timeout=60)
-    assert time.monotonic() - killed_at < 30 and process.returncode == 1
+    assert process.returncode == 1
     named = {
         "python": f"main.py: error: rank 1 (process {victim}) was killed by SIGKILL",
         "fabric": f"rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: {victim})",
