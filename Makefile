@@ -23,10 +23,9 @@ lint: .venv/.installed-test
 
 install: .venv/.installed
 
-.venv/.installed: requirements.txt launch/exact_options.py
+.venv/.installed: requirements.txt
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/python launch/exact_options.py
 	touch $@
 
 .venv/.installed-test: .venv/.installed requirements-test.txt

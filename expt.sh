@@ -85,7 +85,7 @@ expanded() {
 run_training() {
   local status=0
   if [[ -z ${SLURM_JOB_ID:-} ]]; then
-    fabric run main.py "$@"
+    fabric run main.py "${@/#--nu=/--config=nu: }" # whose parser takes --nu for another option (docs/running.md)
     return
   fi
   trap : USR1 TERM # the tasks get them, too; this script stays to see how they end

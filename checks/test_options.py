@@ -158,7 +158,7 @@ REFUSED = [
     ("--weight_decay=much", "--weight_decay must be a number, not 'much'"),
     ("--milestones=3", "--milestones must be a list"),
     ("--strategy=ddpp", "did you mean 'ddp'"),
-    ("--optimizer_args=3", "--optimizer_args must be of the form NAME=VALUE"),
+    ("--optimizer_args=3", "--optimizer_args must be {NAME: VALUE}, not '3'"),
     ("--batch_size", "--batch_size needs a value"),
     ("quickstart", "unexpected argument 'quickstart': options are written --NAME=VALUE"),
 ]  # fmt: skip

@@ -33,12 +33,13 @@ EXAMPLES = (
     "photos:load",
     "houses:load",
     "llama:small",
-    "tests.NormTest(eta=0.1)",
-    "tests.AugmentedInnerProductTest(",
-    "control.Goodput(),  # or test=",
+    "BatchScaler(model, cross_entropy, optimizer, batch_size=16, max_batch_size",
+    "BatchScaler(model, cross_entropy, optimizer, max_batch_size",
+    "fully_shard(model)",
+    "tests.NormTest(eta=0.1)(moments)",
     "class AdaptiveBatches(",
 )
-"""What tells the Python examples from each other; each is run below, the last one by test_foreign_loop.py."""
+"""What tells the Python examples from each other; each is run below, or by test_library.py."""
 
 
 def commands() -> set[str]:
@@ -78,7 +79,7 @@ def test_links_and_names_lead_somewhere(page):
         if anchor:
             assert anchor in map(slug, re.findall(r"^#+ (.*)", target.read_text(), re.M)), link
     for name in re.findall(r"`(?:python )?([\w./-]+\.(?:py|sh))\b", PAGES[page]):
-        within = [ROOT, *(path for path in ROOT.iterdir() if path.is_dir())]
+        within = [ROOT, *(path for path in ROOT.iterdir() if path.is_dir()), *(ROOT / "adadagrad").iterdir()]
         assert name in ("flowers.py", "photos.py", "houses.py", "llama.py") or any(
             (folder / name).exists() for folder in within
         ), name
@@ -237,29 +238,9 @@ def test_text_is_prepared_and_learned_from(folder, tmp_path, monkeypatch):
 
 
 def test_plain_loop():
-    lines = next(block for block in BLOCKS if EXAMPLES[4] in block)
+    lines = next(block for block in BLOCKS if "tests.NormTest(eta=0.1)(moments)" in block)
     torch.manual_seed(0)
     names = {"model": torch.nn.Linear(5, 3), "inputs": torch.randn(12, 5), "targets": torch.arange(12) % 3}
     names |= {"torch": torch, "gradients": gradients, "tests": tests}
     exec(lines, names)
     assert names["batch_size"] == names["decision"].next_batch_size > 12
-
-
-def test_whole_loop():
-    lines = next(block for block in BLOCKS if EXAMPLES[5] in block)
-    torch.manual_seed(0)
-    labels = torch.arange(300) % 3
-    images = torch.nn.functional.one_hot(labels, 5) + torch.randn(300, 5)
-    names = {"model": torch.nn.Linear(5, 3), "images": images, "labels": labels}
-    exec(lines, names)
-    assert names["decision"].passed is not None and 16 < names["batch_size"] <= 300
-
-
-def test_loop_with_the_controller():
-    lines = next(block for block in BLOCKS if EXAMPLES[6] in block)
-    torch.manual_seed(0)
-    labels = torch.arange(3000) % 3
-    images = torch.nn.functional.one_hot(labels, 5) + torch.randn(3000, 5)
-    names = {"model": torch.nn.Linear(5, 3), "images": images, "labels": labels}
-    exec(lines, names)
-    assert names["controller"].samples > 16 * 20 and names["controller"].noise_scale > 0

@@ -57,24 +57,25 @@ def test_quickstart(tmp_path):
     assert again.returncode == 2 and "exists already" in again.stderr  # the file is a whole set of options
 
 
-FABRIC_OPTIONS = ["--devices=2", "--nu=1e0", "--precision=bf16-mixed"]
+FABRIC_OPTIONS = ["--devices=2", "--precision=bf16-mixed"]
+NU = ["--test_type=ip+orth", "--config={nu: 0.5}"]
 LAUNCHERS = {  # PORT: one of their own, as the tests run beside each other
     "python": [sys.executable, "main.py", "--devices=2", *TINY],
-    "fabric": [BIN / "fabric", "run", "main.py", "--main-port=PORT", *FABRIC_OPTIONS, *TINY],
-    "torchrun": [BIN / "torchrun", "--master_port=PORT", "--nproc_per_node=2", "main.py", "--nu=1e0", *TINY],
+    "fabric": [BIN / "fabric", "run", "main.py", "--main-port=PORT", *FABRIC_OPTIONS, *NU, *TINY],
+    "torchrun": [BIN / "torchrun", "--master_port=PORT", "--nproc_per_node=2", "main.py", *NU, *TINY],
 }
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_launchers(tmp_path, launcher, free_port):
-    """The options as Fabric really used them, whoever read them. (--nu is no abbreviation of a launcher's option.)"""
+    """The options as Fabric really used them, whoever read them; --nu, which launchers refuse, in YAML."""
     command = [str(word).replace("PORT", str(free_port)) for word in LAUNCHERS[launcher]] + [f"--out_dir={tmp_path}"]
     done = launch(*command)
     assert done.returncode == 0, done.stdout + done.stderr
     options = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert options["devices"] == summary["world_size"] == 2 and options["accelerator"] == "cpu"
-    assert options["strategy"] == "ddp"
+    assert options["strategy"] == "ddp" and options["nu"] == (1 if launcher == "python" else 0.5)
     assert options["precision"] == ("bf16-mixed" if launcher == "fabric" else "32-true")
     assert done.stdout.count("\nfinished") == 1
 

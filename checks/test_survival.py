@@ -327,14 +327,13 @@ def test_out_of_memory(tmp_path, where):
 
 
 BUSY_HEARTBEAT = """
-import sys
+import sys, threading
 from launch import ending, heartbeat
-address = heartbeat.open_store()
-beats = heartbeat.Heartbeat(0, ["here"] * 200, address, ending._leaving, lambda: None)
-beats.store = heartbeat._connected(address)
+arguments = (0, ["here"] * 200, heartbeat.open_store(), ending._leaving, lambda: None)
+ending._beating.append(threading.Thread(target=heartbeat.beat, args=arguments, daemon=True))
 heartbeat.INTERVAL, interval = 0.0, heartbeat.INTERVAL  # it is inside the store all the time
-beats.start()
-ending._beating.append(beats)
+ending._beating[0].start()
+heartbeat._kept.wait(["0"])
 heartbeat.INTERVAL = interval if "leaving" in sys.argv else 0.0
 sys.exit(ending.leave(3) if "leaving" in sys.argv else 3)
 """

@@ -4,6 +4,7 @@ from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
+from adadagrad.control import STEADY
 from adadagrad.tests import TESTS
 from options.schedules import options_of_other_rules
 
@@ -11,13 +12,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "paper": {},
     "steady": {
         "statistics": "unbiased",
-        "smoothing": 5_000.0,
         "ramp_up_type": "goodput",
         "lr_scaling": "critical",
-        "max_growth": 4.0,
         "test_interval": "auto",
-        "max_waste": 1.0,
         "free_start": True,
+        **STEADY,
     },
 }
 PUBLISHED = {"test_type", "ramp_up_type", *(entry.name for test in TESTS.values() for entry in fields(test))}

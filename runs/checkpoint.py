@@ -25,7 +25,7 @@ from lightning.fabric.strategies import ModelParallelStrategy
 
 from launch.collectives import all_gather_object, broadcast_object, on_all_ranks
 from launch.ending import errors_go_to
-from options.errors import RunError, UsageError
+from options.errors import RunError, UsageError, in_one_line
 from options.schema import Config
 from runs.lock import refuse_another_writer
 
@@ -147,13 +147,9 @@ def unwritable(path: Path, error: Exception) -> RunError:
     """A full disk, mostly."""
     saved = steps_of(path.parent) or steps_of(path.parent / "checkpoints")
     rest = "the checkpoints written before are whole" if saved else "nothing was saved yet"
-    return RunError(f"{path} could not be written ({reason(error)}): {rest}; make room, then go on with --resume=auto")
-
-
-def reason(error: Exception) -> str:
-    """An error in one line, without the C++ behind it."""
-    words = getattr(error, "strerror", None) or str(error).strip().split("\n")[0]
-    return words or type(error).__name__
+    return RunError(
+        f"{path} could not be written ({in_one_line(error)}): {rest}; make room, then go on with --resume=auto"
+    )
 
 
 def plain_options(config: Config) -> dict[str, Any]:
@@ -181,11 +177,11 @@ def problem_of(path: Path) -> str:
                 return f"is no whole checkpoint ({damaged} in it is damaged)"
         options_of(path)
     except (OSError, MemoryError) as error:
-        raise UsageError(f"--resume: {path} cannot be read ({reason(error)}): try again when it can be") from None
+        raise UsageError(f"--resume: {path} cannot be read ({in_one_line(error)}): try again when it can be") from None
     except pickle.UnpicklingError:  # its words advise to load it all the same
         return "holds more than weights and plain values: not loaded"
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        return f"is no whole checkpoint ({reason(error)})"
+        return f"is no whole checkpoint ({in_one_line(error)})"
     except Exception:  # a foreign file raises whatever its readers run into
         return "is no checkpoint of this program"
     return ""

@@ -4,10 +4,12 @@ import csv
 import json
 import os
 import re
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache, cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -22,6 +24,8 @@ FILES = ("config.yaml", "metrics.csv", "summary.json")
 NOT_COMPARED = {"seed", "run_name", "recipe", "out_dir", "data_dir", "num_workers"}
 NOT_COMPARED |= {entry.name for entry in fields(CheckpointOptions)}
 """Options in which the runs of one configuration may differ."""
+ARRIVAL = 3
+"""Evaluations whose mean has to pass a target."""
 
 UNSAID = (None, False, "none")
 IN_A_RECIPE = {name for recipe in RECIPES.values() for name in recipe}
@@ -150,9 +154,14 @@ class Run:
         return {**metrics, "seconds": seconds(metrics)}
 
     def reached(self, target: float) -> dict[str, float] | None:
-        """Steps, samples and seconds at the first evaluation that reaches this objective; None if never."""
+        """Steps, samples and seconds when the mean of the last three evaluations (of all, where there are fewer) has
+        passed this objective; None if it never has. One evaluation alone passes early by chance."""
+        recent: deque[float] = deque(maxlen=ARRIVAL)
         for i, value in enumerate(self.metrics[self.objective]):
-            if value is not None and (value >= target if self.larger_is_better else value <= target):
+            if value is None:
+                continue
+            recent.append(value)
+            if fmean(recent) >= target if self.larger_is_better else fmean(recent) <= target:
                 return {name: self.metrics[name][i] for name in ("step", "samples", "seconds")}
         return None
 

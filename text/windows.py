@@ -31,7 +31,7 @@ class Text:
 class Windows(Dataset):
     """Sample i is tokens i(L+1) … i(L+1) + L of a text: the first L are the input, the last L the targets.
 
-    Windows do not overlap, so that an epoch has every token at most once; what is left at the end is not used.
+    Windows do not overlap, so that an epoch has every token at most once; an incomplete one at the end is not used.
 
     Args:
         tokens: unsigned (tokens,).
@@ -61,7 +61,7 @@ class Windows(Dataset):
         """Inputs and targets of these samples, int64 (n, L) each.
 
         Raises:
-            RunError: a token is none of the vocabulary.
+            RunError: a token is not in the vocabulary.
         """
         rows = np.empty((len(indices), self.width), dtype=np.int64)
         for row, i in zip(rows, indices.tolist()):
@@ -80,7 +80,7 @@ def read_tokens(folder: Path, vocab_size: int | None = None) -> Text:
 
     Args:
         folder: may have `meta.json` with `vocab_size`, `dtype` ("uint16", "uint32") and `tokenizer` ("bytes", a name).
-        vocab_size: stands for what `meta.json` says. Without a dtype there, tokens are uint16 up to 65,536.
+        vocab_size: overrides `meta.json`. Without a dtype there, tokens are uint16 for up to 65,536.
 
     Raises:
         UsageError: a file is missing or is none of tokens, or nobody says how large the vocabulary is.
@@ -127,9 +127,9 @@ def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
 
 
 def standard_library(every: int = 20) -> Text:
-    """The sources of the running Python's standard library as bytes, files apart by a zero byte.
+    """The sources of the running Python's standard library as bytes, files separated by a zero byte.
 
-    In a random order that depends on their names alone, every 20th file is for validation. The machines of a run need
+    In a random order that depends on their names alone, every 20th file is for validation. All machines of a run need
     the same version of Python.
     """
     root = Path(sysconfig.get_paths()["stdlib"])

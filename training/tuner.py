@@ -14,12 +14,13 @@ import batches
 import optim
 from adadagrad import gradients
 from adadagrad.control.step_time import StepTime
+from adadagrad.gradients.isolation import random_states, set_random_states
 from launch import fsdp
 from launch.collectives import all_gather_object
 from options.errors import RunError
-from training import state
+from training.clock import Event
 from training.components import Components
-from training.metrics import Event, Validation, sum_over_samples
+from training.metrics import Validation, weights_of
 
 MEASURED = ("max_micro_batch_size", "eval_micro_batch_size")
 """The options for which `auto` is found out here."""
@@ -129,8 +130,8 @@ def seconds_of_pass(parts: Components, size: int, in_step: bool = True) -> float
     def forward_and_backward() -> None:
         observing = parts.estimator.observe(inputs, targets, 1 / size) if testing else contextlib.nullcontext()
         with fabric.no_backward_sync(parts.model, enabled=not exchanged), observing:
-            losses = parts.loss(parts.model(inputs), targets)
-            fabric.backward(sum_over_samples(losses, size) / size)
+            losses = parts.loss(parts.forward(inputs), targets)
+            parts.backward(losses, weights_of(losses, size, 1 / size))
 
     with leaving_no_trace(parts):
         seconds = _slowest(parts, forward_and_backward)
@@ -146,7 +147,7 @@ def seconds_of_evaluation(parts: Components, size: int) -> float:
     with leaving_no_trace(parts), torch.no_grad(), fsdp.forward_only(parts.module):
         parts.model.eval()
         try:
-            return _slowest(parts, lambda: validation.update(parts.model(inputs), targets))
+            return _slowest(parts, lambda: validation.update(parts.forward(inputs), targets))
         finally:
             validation.forget()
 
@@ -181,10 +182,10 @@ def leaving_no_trace(parts: Components) -> Iterator[None]:
     On a GPU it has no more memory than a step will have: the optimizer's state is made by the first step only.
     """
     device = parts.fabric.device
-    to_come = 0 if device.type == "cpu" else optim.bytes_of_state_to_come(parts.optimizer.optimizer, parts.config)
+    to_come = 0 if device.type == "cpu" else optim.bytes_of_state_to_come(parts.optimizer, parts.config)
     room = torch.empty(to_come, dtype=torch.uint8, device=device)
     buffers = [buffer.clone() for buffer in parts.module.buffers()]
-    random_states = state.random_states(device)
+    states = random_states(device)
     parts.model.train()
     try:
         yield
@@ -194,7 +195,7 @@ def leaving_no_trace(parts: Components) -> Iterator[None]:
         with torch.no_grad():
             for buffer, before in zip(parts.module.buffers(), buffers):
                 buffer.copy_(before)
-        state.set_random_states(random_states, device)
+        set_random_states(states, device)
         parts.model.train()
         if parts.estimator:
             parts.estimator.forget()

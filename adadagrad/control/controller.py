@@ -8,6 +8,7 @@ from .limits import Limits
 from .rules import Adaptive, Goodput, Observation, Rule, quickest_batch
 from .smoothing import Smoothing
 from .step_time import StepTime
+from .transition import Transition
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,13 @@ class Update:
         batch_size: of the next batch [samples].
         lr_factor: on the learning rate of the next step.
         decision: the test's, None where none was made.
+        transition: what the optimizer's state has to follow (carry_over.apply), None where it has not.
     """
 
     batch_size: int
     lr_factor: float
     decision: Decision | None
+    transition: Transition | None = None
 
 
 OFTEN, SELDOM = 8, 16
@@ -95,8 +98,10 @@ class Controller:
         noise_scale = known.noise_scale if moments and known else None
         observation = Observation(decision, noise_scale, step_time)
         wanted = self.rule(self.batch_size, self.samples, observation)
-        self.batch_size = self.limits(self.batch_size, wanted, moments is not None or not self.rule.measures)
-        return Update(self.batch_size, self.lr_factor, decision)
+        before = self.batch_size
+        self.batch_size = self.limits(before, wanted, moments is not None or not self.rule.measures)
+        transition = self.scaling.transition(before, self.batch_size, self.statistics)
+        return Update(self.batch_size, self.lr_factor, decision, transition)
 
     def _measure(self, moments: Moments) -> Decision | None:
         """Add a batch to the averages; gives the test's decision on them, where there is a test."""
@@ -134,9 +139,21 @@ class Controller:
         self.reported = statistics if statistics.is_usable else self.reported
 
     @property
+    def needs_moments(self) -> bool:
+        """A measurement can still change something: the learning rate, or a batch that is not yet at its largest."""
+        limits = self.limits
+        is_largest = limits.max_batch_size is not None and self.batch_size >= limits.max_batch_size
+        return self.scaling.measures or (self.rule.measures and (limits.may_shrink or not is_largest))
+
+    @property
     def lr_factor(self) -> float:
         """On the learning rate of a step of the present batch size."""
         return self.scaling(self.batch_size, self._known)
+
+    @property
+    def decay_factor(self) -> float:
+        """On a decoupled weight decay, of a step of the present batch size."""
+        return self.scaling.decay(self.batch_size, self.statistics)
 
     @property
     def noise_scale(self) -> float | None:
@@ -184,3 +201,25 @@ class Controller:
             setattr(self, name, state[name] and Statistics(**state[name]))
         for name in PARTS:
             getattr(self, name).load_state_dict(state[name])
+
+
+STEADY = {"smoothing": 5_000.0, "max_growth": 4.0, "max_waste": 1.0}
+"""Of the default recipe."""
+
+
+def steady(batch_size: int, max_batch_size: int | None = None, adaptive_optimizer: bool = False) -> Controller:
+    """The program's default recipe: the batch with the most progress a second, and a learning rate that follows.
+
+    Args:
+        batch_size: b₀, of the first batch, for which the learning rate was chosen [samples].
+        max_batch_size: largest size [samples]; None: no bound.
+        adaptive_optimizer: the optimizer divides by the gradient's size.
+    """
+    return Controller(
+        batch_size,
+        rule=Goodput(max_waste=STEADY["max_waste"]),
+        limits=Limits(max_batch_size, STEADY["max_growth"]),
+        unbiased=True,
+        smoothing=STEADY["smoothing"],
+        scaling=LearningRateScaling("critical", batch_size, adaptive_optimizer),
+    )
