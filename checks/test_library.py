@@ -38,7 +38,7 @@ from adadagrad import (
 )
 from batches.augment import Normalise
 from batches.order import SampleOrder
-from checks.conftest import ROOT, column, launch, train
+from checks.conftest import ROOT, column, forks, launch, train
 from checks.fake_gpu import DEVICE, fake_gpu
 from checks.test_fake_gpu import unchecked
 from checks.test_readme import BLOCKS
@@ -271,9 +271,7 @@ def of_ranks() -> list[dict]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    context = mp.get_context("forkserver")  # of a process that has done nothing yet: autograd does not bear a fork
-    context.set_forkserver_preload(["checks.test_library"])
-    queue = context.SimpleQueue()
+    queue = forks().SimpleQueue()
     mp.start_processes(on_ranks, (port, queue), nprocs=2, start_method="forkserver")  # where one fails, it says so
     found = dict(queue.get() for _ in range(2))
     return [found[0], found[1]]
