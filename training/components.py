@@ -201,8 +201,11 @@ class Components:
         scaler = getattr(self.fabric.strategy.precision, "scaler", None)
         # (get_scale would wait for the device.)
         scale = scaler.scale(torch.ones((), dtype=torch.float32, device=self.fabric.device)) if scaler else 1.0
-        with out_of_memory_means(*IN_THE_TEST):
-            return self.estimator.moments(scale)
+        try:
+            with out_of_memory_means(*IN_THE_TEST):
+                return self.estimator.moments(scale)
+        except ValueError as error:  # on all ranks alike: the loss was no mean of its samples'
+            raise UsageError(f"--test_gradients: {error}") from None
 
 
 IN_THE_TEST = (
