@@ -34,6 +34,7 @@ from lightning.fabric import Fabric
 import batches
 import optim
 import tests
+from adadagrad.control import carry_over
 from launch import ending, fsdp, processes
 from launch.collectives import on_all_ranks
 from launch.signals import Interrupts
@@ -58,23 +59,22 @@ class Trainer:
 
     def __init__(self, fabric: Fabric, config: Config, interrupts: Interrupts):
         self.fabric, self.interrupts, self.stop_signal = fabric, interrupts, 0
-        self.measured_options = [name for name in tuner.MEASURED if getattr(config, name) == "auto"]
         self.reporter = Reporter()
         self.parts = parts = Components(fabric, config, self.reporter.notify)
+        with processes.naming_long_work(fabric, "measuring how long steps of different sizes take"):
+            measured, lines = tuner.tune(parts)
+        self.measured_options = [name for name in measured if getattr(config, name) != measured[name]]
+        self.config = parts.config = replace(parts.config, **measured)
         self.learning_rate = optim.LearningRate(parts.config, parts.config.max_samples)
-        self.controller = tests.controller(parts.config, self.learning_rate.decay, parts.is_adaptive)
-        self.clock = Clock(fabric.device, self.controller.step_time)
+        self.controller = tests.controller(parts.config, self.learning_rate.decay, parts.is_adaptive, parts.family)
+        self.clock = Clock(fabric.device)
         self.totals = Totals(self.clock, parts.train_metrics)
         self.validation = Validation(parts.loss, parts.metrics, fabric.device)
-        with processes.naming_long_work(fabric, "measuring which size of micro-batches is quickest"):
-            size, evaluation_size, told = tuner.rehearse(parts, self.controller.step_time)
-        parts.config = replace(parts.config, max_micro_batch_size=size, eval_micro_batch_size=evaluation_size)
-        self.config = parts.config
         self.state = State(parts, self.controller, self.totals, self.validation, self.reporter)
         marks = self.state.restore(parts.resumed) if parts.resumed else None
         on_all_ranks(fabric, lambda: fabric.is_global_zero and self.open_log(marks))
         self.state.open(self.reporter.log and self.reporter.log.folder)
-        self.reporter.introduce(parts, [*parts.notices, *told])
+        self.reporter.introduce(parts, [*parts.notices, *lines])
 
     def open_log(self, marks: dict[str, Any] | None) -> None:
         resumed, say = self.parts.resumed, self.reporter.say
@@ -96,7 +96,7 @@ class Trainer:
                 state.unevaluated = row
                 state.save()
                 return self.interrupted()
-            if evaluation or self.controller.steps % self.config.log_interval == 0:
+            if evaluation or "variance" in row or self.controller.steps % self.config.log_interval == 0:
                 self.log_step(row, evaluation)
             self.stop_signal = state.save_when_due(self.interrupts, bool(evaluation))
             if self.reporter.diverged:
@@ -126,11 +126,12 @@ class Trainer:
         measured = decisive or self.monitoring_is_due()
         plan, lr_factor = self.plan(measured), self.controller.lr_factor
         learning_rate = self.learning_rate(plan.start, self.controller.steps, lr_factor)
-        for group in self.parts.optimizer.param_groups:
-            group["lr"] = learning_rate
+        optim.set_learning_rate(self.parts.optimizer, learning_rate, self.controller.decay_factor)
         moments = self.train_step(plan, measured)
         # Here the paper's test is made (adadagrad/tests.py), where the rule has one, and the next batch gets its size.
         update = self.controller.update(moments if decisive else None, plan.batch_size, watched=moments)
+        if update.transition:
+            carry_over.apply(update.transition, self.parts.optimizer)
         self.reporter.explain(self.controller.steps, update.decision)
         row = {
             "batch_size": plan.batch_size,
@@ -140,7 +141,7 @@ class Trainer:
         }
         if moments:
             row |= columns_of(moments, self.parts.estimator.of_parameters)
-            row["noise_scale"] = self.controller.noise_scale
+            row |= self.controller.known_noise()
         return row
 
     def decision_is_due(self) -> bool:
@@ -262,6 +263,7 @@ class Trainer:
         """The end of the run, on all ranks."""
         parts, log = self.parts, self.reporter.log
         found = {"device": processes.device_name(self.fabric.device), "measured_options": self.measured_options}
+        optim.set_training(parts.optimizer, False)
         weights = parts.module.state_dict()
         if parts.sharded and status == "finished":
             weights = fsdp.whole_weights(parts.module)

@@ -1,16 +1,14 @@
-"""The time of training: what a step takes on the slowest rank, without what is no training.
+"""The time of training, without what is no training.
 
 Nothing here waits for the device, but for what says so.
 """
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-
-from adadagrad.control.step_time import StepTime
 
 
 class Event:
@@ -61,21 +59,11 @@ def _sum(pairs: list[tuple[Event, Event]]) -> float:
 
 
 class Clock:
-    """Times windows of training on every rank, and teaches `step_time` what a step takes on the slowest one.
+    """Times windows of training."""
 
-    The other ranks' times of a window travel with the numbers of the next row (metrics.py), so that no rank waits.
-
-    Args:
-        step_time: the fit over batch sizes.
-    """
-
-    def __init__(self, device: torch.device, step_time: StepTime):
-        self.device, self.step_time = device, step_time
+    def __init__(self, device: torch.device):
+        self.device = device
         self.window = Window(Event(device))
-        self.is_first = (
-            True  # the first step of a process makes things that later ones find: its window teaches nothing
-        )
-        self.of_last: tuple[float, float] | None = None  # mean batch size and own seconds a step of the window before
 
     def start(self) -> None:
         """The training begins; what went before, setting up, does not count."""
@@ -95,11 +83,26 @@ class Clock:
         yield
         self.window.measurements.append((start, Event(self.device)))
 
-    def turn(self) -> "Turned":
-        """Close the window and open the next."""
-        turned = Turned(self, self.window, Event(self.device), self.of_last, self.is_first)
-        self.window, self.is_first = Window(turned.end), False
-        return turned
+    def turn(self) -> Callable[[float], dict[str, float]]:
+        """Close the window and open the next.
+
+        Returns:
+            A function that waits for the device and gives, from the window's samples on all ranks, the times as
+            metrics.csv has them, of the mean step.
+        """
+        window, end = self.window, Event(self.device)
+        self.window = Window(end)
+
+        def columns(samples: float) -> dict[str, float]:
+            end.wait()
+            steps, seconds = window.steps, window.seconds(end)
+            return {
+                "step_time": seconds / steps,
+                "test_time": window.measuring_seconds() / steps,
+                "samples_per_second": samples / seconds,
+            }
+
+        return columns
 
     def state_dict(self) -> dict[str, float]:
         """Plain numbers. Waits for the device."""
@@ -110,38 +113,3 @@ class Clock:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.window = Window(Event(self.device), state["seconds"], state["measuring"], state["steps"])
-
-
-@dataclass(frozen=True)
-class Turned:
-    """A closed window."""
-
-    clock: Clock
-    window: Window
-    end: Event
-    before: tuple[float, float] | None
-    is_first: bool
-
-    @property
-    def seconds_before(self) -> float:
-        """This rank's time of a step in the window before, 0 where there was none; the other ranks are to have it."""
-        return self.before[1] if self.before else 0.0
-
-    def columns(self, samples: float, seconds_before: float) -> dict[str, float]:
-        """The times as metrics.csv has them, of the mean step. Waits for the device.
-
-        Args:
-            samples: of the window, on all ranks.
-            seconds_before: the largest over the ranks.
-        """
-        self.end.wait()
-        steps, seconds = self.window.steps, self.window.seconds(self.end)
-        if self.before:
-            self.clock.step_time.add(self.before[0], seconds_before)
-        if not self.is_first:
-            self.clock.of_last = samples / steps, seconds / steps
-        return {
-            "step_time": seconds / steps,
-            "test_time": self.window.measuring_seconds() / steps,
-            "samples_per_second": samples / seconds,
-        }

@@ -20,6 +20,7 @@ import models
 import optim
 import tests
 from adadagrad import gradients
+from adadagrad.control import carry_over
 from launch import fsdp
 from launch.collectives import on_all_ranks
 from launch.processes import naming_long_work
@@ -174,8 +175,11 @@ class Components:
         with OutOfMemory("the model", "take a smaller --model"):
             self.model = fabric.setup_module(torch.compile(self.module) if c.compile else self.module)
         self.model.train()
-        optimizer = on_all_ranks(fabric, lambda: optim.build(self.module.parameters(), c))
-        self.is_adaptive = optim.is_adaptive(optimizer)
+        optimizer = on_all_ranks(fabric, lambda: optim.build(self.module, c))
+        self.is_adaptive, self.family = optim.is_adaptive(optimizer), carry_over.family(optimizer)
+        if c.coupling == "full" and self.family is None:
+            self.notices.append(f"the state of {c.optimizer} does not follow the batch size, its learning rate does")
+        optim.set_training(optimizer, True)
         self.optimizer = fabric.setup_optimizers(optimizer).optimizer
         if c.strategy == "ddp":
             with naming_long_work(fabric, "looking for parameters that the loss does not use"):
@@ -244,18 +248,23 @@ class Components:
         scaler = getattr(self.fabric.strategy.precision, "scaler", None)
         # (get_scale would wait for the device.)
         scale = scaler.scale(torch.ones((), dtype=torch.float32, device=self.fabric.device)) if scaler else 1.0
-        with OutOfMemory(*IN_THE_TEST):
-            return self.estimator.moments(scale)
+        try:
+            with OutOfMemory(*IN_THE_TEST):
+                return self.estimator.moments(scale)
+        except ValueError as error:  # on all ranks alike: the loss was no mean of its samples'
+            raise UsageError(f"--test_gradients: {error}") from None
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """The model for evaluation: the ranks' buffers are averaged, and it is in training mode again afterwards."""
         average_over_ranks(self.module.buffers(), self.fabric.world_size)
         self.model.eval()
+        optim.set_training(self.optimizer, False)
         memory = OutOfMemory("a validation micro-batch", "lower --eval_micro_batch_size")
         with memory, fsdp.forward_only(self.module):
             yield
         self.model.train()
+        optim.set_training(self.optimizer, True)
 
 
 IN_THE_TEST = (

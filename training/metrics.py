@@ -124,16 +124,16 @@ class Totals:
             step whose loss was not finite, if any.
         """
         self._add_up()
-        time = self.clock.turn()
-        own = [torch.full_like(self.sums[:1], number) for number in (self.samples, time.seconds_before)]
-        reading = Reading(torch.cat([self.sums, self.not_finite_at[None], *own]))
+        times = self.clock.turn()
+        own = torch.full_like(self.sums[:1], self.samples)
+        reading = Reading(torch.cat([self.sums, self.not_finite_at[None], own]))
         self._clear()
 
         def statistics() -> tuple[dict[str, float], int | None]:
-            *sums, not_finite, counts, seconds_before = zip(*reading.by_rank())
+            *sums, not_finite, counts = zip(*reading.by_rank())
             samples, at = sum(counts), min(not_finite)
             means = {f"train_{name}": sum(of_ranks) / samples for name, of_ranks in zip(("loss", *self.metrics), sums)}
-            return means | time.columns(samples, max(seconds_before)), None if math.isinf(at) else int(at)
+            return means | times(samples), None if math.isinf(at) else int(at)
 
         return statistics
 

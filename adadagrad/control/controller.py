@@ -1,5 +1,6 @@
 """The one object that a training loop holds: test, statistics, growth, step time, learning-rate factor."""
 
+import math
 from dataclasses import dataclass
 
 from ..tests import Decision, Moments, Statistics, Test
@@ -100,7 +101,7 @@ class Controller:
         wanted = self.rule(self.batch_size, self.samples, observation)
         before = self.batch_size
         self.batch_size = self.limits(before, wanted, moments is not None or not self.rule.measures)
-        transition = self.scaling.transition(before, self.batch_size, self.statistics)
+        transition = self.scaling.transition(before, self.batch_size, self._known)
         return Update(self.batch_size, self.lr_factor, decision, transition)
 
     def _measure(self, moments: Moments) -> Decision | None:
@@ -153,17 +154,18 @@ class Controller:
     @property
     def decay_factor(self) -> float:
         """On a decoupled weight decay, of a step of the present batch size."""
-        return self.scaling.decay(self.batch_size, self.statistics)
+        return self.scaling.decay(self.batch_size, self._known)
 
     @property
     def noise_scale(self) -> float | None:
         """V/‖G‖² of the averaged, unbiased statistics [samples]; None where ‖G‖² is not positive or not known."""
         return self.reported.noise_scale if self.reported else None
 
-    @property
-    def noise_scale_interval(self) -> tuple[float, float] | None:
-        """Its two-sided 90 % interval [samples]; None where it is not known."""
-        return self.reported.noise_scale_interval if self.reported else None
+    def known_noise(self) -> dict[str, float | None]:
+        """`noise_scale`, and the ends of its two-sided 90 % interval [samples]; None where they are not known."""
+        low, high = (self.reported.noise_scale_interval if self.reported else None) or (None, None)
+        high = None if high == math.inf else high
+        return {"noise_scale": self.noise_scale, "noise_scale_low": low, "noise_scale_high": high}
 
     @property
     def knee(self) -> float | None:
@@ -181,7 +183,7 @@ class Controller:
         known = self.noise_scale is not None and self.knee is not None
         critical = self.rule.critical if isinstance(self.rule, Goodput) else CRITICAL
         return {
-            "noise_scale": self.noise_scale,
+            **self.known_noise(),
             "knee": self.knee,
             "quickest_batch_size": quickest_batch(critical * self.noise_scale, self._step_time()) if known else None,
         }
