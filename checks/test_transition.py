@@ -257,6 +257,7 @@ def test_state_keeps_its_place(name):
 
 def test_an_optimizer_of_no_known_family_is_left_alone():
     optimizer = stepped(lambda w: torch.optim.Adadelta(w))
+    carry_over.prepare(optimizer)
     before = copy.deepcopy(optimizer.state_dict())
     carry_over.apply(CHANGE, optimizer)
     assert carry_over.family(optimizer) is None
