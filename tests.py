@@ -51,13 +51,16 @@ def rule(options: Mapping[str, Any], decay: Callable[[int], float] = lambda samp
     return rule_class(options).from_options(options, test, decay)
 
 
-def controller(config: Config, decay: Callable[[int], float], adaptive_optimizer: bool) -> control.Controller:
+def controller(
+    config: Config, decay: Callable[[int], float], adaptive_optimizer: bool, family: control.Family | None = None
+) -> control.Controller:
     """The controller that the options describe.
 
     Args:
         config: the options in effect.
         decay: as in `rule`.
         adaptive_optimizer: the optimizer divides by the gradient's size.
+        family: of the optimizer, whose state can follow; None where it is not known.
     """
     chosen = rule(vars(config), decay)
     first = config.batch_size
@@ -74,5 +77,10 @@ def controller(config: Config, decay: Callable[[int], float], adaptive_optimizer
         ),
         unbiased=config.statistics == "unbiased",
         smoothing=config.smoothing,
-        scaling=control.LearningRateScaling(config.lr_scaling, config.batch_size, adaptive_optimizer),
+        scaling=control.LearningRateScaling(
+            config.lr_scaling if config.coupling != "none" else "none",
+            config.batch_size,
+            adaptive_optimizer,
+            family if config.coupling == "full" else None,
+        ),
     )

@@ -51,10 +51,10 @@ def measured_run(options: list[str]) -> int:
     before, step = resident("VmRSS"), main.Trainer.step
 
     def measured(trainer):
-        if trainer.progress.steps == 2:
+        if trainer.controller.steps == 2:
             forget_peak()
         row = step(trainer)
-        if trainer.progress.steps == 4:
+        if trainer.controller.steps == 4:
             parameters = sum(p.numel() for p in trainer.parts.module.parameters())
             print(CHILD, parameters, resident("VmRSS") - before, resident("VmHWM") - before, flush=True)
         return row

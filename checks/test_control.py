@@ -393,19 +393,23 @@ def test_goodput_moves_only_for_a_gain_and_shrinks_only_where_it_may():
     step_time, noise_scale = (1.0, 0.01), 50.0  # C = 100, b* = 100
     assert quickest_batch(2 * noise_scale, step_time) == 100
     found = Observation(None, noise_scale, step_time)
-    assert control.Goodput()(50, 0, found) == 100
+    assert control.Goodput()(50, 10**4, found) == 100
     assert progress_rate(100, 100.0, step_time) / progress_rate(75, 100.0, step_time) < 1.05
-    assert control.Goodput()(75, 0, found) == 75
-    assert control.Goodput()(400, 0, found) == 400
-    assert control.Goodput(may_shrink=True)(400, 0, found) == 100
-    assert control.Goodput()(16, 0, Observation(None, None, step_time)) == 16  # the noise hides the gradient
-    assert control.Goodput()(16, 0, Observation(None, noise_scale, None)) == 32  # another size, to know the times
-    assert control.Goodput()(16, 0, Observation(None, 5.0, (1e9, 1.0))) == 100  # ten critical batch sizes
-    assert control.Goodput(knee=400)(16, 0, found) == control.Goodput(knee=400)(16, 0, Observation(None, 50.0)) == 200
+    assert control.Goodput()(75, 10**4, found) == 75
+    assert control.Goodput()(400, 10**4, found) == 400
+    assert control.Goodput(may_shrink=True)(400, 10**4, found) == 100
+    assert control.Goodput()(16, 10**4, Observation(None, None, step_time)) == 16  # the noise hides the gradient
+    assert control.Goodput()(16, 10**4, Observation(None, noise_scale, None)) == 32  # another size, to know the times
+    assert control.Goodput()(16, 10**4, Observation(None, 5.0, (1e9, 1.0))) == 100  # ten critical batch sizes
+    assert control.Goodput()(16, 320, found) == 20  # a sixteenth of the samples so far
+    assert control.Goodput(max_waste=0.5)(16, 10**4, Observation(None, 20.0, (1e9, 1.0))) == 20  # half of C
+    for untimed in (found, Observation(None, 50.0)):
+        assert control.Goodput(knee=400)(16, 10**4, untimed) == 200
 
 
 def test_a_knee_that_is_told_stands_above_the_times():
     controller = control.Controller(16, rule=control.Goodput(knee=64.0), unbiased=True)
+    controller.samples = 10**4
     for size in (16, 32, 64):
         controller.step_time.add(size, 1.0 + 0.001 * size)
     hidden = Moments(16, 16, 1.0, 15 * 1000.0 + 16)  # V = 1000, ‖G‖² = 1 − 1000/16: the noise hides it

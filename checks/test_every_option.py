@@ -124,7 +124,7 @@ def two_steps():
 
     with pytest.MonkeyPatch.context() as patch:
         finished = main.Trainer.finished
-        patch.setattr(main.Trainer, "finished", lambda trainer: trainer.progress.steps >= 2 or finished(trainer))
+        patch.setattr(main.Trainer, "finished", lambda trainer: trainer.controller.steps >= 2 or finished(trainer))
         patch.setattr(figures, "curves", lambda folder: None)
         patch.setattr(os, "_exit", no_abrupt_end)
         yield

@@ -17,7 +17,7 @@ ARROWS = {
     "batches": {"data", "options", "launch"},
     "data": {"imagenet", "text", "options"},
     "models": {"text", "options", "adadagrad"},
-    "optim": {"options"},
+    "optim": {"options", "adadagrad"},
     "runs": {"tests", "options", "launch", "adadagrad"},
     "tests": {"options", "adadagrad"},
     "imagenet": {"options", "launch"},

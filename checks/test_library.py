@@ -36,9 +36,10 @@ from adadagrad import (
     gradients,
     steady,
 )
+from adadagrad.control import Family
 from batches.augment import Normalise
 from batches.order import SampleOrder
-from checks.conftest import ROOT, column, launch, train
+from checks.conftest import ROOT, column, forks, launch, train
 from checks.fake_gpu import DEVICE, fake_gpu
 from checks.test_fake_gpu import unchecked
 from checks.test_readme import BLOCKS
@@ -271,9 +272,7 @@ def of_ranks() -> list[dict]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    context = mp.get_context("forkserver")  # of a process that has done nothing yet: autograd does not bear a fork
-    context.set_forkserver_preload(["checks.test_library"])
-    queue = context.SimpleQueue()
+    queue = forks().SimpleQueue()
     mp.start_processes(on_ranks, (port, queue), nprocs=2, start_method="forkserver")  # where one fails, it says so
     found = dict(queue.get() for _ in range(2))
     return [found[0], found[1]]
@@ -324,8 +323,8 @@ def test_defaults_are_those_of_the_program():
     """`steady` and the published rule, by the command lines that ask for them; the two are written down apart."""
     for words, test in (([], None), (["--eta=0.1"], NormTest(0.1))):
         config = command_line.parse([*words, "--batch_size=16", "--max_batch_size=500"])
-        for optimizer in (torch.optim.SGD, torch.optim.Adagrad):
-            ours = tests.controller(config, lambda samples: 1.0, adaptive_optimizer=optimizer is torch.optim.Adagrad)
+        for optimizer, family in ((torch.optim.SGD, Family.GRADIENT), (torch.optim.Adagrad, Family.SUM)):
+            ours = tests.controller(config, lambda samples: 1.0, optimizer is torch.optim.Adagrad, family)
             model = torch.nn.Linear(5, 3)
             scaler = BatchScaler(model, cross_entropy, optimizer(model.parameters()), 16, 500, test)
             for name in ("rule", "limits", "decided_by", "of_noise"):

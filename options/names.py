@@ -20,7 +20,7 @@ from options.errors import UsageError, in_one_line
 MODELS = ("logistic", "cnn", "gpt")
 RAMP_UP_TYPES = tuple(name for name, rule in RULES.items() if rule.chosen_by.startswith("--ramp_up_type"))
 DATA_SETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "imagenet", "tokens", "stdlib")
-OPTIMIZERS = ("adagrad", "adagradnorm", "adam", "adamw", "sgd", "sgdm")
+OPTIMIZERS = ("adagrad", "adagradnorm", "adam", "adamw", "muon", "sgd", "sgdm")
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

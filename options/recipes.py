@@ -14,6 +14,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "statistics": "unbiased",
         "ramp_up_type": "goodput",
         "lr_scaling": "critical",
+        "coupling": "full",
         "test_interval": "auto",
         "free_start": True,
         **STEADY,

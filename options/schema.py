@@ -18,6 +18,8 @@ from options.schedules import rule_class, test_parameters
 
 MEASURED_SCALINGS = ("adascale", "critical")
 """Values of lr_scaling that read the statistics."""
+KINDS = ("bias", "norm", "embedding")
+"""Kinds of parameters, for no_weight_decay."""
 
 
 @dataclass
@@ -163,7 +165,8 @@ class OptimizerOptions:
     """Optimizer"""
 
     optimizer: str = "adam"
-    """adagrad, adagradnorm, adam, adamw, sgd, sgdm, any torch.optim class, or an import path package.module:Class"""
+    """adagrad, adagradnorm, adam, adamw, muon (for the matrices of hidden layers, AdamW for the rest), sgd, sgdm, any
+    torch.optim class, or an import path package.module:Class"""
     learning_rate: float | None = None
     """learning rate; with decay_lr=True its peak; default: 0.01; of tokens and stdlib 0.002"""
     weight_decay: float | None = None
@@ -182,6 +185,14 @@ class OptimizerOptions:
     """how the learning rate follows the batch size b, on top of the schedule, from the initial one b₀: by √(b/b₀),
     b/b₀, or from the statistics, between 1 and b/b₀: AdaScale's gain, or that of the critical batch size, two noise
     scales (the root of either for optimizers other than SGD)"""
+    coupling: Literal["full", "rate", "none"] = "rate"
+    """what follows the batch size by the statistics of lr_scaling=adascale or critical. full: learning rate, decoupled
+    weight decay, β₂, and what the optimizer keeps of the gradients so far; rate: the learning rate; none: nothing"""
+    no_weight_decay: str = ""
+    """kinds of parameters without weight decay, as bias,norm,embedding"""
+    lr_factors: dict[str, float] = field(default_factory=dict)
+    """factors on the learning rate of parameters by their names or those of modules around them, where * stands for
+    anything, as {head: 10, layers.*.bias: 0.5}; of several that fit, the product"""
 
 
 @dataclass
@@ -327,6 +338,14 @@ class Config(
         for option in ("model", "dataset", "optimizer", "ramp_up_type"):
             if problem := unknown(option, getattr(self, option)):
                 raise UsageError(problem)
+        for kind in self.without_weight_decay:
+            if kind not in KINDS:
+                raise UsageError(f"--no_weight_decay={self.no_weight_decay}: '{kind}' is none of {', '.join(KINDS)}")
+
+    @property
+    def without_weight_decay(self) -> list[str]:
+        """The kinds in no_weight_decay."""
+        return [kind.strip() for kind in self.no_weight_decay.split(",") if kind.strip()]
 
     def _check_ranges(self):
         positive = (
@@ -346,6 +365,8 @@ class Config(
             _require_range(name, getattr(self, name), "zero or positive", lambda value: value >= 0)
         for name in ("beta1", "beta2"):
             _require_range(name, getattr(self, name), "in [0, 1)", lambda value: 0 <= value < 1)
+        for value in self.lr_factors.values():
+            _require_range("lr_factors", value, "factors, zero or positive", lambda value: value >= 0)
         for name in ("global_batch_sizes", "samples_stages", "milestones"):
             for value in getattr(self, name):
                 _require_range(name, value, "a list of positive numbers", lambda value: value > 0)
@@ -388,6 +409,8 @@ class Config(
         for name in ("statistics", "smoothing"):
             if getattr(self, name) != getattr(DEFAULTS, name) and not measured:
                 raise UsageError(f"--{name} acts only with --test=True or --monitor_interval: add one, or leave it out")
+        if self.coupling != DEFAULTS.coupling and self.lr_scaling not in MEASURED_SCALINGS:
+            raise UsageError(f"--coupling={self.coupling} acts only with --lr_scaling=adascale or critical: add one")
         if self.monitor_modules and not measured:
             raise UsageError("--monitor_modules acts only with --test=True or --monitor_interval: add one")
         if self.lr_scaling in MEASURED_SCALINGS and not measured:

@@ -34,7 +34,7 @@ from runs.lock import refuse_another_writer
 FREE = """
     data_dir num_workers compile gradient_accumulation_steps
     max_micro_batch_size eval_micro_batch_size max_test_micro_batch_size
-    accelerator strategy shard_modules devices num_nodes timeout_minutes deterministic recipe
+    knee accelerator strategy shard_modules devices num_nodes timeout_minutes deterministic recipe
     out_dir run_name log_interval eval_interval eval_samples checkpoint_interval checkpoint_minutes keep_checkpoints
     resume
 """.split()  # noqa: SIM905
@@ -244,10 +244,10 @@ def resumption(fabric: Fabric, config: Config) -> tuple[Config, Path | None]:
     path, warnings = broadcast_object(fabric, lambda: found)
     if fabric.is_global_zero and warnings:
         print(*warnings, sep="\n", file=sys.stderr, flush=True)
-    return (on_all_ranks(fabric, lambda: continued(config, path)), path) if path else (config, None)
+    return (on_all_ranks(fabric, lambda: continued(config, path, fabric)), path) if path else (config, None)
 
 
-def continued(config: Config, path: Path) -> Config:
+def continued(config: Config, path: Path, fabric: Fabric) -> Config:
     """The options of a continuation: what the run's length has decided stays; without a name, it is the same folder.
 
     Raises:
@@ -262,6 +262,11 @@ def continued(config: Config, path: Path) -> Config:
         kept["max_micro_batch_size"] = old["max_micro_batch_size"]
         if config.eval_micro_batch_size == "auto" and "eval_micro_batch_size" in old:
             kept["eval_micro_batch_size"] = old["eval_micro_batch_size"]
+    if config.knee is None and (old["accelerator"], old["devices"] * old["num_nodes"]) == (
+        "cpu" if fabric.device.type == "cpu" else "cuda",
+        fabric.world_size,
+    ):  # on other hardware it is another one
+        kept["knee"] = old["knee"]
     if config.run_name is None and path.parent.name == "checkpoints":
         run_folder = run_folder_of(path.absolute())
         kept |= {"out_dir": run_folder.parent, "run_name": run_folder.name}

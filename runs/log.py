@@ -21,7 +21,6 @@ import torch
 import yaml
 from lightning.fabric.loggers import TensorBoardLogger
 from tensorboard.compat.proto.summary_pb2 import Summary
-from torch.utils.tensorboard.summary import scalar
 from tqdm import tqdm
 
 import tests
@@ -37,7 +36,7 @@ COLUMNS = (
     *("step", "samples", "epoch", "train_loss", "METRICS", "lr"),
     *("batch_size", "micro_batch_size", "gradient_accumulation_steps"),
     *tests.MEASURED,
-    *("noise_scale", "lr_factor", "next_batch_size"),
+    *("noise_scale", "noise_scale_low", "noise_scale_high", "lr_factor", "next_batch_size"),
     *("world_size", "step_time", "test_time", "samples_per_second"),
 )
 """Of metrics.csv; in the place of METRICS stand those of the data set, train_… and val_…."""
@@ -55,6 +54,8 @@ TAGS = {
     "grad_norm_sq": "grad_norm_sq",
     "batch_noise_scale": "noise_scale",
     "noise_scale": "noise_scale_unbiased",
+    "noise_scale_low": "noise_scale_low",
+    "noise_scale_high": "noise_scale_high",
     "lr_factor": "lr_factor",
     "step_time": "time",
 }
@@ -211,7 +212,7 @@ class RunLog:
             if axis == "sample":
                 metrics["sample/step"] = row["step"]
                 metrics |= {f"sample/{name}": getattr(self.config, name) for name in PARAMETERS_OF_TESTS}
-            values = [value for tag, number in metrics.items() for value in scalar(tag, number).value]
+            values = [Summary.Value(tag=tag, simple_value=number) for tag, number in metrics.items()]
             self._tensorboard.experiment.file_writer.add_summary(Summary(value=values), at)
 
     def advance(self, done: int) -> None:

@@ -1,7 +1,8 @@
 """From what a step has measured to the size of the next batch and the factor on its learning rate.
 
-Pure arithmetic on Python's numbers: nothing here knows of devices, processes, options or files, so that it serves
-anybody's training loop. `Controller` is the one object to hold.
+Pure arithmetic on Python's numbers, but for carry_over.py, which applies a `Transition` to an optimizer: nothing here
+knows of devices, processes, options or files, so that it serves anybody's training loop. `Controller` is the one object
+to hold.
 """
 
 from .controller import STEADY, Controller, Update, steady
@@ -22,6 +23,7 @@ from .rules import (
 )
 from .smoothing import Smoothing
 from .step_time import StepTime
+from .transition import Family, Transition
 
 __all__ = [
     "CRITICAL",
@@ -31,6 +33,7 @@ __all__ = [
     "AdaptiveByFactor",
     "Constant",
     "Controller",
+    "Family",
     "Goodput",
     "LearningRateScaling",
     "Limits",
@@ -41,6 +44,7 @@ __all__ = [
     "Smoothing",
     "Stagewise",
     "StepTime",
+    "Transition",
     "Update",
     "free_batch_size",
     "steady",

@@ -1,5 +1,6 @@
 """The one object that a training loop holds: test, statistics, growth, step time, learning-rate factor."""
 
+import math
 from dataclasses import dataclass
 
 from ..tests import Decision, Moments, Statistics, Test
@@ -8,6 +9,7 @@ from .limits import Limits
 from .rules import Adaptive, Goodput, Observation, Rule, quickest_batch
 from .smoothing import Smoothing
 from .step_time import StepTime
+from .transition import Family, Transition
 
 
 @dataclass(frozen=True)
@@ -18,11 +20,13 @@ class Update:
         batch_size: of the next batch [samples].
         lr_factor: on the learning rate of the next step.
         decision: the test's, None where none was made.
+        transition: what the optimizer's state has to follow (carry_over.apply), None where it has not.
     """
 
     batch_size: int
     lr_factor: float
     decision: Decision | None
+    transition: Transition | None = None
 
 
 OFTEN, SELDOM = 8, 16
@@ -95,8 +99,10 @@ class Controller:
         noise_scale = known.noise_scale if moments and known else None
         observation = Observation(decision, noise_scale, step_time)
         wanted = self.rule(self.batch_size, self.samples, observation)
-        self.batch_size = self.limits(self.batch_size, wanted, moments is not None or not self.rule.measures)
-        return Update(self.batch_size, self.lr_factor, decision)
+        before = self.batch_size
+        self.batch_size = self.limits(before, wanted, moments is not None or not self.rule.measures)
+        transition = self.scaling.transition(before, self.batch_size, self._known)
+        return Update(self.batch_size, self.lr_factor, decision, transition)
 
     def _measure(self, moments: Moments) -> Decision | None:
         """Add a batch to the averages; gives the test's decision on them, where there is a test."""
@@ -146,14 +152,20 @@ class Controller:
         return self.scaling(self.batch_size, self._known)
 
     @property
+    def decay_factor(self) -> float:
+        """On a decoupled weight decay, of a step of the present batch size."""
+        return self.scaling.decay(self.batch_size, self._known)
+
+    @property
     def noise_scale(self) -> float | None:
         """V/‖G‖² of the averaged, unbiased statistics [samples]; None where ‖G‖² is not positive or not known."""
         return self.reported.noise_scale if self.reported else None
 
-    @property
-    def noise_scale_interval(self) -> tuple[float, float] | None:
-        """Its two-sided 90 % interval [samples]; None where it is not known."""
-        return self.reported.noise_scale_interval if self.reported else None
+    def known_noise(self) -> dict[str, float | None]:
+        """`noise_scale`, and the ends of its two-sided 90 % interval [samples]; None where they are not known."""
+        low, high = (self.reported.noise_scale_interval if self.reported else None) or (None, None)
+        high = None if high == math.inf else high
+        return {"noise_scale": self.noise_scale, "noise_scale_low": low, "noise_scale_high": high}
 
     @property
     def knee(self) -> float | None:
@@ -171,7 +183,7 @@ class Controller:
         known = self.noise_scale is not None and self.knee is not None
         critical = self.rule.critical if isinstance(self.rule, Goodput) else CRITICAL
         return {
-            "noise_scale": self.noise_scale,
+            **self.known_noise(),
             "knee": self.knee,
             "quickest_batch_size": quickest_batch(critical * self.noise_scale, self._step_time()) if known else None,
         }
@@ -197,13 +209,19 @@ STEADY = {"smoothing": 5_000.0, "max_growth": 4.0, "max_waste": 1.0}
 """Of the default recipe."""
 
 
-def steady(batch_size: int, max_batch_size: int | None = None, adaptive_optimizer: bool = False) -> Controller:
+def steady(
+    batch_size: int,
+    max_batch_size: int | None = None,
+    adaptive_optimizer: bool = False,
+    family: Family | None = None,
+) -> Controller:
     """The program's default recipe: the batch with the most progress a second, and a learning rate that follows.
 
     Args:
         batch_size: b₀, of the first batch, for which the learning rate was chosen [samples].
         max_batch_size: largest size [samples]; None: no bound.
         adaptive_optimizer: the optimizer divides by the gradient's size.
+        family: of an optimizer whose state follows, too (carry_over.py).
     """
     return Controller(
         batch_size,
@@ -211,5 +229,5 @@ def steady(batch_size: int, max_batch_size: int | None = None, adaptive_optimize
         limits=Limits(max_batch_size, STEADY["max_growth"]),
         unbiased=True,
         smoothing=STEADY["smoothing"],
-        scaling=LearningRateScaling("critical", batch_size, adaptive_optimizer),
+        scaling=LearningRateScaling("critical", batch_size, adaptive_optimizer, family),
     )

@@ -226,6 +226,10 @@ class Seesaw(Rule):
         return f"seesaw{batch_size}"
 
 
+SETTLED = 16
+"""Steps of a size that a run has behind it, by its samples, before it takes that size."""
+
+
 @dataclass(frozen=True)
 class Goodput(Rule):
     """The batch with the most progress a second on this hardware.
@@ -237,6 +241,8 @@ class Goodput(Rule):
     possible samples, so that "at most 1 + W times the least" is b ≤ W·C. (With a price of λ seconds a sample the least
     of (α + βb)(1 + C/b) + λ(b + C) is at √(C·α/(β + λ)).) Without a bound, W is 10: a step of 10 C makes 10/11 of the
     progress of the largest there can be, and the estimate of the knee is not to decide over more samples than that.
+    Nor does a batch become larger than a sixteenth of the samples so far: at its start a run changes faster than an
+    average follows, and a noise scale measured exactly then is not that of the next steps.
 
     Args:
         knee: P [samples], where it is known; default: what the steps' times say.
@@ -275,6 +281,7 @@ class Goodput(Rule):
             return 2 * batch_size
         critical = self.critical * observation.noise_scale
         best = min(quickest_batch(critical, step_time), max(round((self.max_waste or 10.0) * critical), 1))
+        best = min(best, max(samples // SETTLED, batch_size))
         if best < batch_size and not self.may_shrink:
             return batch_size
         gain = progress_rate(best, critical, step_time) / progress_rate(batch_size, critical, step_time)

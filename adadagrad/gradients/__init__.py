@@ -15,7 +15,7 @@ gradient is averaged once over the ranks.
 from .choice import build, moments
 from .estimator import Estimator, Loss, by_module, is_out_of_memory, listed, sum_over_ranks
 from .ghost_norms import GhostNorms
-from .isolation import couples_samples, drawing_from, preserving_state, random_states
+from .isolation import couples_samples, drawing_from, preserving_attributes, preserving_state, random_states
 from .micro_batch import MicroBatchGradients
 from .per_sample import PerSampleGradients, SingleGradients
 from .verification import PROBE
@@ -35,7 +35,8 @@ __all__ = [
     "is_out_of_memory",
     "listed",
     "moments",
+    "preserving_attributes",
+    "preserving_state",
     "random_states",
     "sum_over_ranks",
-    "preserving_state",
 ]

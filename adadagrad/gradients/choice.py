@@ -8,6 +8,7 @@ from torch import nn
 from ..tests import Moments
 from .estimator import Estimator, Loss, first_line, listed
 from .ghost_norms import GhostNorms
+from .hooks import changing
 from .isolation import couples_samples, is_compiled
 from .micro_batch import MicroBatchGradients
 from .per_sample import BySample, OwnPass, PerSampleGradients, SingleGradients
@@ -70,6 +71,7 @@ def build(
     in_training_pass: bool = False,
     num_groups: int = 8,
     notify: Callable[[str], None] = lambda line: None,
+    recheck: bool = True,
 ) -> tuple["Estimator", list[str]]:
     """The estimator by its name on the command line, and what the user should be told of it.
 
@@ -80,6 +82,7 @@ def build(
         in_training_pass: the training pass itself runs inside `observe`, on `model` and uncompiled.
         num_groups: bounds the gradient copies that micro_batch keeps: at most twice as many.
         notify: called with a line where something turns out later.
+        recheck: compare a handful of samples again at the 2nd, 20th, 200th, … measured step, on what the step is.
         (The others: see `Estimator`.)
 
     Raises:
@@ -91,10 +94,16 @@ def build(
     check = _checked(model, loss, *probe)
     coupled = couples_samples(model)
     told = [COUPLED] if coupled else [COUPLED_BY_ITSELF] if check.couples else []
-    in_training_pass = in_training_pass and not (coupled or check.couples or is_compiled(model))
+    hooks, others = changing({name: p for name, p in model.named_parameters() if p.requires_grad})
+    if others:
+        told.append(BEFORE_HOOKS.format(listed(sorted(others))))
+    in_training_pass = in_training_pass and not (coupled or check.couples or is_compiled(model) or others)
     failures: dict[str, str] = {}
     for name in ("ghost", "vmap", "loop") if test_gradients == "auto" else (test_gradients,):
         estimator, problem = _candidate(name, check, arguments, in_training_pass, notify)
+        estimator.adds_up, estimator.recheck = check.adds_up, recheck and name != "loop"
+        for own in (estimator, *getattr(estimator, "references", ())):
+            own.hooks = hooks
         covers = isinstance(estimator, SingleGradients) or not getattr(estimator, "uncovered", None)
         if not problem and not covers:
             lacking = f"no rule for {listed(sorted(estimator.uncovered))}"
@@ -121,6 +130,9 @@ def build(
     return estimator, told
 
 
+BEFORE_HOOKS = (
+    "hooks change the gradients of {} in a way that is not linear: the statistics are of the gradients before them"
+)
 LOOP = (
     "test_gradients=loop takes one backward pass a sample: here about {:.1f} times a plain step's time for {} samples"
 )

@@ -1,6 +1,7 @@
 """What the estimators share: sums over ranks, the mean gradient, norms of tensors as large as the model."""
 
 import contextlib
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..tests import Moments
-from .contributions import at_least_single
+from .contributions import at_least_single, real
 from .samples import Batch
 
 Loss = Callable[[Any, Any], Tensor]
@@ -37,6 +38,13 @@ class MicroBatch:
     again: Callable[[], Batch]
 
 
+NO_MEAN = (
+    "the loss is neither the mean nor the sum of its samples' losses (class weights, ignore_index over the "
+    "batch, a contrastive loss?), so that samples have no gradients of their own: take a loss that is, or "
+    "test_gradients=micro_batch"
+)
+
+
 class Estimator:
     """What the estimators share. They differ in how a micro-batch is observed and where ḡ and the p_k come from.
 
@@ -50,6 +58,7 @@ class Estimator:
     Attributes:
         by_parameter: measure every parameter by itself, too, where `tells_parameters_apart`.
         of_parameters: the moments of the last call of `moments`, by parameter, then.
+        measured: how often `moments` was called.
     """
 
     tells_parameters_apart = False
@@ -66,7 +75,7 @@ class Estimator:
     ):
         self.model, self.loss, self.inner_products = model, loss, inner_products
         self.max_micro_batch_size, self.autocast = max_micro_batch_size, autocast
-        self.by_parameter, self.of_parameters = False, {}
+        self.by_parameter, self.of_parameters, self.measured = False, {}, 0
         self._start()
 
     @property
@@ -75,14 +84,15 @@ class Estimator:
         return any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
 
     def _start(self) -> None:
-        # [samples, groups, Σ m_k‖ḡ_k‖²]
-        self.sums = torch.zeros(3, dtype=torch.float64, device=next(self.model.parameters()).device)
+        # [samples, groups, Σ m_k‖ḡ_k‖²; how often the loss was no mean, how often norms were not single samples']
+        self.sums = torch.zeros(5, dtype=torch.float64, device=next(self.model.parameters()).device)
         self.gradient_sum: dict[str, Tensor] = {}
         self.sums_by_parameter: dict[str, Tensor] = {}  # Σ m_k‖ḡ_k‖² over the parameter alone
         self.norms_sq: list[Tensor] = []  # ‖g_i‖² of the samples in order, where inner products are measured
 
     def forget(self) -> None:
-        """Drop what was observed since the last call of `moments`."""
+        """Drop what was observed since the last call of `moments`; measured steps are counted from here."""
+        self.measured = 0
         self._start()
 
     def observe(
@@ -110,6 +120,9 @@ class Estimator:
 
         Args:
             grad_scale: the gradient scaler's factor on the gradients of the training pass; for a tensor nobody waits.
+
+        Raises:
+            ValueError: the loss of a batch was neither the mean nor the sum of its samples' losses; on all ranks.
         """
         total = sum_over_ranks(self._total(grad_scale))
         mean = self.mean_gradient(total[0], grad_scale)
@@ -126,14 +139,24 @@ class Estimator:
             own = torch.stack([self.sums_by_parameter.get(name, nothing) for name in names])
             numbers += [sum_over_ranks(own), of_shards(torch.stack([norm_sq([mean[name]]) for name in names]))]
         self._start()
-        samples, groups, sum_norm_sq, grad_norm_sq, *rest = torch.cat(numbers).tolist()  # the only wait
+        numbers = torch.cat(numbers).tolist()  # the only wait
+        samples, groups, sum_norm_sq, losses_off, norms_off, grad_norm_sq, *rest = numbers
+        self.measured += 1
+        if losses_off:
+            raise ValueError(NO_MEAN)
+        if norms_off:  # the numbers of this step are wrong, then
+            self._give_way()
+            sum_norm_sq = math.nan
         sum_inner, sum_inner_sq, sum_apart_sq = rest[:3] if self.inner_products else (None, None, None)
         apart = zip(names, rest[len(rest) - 2 * len(names) :], rest[len(rest) - len(names) :])
         self.of_parameters = {name: Moments(round(samples), round(groups), norm, own) for name, own, norm in apart}
         return Moments(round(samples), round(groups), grad_norm_sq, sum_norm_sq, sum_inner_sq, sum_inner, sum_apart_sq)
 
+    def _give_way(self) -> None:
+        """To the next estimator, as this one's numbers are not those of single samples; on all ranks alike."""
+
     def _total(self, grad_scale: float | Tensor) -> Tensor:
-        """[samples, groups, Σ m_k‖ḡ_k‖²] of this rank."""
+        """`sums` of this rank."""
         return self.sums
 
     def _add_by_parameter(self, sums: dict[str, Tensor]) -> None:
@@ -150,9 +173,11 @@ class Estimator:
 
     def mean_gradient(self, samples: Tensor, grad_scale: float | Tensor) -> dict[str, Tensor]:
         """ḡ by parameter: here from the sums of an own pass, averaged over the ranks in one exchange."""
-        flat = sum_over_ranks(torch.cat([gradient.flatten() for gradient in self.gradient_sum.values()])) / samples
-        pieces = flat.split([gradient.numel() for gradient in self.gradient_sum.values()])
-        return {name: piece.view_as(self.gradient_sum[name]) for name, piece in zip(self.gradient_sum, pieces)}
+        sums = {name: real(gradient) for name, gradient in self.gradient_sum.items()}
+        flat = sum_over_ranks(torch.cat([own.flatten() for own in sums.values()])) / samples  # in the widest dtype
+        pieces = flat.split([own.numel() for own in sums.values()])
+        mean = {name: piece.view(sums[name].shape) for name, piece in zip(sums, pieces)}
+        return {n: torch.view_as_complex(g) if self.gradient_sum[n].is_complex() else g for n, g in mean.items()}
 
     def products(self, mean: dict[str, Tensor], grad_scale: float | Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
         """p_k, ‖ḡ_k‖² and m_k of this rank's groups in order, float64 (K,); here single samples."""

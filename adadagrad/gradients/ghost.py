@@ -12,7 +12,8 @@ back by autograd.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,13 +33,31 @@ from .contributions import (
     total_norms_sq,
 )
 from .estimator import first_line, is_out_of_memory
-from .ghost_rules import EXPANSIONS, OF_FIRST_ALONE, PICKS, RULES, VIEWS
+from .ghost_rules import EXPANSIONS, FACTORIES, OF_FIRST_ALONE, PICKS, RULES, VIEWS
+from .hooks import Hook, Hooked
 from .samples import count, leaves
 
 Origin = frozenset[str] | str
 """Of a tensor: the names of the parameters it is computed from, or that the batch has a part in it."""
 BY_SAMPLE = "rows by sample"
 PICKED = "rows picked by value"
+
+
+@dataclass
+class Seen:
+    """What a pass has met, by which a later one tells samples from what has their number by chance.
+
+    (Among the tensors of a pass that is compared with single samples no dimension but that of the samples has their
+    number; among those of a training step others may: a sequence as long as the batch, or a multiple of it.)
+
+    Args:
+        uses: of parameters, in the words of `GhostMode.use`, that have got a gradient.
+        expansions, others: calls of `EXPANSIONS` over the batch, and over something else.
+    """
+
+    uses: set[tuple] = field(default_factory=set)
+    expansions: set[tuple] = field(default_factory=set)
+    others: set[tuple] = field(default_factory=set)
 
 
 class GhostMode(TorchFunctionMode):
@@ -48,7 +67,9 @@ class GhostMode(TorchFunctionMode):
         parameters: name → parameter, those whose gradients count.
         inputs: the batch (tensors, or a tree of them); what is computed from it belongs to samples, along the first
             dimension.
-        expansions: which expansions of parameters are over the batch, from an earlier pass of the same model.
+        known: what an earlier pass of the same model has seen; what it has not seen is not covered.
+        uncovered: names of parameters that are left out.
+        hooks: of parameters, those that change the samples' gradients.
         refresh: name → parameter as they are now. Under FSDP2 a module that runs has other, gathered parameters.
         keep: remember the layers' inputs and output gradients, for `inner_products`. Memory stays about the same:
             they come as the backward pass frees what else the forward pass has saved.
@@ -56,30 +77,31 @@ class GhostMode(TorchFunctionMode):
     Attributes:
         uncovered: names of the parameters for which no rule was found; they have no share in the norms.
         failure: what a rule has failed on that was found, in the backward pass.
-        expansions: calls, by number, that expanded a parameter over the batch.
+        seen: of this pass.
     """
 
     def __init__(
         self,
         parameters: dict[str, Tensor],
         inputs: Any,
-        expansions: set[int] | None = None,
+        known: Seen | None = None,
         keep: bool = False,
         refresh: Callable[[], dict[str, Tensor]] | None = None,
+        uncovered: Collection[str] = (),
+        hooks: dict[str, Hook] | None = None,
     ):
         super().__init__()
         self.names = {id(parameter): name for name, parameter in parameters.items()}
         self.parameters, self.n, self._refresh = parameters, count(inputs), refresh
-        self.uncovered: set[str] = set()
-        self.failure = ""
-        self.expansions: set[int] = set()
-        self._known_expansions, self._expansion_calls = expansions, 0
+        self.uncovered, self.failure, self.hooks = set(uncovered), "", hooks or {}
+        self.seen, self._known, self._function = Seen(), known, ""
         self._keep, self._contributions, self._all_kept = keep, [], keep
         self._uses: Counter[str] = Counter()
         self._shared: dict[str, list[Contribution]] = defaultdict(list)
         self._parts: list[tuple[str, Parts]] = []
         for tensor in leaves(inputs):
-            self._mark(tensor, BY_SAMPLE)
+            if tensor.dim():  # a single number belongs to every sample
+                self._mark(tensor, BY_SAMPLE)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -96,12 +118,13 @@ class GhostMode(TorchFunctionMode):
         sources = [tensor for tensor, origin in zip(tensors, origins) if origin and not isinstance(origin, str)]
         sources = [tensor for tensor in sources if tensor.requires_grad]
         rule = RULES.get(function) if sources and torch.is_grad_enabled() else None
+        self._function = getattr(function, "__name__", "")
         if rule and any(tensor.is_complex() for tensor in sources):
             rule = None
         if rule is None:  # where no gradients are recorded, what is computed now may still get one (checkpointing)
             self._give_up(sources)
         result = rule(self, function, *args, **kwargs) if rule else function(*args, **kwargs)
-        picked = PICKED in batch or self._picks(function, args)
+        picked = PICKED in batch or self._picks(function, args, kwargs)
         for tensor in _flatten((result if result is not None else args[0],), {}):
             self._mark(tensor, PICKED if picked else BY_SAMPLE)
         return result
@@ -157,22 +180,30 @@ class GhostMode(TorchFunctionMode):
             return False
         return tensor.dim() > 0 and len(tensor) > 0 and len(tensor) % self.n == 0
 
-    def _picks(self, function: Callable, args: tuple) -> bool:
+    def _picks(self, function: Callable, args: tuple, kwargs: dict) -> bool:
+        """Rows by values of the batch. (What picks them by other values picks the same ones of every batch.)"""
         if function in PICKS:
-            return True
+            position, default = PICKS[function]
+            dim = kwargs.get("dim", args[position] if len(args) > position else default)
+            return not isinstance(dim, int) or dim % max(args[0].dim(), 1) == 0
         if function is not Tensor.__getitem__:
             return False
         first = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
-        return isinstance(first, (Tensor, list))
+        return isinstance(first, Tensor) and isinstance(self._origin(first), str)
 
     def _derive(self, function, args, kwargs, tensors: list[Tensor], origins: list[Origin]):
         """A function of parameters alone: remember of which. Expanding one over the batch is itself a use."""
         result = function(*args, **kwargs)
         ancestors = frozenset().union(*origins)
         if not ancestors:
+            # Positions, states, …: the same ones for every sample
+            expanded = function in EXPANSIONS and _one_more_dimension(tensors[0], result, self.n)
+            if expanded or (function in FACTORIES and result.dim() and len(result) == self.n):
+                self._mark(result, BY_SAMPLE)
             return result
         source = next(tensor for tensor, origin in zip(tensors, origins) if origin)
-        if torch.is_grad_enabled() and function in EXPANSIONS and self._expands_over_batch(source, result):
+        self._function = getattr(function, "__name__", "")
+        if torch.is_grad_enabled() and function in EXPANSIONS and self._expands_over_batch(source, result, ancestors):
             self.use(result, source, lambda B: Direct(at_least_single(B).reshape(self.n, *source.shape)))
             self._mark(result, BY_SAMPLE)
             return result
@@ -180,27 +211,42 @@ class GhostMode(TorchFunctionMode):
             self._mark(tensor, ancestors)
         return result
 
-    def _expands_over_batch(self, source: Tensor, result: Tensor) -> bool:
-        """By the shape; where an earlier pass has shown which calls do, by their number, as shapes can coincide."""
-        call, self._expansion_calls = self._expansion_calls, self._expansion_calls + 1
-        if self._known_expansions is not None:
-            return call in self._known_expansions and len(result) == self.n
-        expands = result.dim() == source.dim() > 0 and len(source) == 1 and len(result) == self.n
-        if expands:
-            self.expansions.add(call)
-        return expands
+    def _expands_over_batch(self, source: Tensor, result: Tensor, ancestors: frozenset[str]) -> bool:
+        """By the shape, if an earlier pass does not say that it can be something else, as shapes can coincide."""
+        call = (self._function, ancestors, tuple(source.shape))
+        expands = result.numel() == self.n * source.numel() and _one_more_dimension(source, result, self.n)
+        (self.seen.expansions if expands else self.seen.others).add(call)
+        if not expands or self._known is None:
+            return expands
+        over_batch, over_others = call in self._known.expansions, call in self._known.others
+        if over_batch == over_others:
+            self.uncovered |= ancestors
+        return over_batch
 
     def _give_up(self, sources: Iterable[Tensor | None]) -> None:
         for source in sources:
             if source is not None:
                 self.uncovered |= self._ancestors(source)
 
-    def use(self, output: Tensor, source: Tensor | None, contribute: Callable[[Tensor], Contribution]) -> None:
-        """When the gradient B of `output` is known, add what `contribute(B)` gives for `source`."""
+    def use(
+        self,
+        output: Tensor,
+        source: Tensor | None,
+        contribute: Callable[[Tensor], Contribution],
+        layout: str | None = None,
+    ) -> None:
+        """When the gradient B of `output` is known, add what `contribute(B)` gives for `source`.
+
+        Args:
+            layout: where in `output` the samples are: by default one row each along the first dimension, or several.
+        """
         if source is None or not (ancestors := self._ancestors(source)):
             return
+        if layout is None:
+            layout = "a row each" if len(output) == self.n else "rows"
+        use = (self._function, ancestors, output.dim(), layout)
         made = _maker(output)
-        if made is None or source.is_complex():
+        if made is None or source.is_complex() or (self._known and use not in self._known.uses):
             self.uncovered |= ancestors
             return
         self._uses.update(ancestors)
@@ -210,6 +256,7 @@ class GhostMode(TorchFunctionMode):
 
         def hook(gradients: tuple[Tensor | None, ...]) -> None:
             if pending and gradients[index] is not None:
+                self.seen.uses.add(use)
                 with torch.no_grad(), torch._C.DisableTorchFunction():
                     self._receive(*pending.pop(), gradients[index].reshape(shape))
 
@@ -228,6 +275,8 @@ class GhostMode(TorchFunctionMode):
         for name in ancestors - self.uncovered:
             parameter = self.parameters[name]
             own = contribution if parameter is source else PulledBack(contribution, source, parameter)
+            if name in self.hooks:
+                own = Hooked(own.at_hand() if isinstance(own, PulledBack) else own, self.hooks[name], parameter.shape)
             if self._keep:
                 own = self._remember(name, own)
             if self._uses[name] == 1:
@@ -277,12 +326,17 @@ class GhostMode(TorchFunctionMode):
 
     def inner_products(self, direction: dict[str, Tensor]) -> Tensor:
         """Of every sample's gradient with `direction` (by parameter), all parameters as one vector: float64 (n,)."""
-        own = (own.inner_products(at_least_single(direction[name])) for name, own in self._contributions)
+        own = (own.inner_products(self._along(name, direction[name])) for name, own in self._contributions)
         return sum(own, start=self._zeros())
+
+    def _along(self, name: str, direction: Tensor) -> Tensor:
+        """Between parameters of several dtypes a direction may have come in the widest."""
+        return at_least_single(direction.to(self.parameters[name].dtype))
 
     def inner_products_with(self, name: str, direction: Tensor) -> Tensor:
         """Of every sample's gradient by one parameter, with a direction of its shape: float64 (n,)."""
-        own = (own.inner_products(at_least_single(direction)) for kept, own in self._contributions if kept == name)
+        direction = self._along(name, direction)
+        own = (own.inner_products(direction) for kept, own in self._contributions if kept == name)
         return sum(own, start=self._zeros())
 
     def __exit__(self, *exception):
@@ -302,6 +356,13 @@ def _maker(output: Tensor) -> tuple[Any, int] | None:
         return output.grad_fn and (output.grad_fn, output.output_nr)
     whole = base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
     return (base.grad_fn, base.output_nr) if whole else None
+
+
+def _one_more_dimension(source: Tensor, result: Tensor, n: int) -> bool:
+    """The first one, n times what the source is (or, of one row, n times that row)."""
+    if not result.dim() or len(result) != n:
+        return False
+    return source.dim() < result.dim() or (source.dim() == result.dim() and len(source) == 1)
 
 
 def _flatten(args, kwargs):

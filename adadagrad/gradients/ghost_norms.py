@@ -12,13 +12,14 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .estimator import MicroBatch, dense, first_line, is_out_of_memory, listed, training_gradient
-from .ghost import GhostMode
-from .isolation import isolated
+from .ghost import GhostMode, Seen
+from .isolation import drawing_from, isolated
 from .per_sample import (
     BySample,
     OwnPass,
     PerSampleGradients,
     SingleGradients,
+    detached,
     in_wide_range,
     norms_sq,
 )
@@ -39,14 +40,14 @@ class GhostNorms(OwnPass):
     over each gives the p_i.
 
     Attributes:
-        expansions, uncovered: of `GhostMode`, as the check at the start has found them.
+        known, uncovered: of `GhostMode`, as the check at the start has found them.
         forward_mode: the model has a forward-mode derivative; else `why_not_forward` says why.
     """
 
     def __init__(self, *arguments, in_training_pass: bool = False, notify: Callable[[str], None] = lambda line: None):
         super().__init__(*arguments, notify=notify)
         self.in_training_pass = in_training_pass
-        self.expansions: set[int] | None = None
+        self.known: Seen | None = None
         self.uncovered: set[str] = set()
         self.references: list[BySample] = [PerSampleGradients(*arguments), SingleGradients(*arguments)]
         self.forward_mode, self.why_not_forward = True, ""
@@ -64,23 +65,26 @@ class GhostNorms(OwnPass):
         if self.in_training_pass:
             marks = {name: _mark(parameter.grad) for name, parameter in self.parameters().items()}
             refresh = self.parameters if sharded else None
-            with GhostMode(self.parameters(), inputs, self.expansions, keep, refresh) as mode:
+            arguments = (self.parameters(), inputs, self.known, keep, refresh, self.uncovered, self.hooks)
+            with GhostMode(*arguments) as mode, self._outputs() as outputs:
                 yield
+            if len(outputs) == 1:
+                self._hold_loss(outputs[0], targets)
             self._say_what_failed(mode)
             mode.uncovered |= {name for name in mode.unseen() if _mark(self.parameters()[name].grad) != marks[name]}
             self._add(mode.norms_sq() / batch.loss_scale**2)
             if self.by_parameter:
                 self._tell_apart(mode, batch.loss_scale)
-            uncovered = self.uncovered | mode.uncovered
-            if mode.is_complete and not uncovered:
+            uncovered = mode.uncovered
+            if mode.is_complete:
                 self.kept.append((mode, batch.loss_scale))
         else:
             uncovered = set(self.uncovered)
 
             def norms_and_gradient(chunk: tuple[Batch, Batch]) -> tuple[Tensor, dict[str, Tensor]]:
                 is_whole = keep and count(chunk[0]) == count(inputs)
-                mode, gradient = self.backward(*chunk, before[1], is_whole)
-                self.kept = [(mode, 1.0)] if mode.is_complete and not uncovered else []
+                mode, gradient = self.backward(*chunk, before[1], is_whole, hold_loss=True)
+                self.kept = [(mode, 1.0)] if mode.is_complete else []
                 uncovered.update(mode.uncovered)
                 return mode.norms_sq(), gradient
 
@@ -88,7 +92,35 @@ class GhostNorms(OwnPass):
             yield
         if uncovered:
             self.kept = []
-            self.own_norms_sq.append((len(self.norms_sq) - 1, self._norms_sq_of(uncovered, inputs, targets, before[1])))
+            with drawing_from(before[0], self.device):
+                own_norms_sq = self._norms_sq_of(uncovered, inputs, targets, before[1])
+            self.own_norms_sq.append((len(self.norms_sq) - 1, own_norms_sq))
+        self._look_again(batch, before)
+
+    @contextlib.contextmanager
+    def _outputs(self) -> Iterator[list[Batch]]:
+        """Of the model in the training pass that runs inside."""
+        outputs: list[Batch] = []
+        keep = self.model.register_forward_hook(lambda module, inputs, output: outputs.append(detached(output)))
+        try:
+            yield outputs
+        finally:
+            keep.remove()
+
+    def _norms_again(self, inputs: Batch, targets: Batch, buffers: dict[str, Tensor]) -> Tensor:
+        mode, _ = self.backward(inputs, targets, buffers)
+        if not mode.uncovered:
+            return mode.norms_sq()
+        return mode.norms_sq() + self._norms_sq_of(mode.uncovered, inputs, targets, buffers)
+
+    def _give_way(self) -> None:
+        """To per-sample gradients of all parameters; from these, if they are what is wrong, to the next ones."""
+        super()._give_way()
+        everything = set(self.parameters())
+        if everything <= self.uncovered and len(self.references) > 1:
+            self.references.pop(0)
+        self.uncovered, self.forward_mode = everything, False
+        self.why_not_forward = "its products are not those of single samples"
 
     @property
     def works_on_shards(self) -> bool:
@@ -100,10 +132,10 @@ class GhostNorms(OwnPass):
         return self.in_training_pass
 
     def _tell_apart(self, mode: GhostMode, loss_scale: float) -> None:
-        unknown = mode.uncovered | self.uncovered  # without a rule; all of these are measured together
         for name in mode.parameters:
             own = mode.norms_sq(name).sum() / loss_scale**2
-            self._add_by_parameter({name: own * math.nan if name in unknown else own})
+            # Those without a rule are measured together.
+            self._add_by_parameter({name: own * math.nan if name in mode.uncovered else own})
 
     def _norms_sq_of(self, names: set[str], inputs: Batch, targets: Batch, buffers: dict[str, Tensor]) -> Tensor:
         """‖g_i‖² over these parameters (n,), by the first reference that can; NaN, with a line, where none can."""
@@ -136,22 +168,25 @@ class GhostNorms(OwnPass):
         self.kept: list[tuple[GhostMode, float]] = []
 
     def backward(
-        self, inputs: Batch, targets: Batch, buffers: dict[str, Tensor], keep: bool = False
+        self, inputs: Batch, targets: Batch, buffers: dict[str, Tensor], keep: bool = False, hold_loss: bool = False
     ) -> tuple[GhostMode, dict[str, Tensor]]:
         """A pass of the test's own: the mode with the norms, and the sum of the gradients."""
         parameters = self.parameters()
         with (
             isolated(self.model, buffers),
             torch.enable_grad(),
-            GhostMode(parameters, inputs, self.expansions, keep) as mode,
+            GhostMode(parameters, inputs, self.known, keep, uncovered=self.uncovered, hooks=self.hooks) as mode,
         ):
             outputs = self._call(inputs)
             with torch._C.DisableTorchFunction():  # the loss has no parameters
-                loss = self._losses(outputs, targets).sum()
-                gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+                losses = self._losses(outputs, targets)
+                gradients = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
+                if hold_loss:
+                    self._hold_loss(detached(outputs), targets, losses)
         self._say_what_failed(mode)
         found = {name: dense(gradient) for name, gradient in zip(parameters, gradients) if gradient is not None}
         mode.uncovered |= mode.unseen() & set(found)
+        found |= {name: self.hooks[name](gradient) for name, gradient in found.items() if name in self.hooks}
         return mode, {name: found.get(name, torch.zeros_like(parameter)) for name, parameter in parameters.items()}
 
     def _say_what_failed(self, mode: GhostMode) -> None:
@@ -237,6 +272,8 @@ class GhostNorms(OwnPass):
     def along(self, direction: dict[str, Tensor], inputs: Batch, targets: Batch, buffers: dict[str, Tensor]) -> Tensor:
         """The derivative of every sample's loss along a direction (by parameter), by forward mode: float64 (n,)."""
         parameters = {name: parameter.detach() for name, parameter in self.parameters().items()}
+        direction = {name: direction[name].to(parameter.dtype) for name, parameter in parameters.items()}
+        direction |= {name: hook(direction[name]) for name, hook in self.hooks.items()}  # ⟨h(g), d⟩ = ⟨g, h(d)⟩
 
         def losses(parameters: dict[str, Tensor]) -> Tensor:
             with self.autocast(), in_wide_range(self.device):

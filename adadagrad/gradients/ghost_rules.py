@@ -58,6 +58,21 @@ def _record_linear(mode: GhostMode, output: Tensor, input: Tensor, weight: Tenso
     mode.use(output, bias, lambda B: Direct(_by_sample(at_least_single(B), n).sum(1)))
 
 
+def _addmm(mode: GhostMode, function, bias: Tensor, input: Tensor, weight: Tensor, **kwargs) -> Tensor:
+    """A linear layer whose weight is transposed, as in GPT-2."""
+    output = function(bias, input, weight, **kwargs)
+    if kwargs or not mode.rows_by_sample(input) or isinstance(mode._origin(bias), str):
+        mode._give_up([tensor for tensor in (bias, input, weight) if mode._ancestors(tensor)])
+        return output
+    x, n, rows = _as_multiplied(input, output), mode.n, bias.dim() == 1 or len(bias) == 1
+    mode.use(output, weight, lambda B: OuterProducts(_by_sample(B, n), _by_sample(x, n)))
+    if rows and bias.shape[-1:] == output.shape[-1:]:
+        mode.use(output, bias, lambda B: Direct(_by_sample(at_least_single(B), n).sum(1).view(n, *bias.shape)))
+    else:
+        mode._give_up([bias])
+    return output
+
+
 def _matmul(mode: GhostMode, function, input: Tensor, other: Tensor) -> Tensor:
     output = function(input, other)
     if other.dim() != 2 or input.dim() < 2 or not mode.rows_by_sample(input):
@@ -122,9 +137,19 @@ def _embedding(mode: GhostMode, function, input, weight, padding_idx=None, *args
         mode._give_up([weight])
         return output
     indices, n = input.detach().reshape(mode.n, -1), mode.n
-    padding_index = None if padding_idx is None or padding_idx == -1 else padding_idx % len(weight)
+    padding_index = None if padding_idx is None else padding_idx % len(weight)
     mode.use(output, weight, lambda B: EmbeddingRows(indices, _by_sample(B, n), len(weight), padding_index))
     return output
+
+
+def _plain_embedding(mode: GhostMode, function, weight, indices, padding_idx=-1, *args, **kwargs) -> Tensor:
+    """Here a negative index of the padding means that there is none; for F.embedding, −1 is the last row."""
+
+    def call(indices, weight, padding_idx, *args, **kwargs):
+        return function(weight, indices, -1 if padding_idx is None else padding_idx, *args, **kwargs)
+
+    padding_index = None if padding_idx < 0 else padding_idx
+    return _embedding(mode, call, indices, weight, padding_index, *args, **kwargs)
 
 
 def _layer_norm(mode: GhostMode, function, input, normalized_shape, weight=None, bias=None, eps=1e-5, *args) -> Tensor:
@@ -246,24 +271,48 @@ def _arithmetic(gradient: Callable[[Tensor, Tensor, Tensor, bool], Tensor]) -> R
     def rule(mode: GhostMode, function, first, second, *args, **kwargs) -> Tensor:
         output = function(first, second, *args, **kwargs)
         source, other = (first, second) if isinstance(first, Tensor) and mode._ancestors(first) else (second, first)
-        shape = (1,) * (output.dim() - source.dim()) + tuple(source.shape)
         both_derived = isinstance(other, Tensor) and mode._ancestors(other)
-        ordered = mode.rows_by_sample(other) and output.dim() > 0 and not len(output) % mode.n
-        if args or kwargs or both_derived or not ordered or not shape or shape[0] != 1:
+        if args or kwargs or both_derived or not mode.rows_by_sample(other):
             mode._give_up([tensor for tensor in (source, other) if mode._ancestors(tensor)])
             return output
-        value = other.detach() if isinstance(other, Tensor) else other
-        weight, n, is_first = source.detach(), mode.n, source is first
-
-        def contribute(B: Tensor) -> Contribution:
-            gradients = gradient(at_least_single(B), weight, value, is_first).reshape(n, -1, *B.shape[1:])
-            summed = [1, *(axis + 1 for axis, size in enumerate(shape) if axis and size == 1)]
-            return Direct(gradients.sum(summed).reshape(n, *source.shape))
-
-        mode.use(output, source, contribute)
+        value, weight, is_first = other.detach(), source.detach(), source is first
+        _use_broadcast(mode, output, source, lambda B: gradient(B, weight, value, is_first))
         return output
 
     return rule
+
+
+def _use_broadcast(mode: GhostMode, output: Tensor, source: Tensor, gradient: Callable[[Tensor], Tensor]) -> None:
+    """Of a source that meets rows by sample elementwise, the same in every row.
+
+    Args:
+        gradient: B (at least single precision) → the source's gradient before it is summed over broadcasting.
+    """
+    shape, n = (1,) * (output.dim() - source.dim()) + tuple(source.shape), mode.n
+    if not shape or shape[0] != 1 or len(output) % n:
+        mode._give_up([source])
+        return
+
+    def contribute(B: Tensor) -> Contribution:
+        gradients = gradient(at_least_single(B)).reshape(n, -1, *B.shape[1:])
+        summed = [1, *(axis + 1 for axis, size in enumerate(shape) if axis and size == 1)]
+        return Direct(gradients.sum(summed).reshape(n, *source.shape))
+
+    mode.use(output, source, contribute)
+
+
+def _where(mode: GhostMode, function, *arguments, **kwargs) -> Tensor:
+    output = function(*arguments, **kwargs)
+    sources = [tensor for tensor in (*arguments, *kwargs.values()) if isinstance(tensor, Tensor)]
+    sources = [tensor for tensor in sources if mode._ancestors(tensor)]
+    by_sample = [tensor for tensor in arguments if isinstance(tensor, Tensor) and mode.rows_by_sample(tensor)]
+    picked = any(isinstance(t, Tensor) and mode._origin(t) == "rows picked by value" for t in arguments)
+    if kwargs or len(arguments) != 3 or len(sources) != 1 or not by_sample or picked:
+        mode._give_up(sources)
+        return output
+    condition, is_first = arguments[0].detach(), sources[0] is arguments[1]
+    _use_broadcast(mode, output, sources[0], lambda B: B * (condition if is_first else ~condition))
+    return output
 
 
 _add = _arithmetic(lambda B, source, other, is_first: B)
@@ -276,6 +325,18 @@ _multiply = _arithmetic(lambda B, source, other, is_first: B * other)
 
 
 _divide = _arithmetic(lambda B, source, other, is_first: B / other if is_first else -B * other / source.square())
+
+
+def _attention(mode: GhostMode, function, query, key, value, attn_mask=None, *args, **kwargs) -> Tensor:
+    """A mask made of parameters (relative positions, as in T5) is one of every sample."""
+    of_parameters = [t for t in (query, key, value, attn_mask) if t is not None and mode._ancestors(t)]
+    if len(of_parameters) == 1 and of_parameters[0] is attn_mask and query.dim() == 4 and len(query) == mode.n:
+        # (A copy: of a view, gradients would go to the maker of what is viewed.)
+        attn_mask = attn_mask.expand(mode.n, query.shape[1], query.shape[2], key.shape[2]).clone()
+        _use_broadcast(mode, attn_mask, *of_parameters, lambda B: B)
+    else:
+        mode._give_up(of_parameters)
+    return function(query, key, value, attn_mask, *args, **kwargs)
 
 
 def _multi_head_attention(mode: GhostMode, function, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
@@ -301,8 +362,8 @@ def _multi_head_attention(mode: GhostMode, function, query: Tensor, key: Tensor,
         def by_sample(tensor: Tensor) -> Tensor:
             return tensor.reshape(-1, n, tensor.shape[-1]).transpose(0, 1)
 
-        mode.use(output, weight, lambda B: OuterProducts(by_sample(x), by_sample(B)))
-        mode.use(output, bias, lambda B: Direct(by_sample(at_least_single(B)).sum(1)))
+        mode.use(output, weight, lambda B: OuterProducts(by_sample(x), by_sample(B)), "second dimension")
+        mode.use(output, bias, lambda B: Direct(by_sample(at_least_single(B)).sum(1)), "second dimension")
         return output
 
     output = _with_linear(linear)(query, key, value, *args, **kwargs)
@@ -325,15 +386,7 @@ def _in(names: dict, function: FunctionType) -> FunctionType:
 RULES: dict[Callable, Rule] = {
     F.linear: _linear,
     F.embedding: _embedding,
-    torch.embedding: lambda mode, function, weight, indices, padding_idx=-1, *args, **kwargs: _embedding(
-        mode,
-        lambda i, w, p, *a, **k: function(w, i, -1 if p is None else p, *a, **k),
-        indices,
-        weight,
-        padding_idx,
-        *args,
-        **kwargs,
-    ),
+    torch.embedding: _plain_embedding,
     F.multi_head_attention_forward: _multi_head_attention,
 }
 for _functions, _rule in (
@@ -349,6 +402,9 @@ for _functions, _rule in (
     # Not in place: these need the other factor as it was.
     ((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _multiply),
     ((torch.div, Tensor.div, Tensor.__truediv__), _divide),
+    ((torch.addmm, Tensor.addmm), _addmm),
+    ((torch.where,), _where),
+    ((F.scaled_dot_product_attention,), _attention),
 ):
     RULES |= dict.fromkeys(_functions, _rule)
 
@@ -358,6 +414,14 @@ OF_FIRST_ALONE = {Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, T
 # Properties that give a tensor back; all others (shape, dtype, …) need no tracking.
 VIEWS = {Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__, Tensor.mH.__get__, Tensor.data.__get__}
 
-# Calls that pick samples by values of the batch: what they give is no longer in the samples' order.
-PICKS = {torch.index_select, Tensor.index_select, torch.masked_select, Tensor.masked_select, torch.take, Tensor.take}
-PICKS |= {torch.gather, Tensor.gather, torch.sort, Tensor.sort, torch.topk, Tensor.topk}
+# What they give has the number of samples as its first size only if it is for the samples.
+FACTORIES = {torch.zeros, torch.ones, torch.full, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full}
+
+# Calls that pick by values of the batch: along the first dimension, what they give is no longer in the samples' order.
+# Where the dimension stands among the arguments, and which it is by default (None: they flatten).
+PICKS: dict[Callable, tuple[int, int | None]] = {
+    **dict.fromkeys((torch.masked_select, Tensor.masked_select, torch.take, Tensor.take), (99, None)),
+    **dict.fromkeys((torch.index_select, Tensor.index_select, torch.gather, Tensor.gather), (1, None)),
+    **dict.fromkeys((torch.sort, Tensor.sort), (1, -1)),
+    **dict.fromkeys((torch.topk, Tensor.topk), (2, -1)),
+}

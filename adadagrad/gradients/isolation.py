@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from .snapshot import Snapshot
+
 
 def couples_samples(model: nn.Module) -> bool:
     """True where a layer makes the gradient of one sample depend on the others of its batch (BatchNorm in training)."""
@@ -76,8 +78,19 @@ def _changes(module: nn.Module, under_vmap: bool) -> dict:
 
 
 @contextlib.contextmanager
+def preserving_attributes(model: nn.Module) -> Iterator[None]:
+    """Afterwards modes and attributes of all modules are as they were: counters, lists, generators (snapshot.py)."""
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    snapshot = Snapshot(modules, (hook for p in model.parameters() for hook in (p._backward_hooks or {}).values()))
+    try:
+        yield
+    finally:
+        snapshot.restore()
+
+
+@contextlib.contextmanager
 def preserving_state(model: nn.Module, buffers: dict[str, Tensor] | None = None) -> Iterator[None]:
-    """Afterwards buffers, modes and attributes of all modules are as they were.
+    """`preserving_attributes`, and buffers are as they were, too.
 
     Args:
         buffers: by name, those that take the place of the present ones inside.
@@ -85,25 +98,22 @@ def preserving_state(model: nn.Module, buffers: dict[str, Tensor] | None = None)
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
     scripted = [module for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]
     # (Parameters, too: functional_call leaves its own behind in a module that has two names.)
-    attributes = [(m, dict(m.__dict__), dict(m._buffers), dict(m._parameters)) for m in modules]
+    tensors = [(m, dict(m._buffers), dict(m._parameters)) for m in modules]
     values = [(buffer, buffer.clone()) for module in scripted for buffer in module.buffers(recurse=False)]
     copies: dict[int, Tensor] = {}
     try:
-        for prefix, module in model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                continue
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    given = (buffers or {}).get(f"{prefix}.{name}" if prefix else name, buffer)
-                    module._buffers[name] = copies.setdefault(id(buffer), given.clone())
-        yield
+        with preserving_attributes(model):
+            for prefix, module in model.named_modules():
+                if isinstance(module, torch.jit.ScriptModule):
+                    continue
+                for name, buffer in module._buffers.items():
+                    if buffer is not None:
+                        given = (buffers or {}).get(f"{prefix}.{name}" if prefix else name, buffer)
+                        module._buffers[name] = copies.setdefault(id(buffer), given.clone())
+            yield
     finally:
-        for module, own, own_buffers, own_parameters in attributes:
-            for there, before in (
-                (module.__dict__, own),
-                (module._buffers, own_buffers),
-                (module._parameters, own_parameters),
-            ):
+        for module, own_buffers, own_parameters in tensors:
+            for there, before in ((module._buffers, own_buffers), (module._parameters, own_parameters)):
                 there.clear()
                 there.update(before)
         with torch.no_grad():
@@ -114,12 +124,12 @@ def preserving_state(model: nn.Module, buffers: dict[str, Tensor] | None = None)
 
 @contextlib.contextmanager
 def isolated(model: nn.Module, buffers: dict[str, Tensor] | None = None, under_vmap: bool = False) -> Iterator[None]:
-    """`preserving_state`, and inside the model treats every sample by itself.
+    """`preserving_state`; inside, the model treats every sample by itself, and parameters' hooks do not run (hooks.py).
 
     Args:
         under_vmap: sparse gradients and draws in place would fail there.
     """
-    with preserving_state(model, buffers), _uncompiled(), _without_fast_attention():
+    with preserving_state(model, buffers), _uncompiled(), _without_fast_attention(), _without_parameter_hooks(model):
         for module in model.modules():
             if changes := _changes(module, under_vmap):
                 module.__dict__.update(changes)
@@ -131,6 +141,19 @@ def _uncompiled() -> contextlib.AbstractContextManager:
     if "torch._dynamo" not in sys.modules:
         return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")
+
+
+@contextlib.contextmanager
+def _without_parameter_hooks(model: nn.Module) -> Iterator[None]:
+    hooked = [parameter._backward_hooks for parameter in model.parameters() if parameter._backward_hooks]
+    before = [dict(hooks) for hooks in hooked]
+    try:
+        for hooks in hooked:
+            hooks.clear()
+        yield
+    finally:
+        for hooks, own in zip(hooked, before):
+            hooks.update(own)
 
 
 @contextlib.contextmanager

@@ -7,12 +7,15 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad_and_value, vmap
+from torch.utils._pytree import tree_flatten, tree_map
 
 from .contributions import per_sample_norms_sq, real
+from .draws import SameDraws, tolerance
 from .estimator import Estimator, MicroBatch, dense, is_out_of_memory
-from .isolation import drawing_from, isolated, random_states
-from .samples import Batch, chunks, count, per_sample, taken_apart
+from .hooks import Hook, of_each
+from .isolation import drawing_from, isolated, preserving_state, random_states
+from .samples import Batch, chunks, count, leaves, per_sample, some, taken_apart
 
 Result = TypeVar("Result")
 Observed = tuple[Callable[[], Batch], Batch, list, dict[str, Tensor]]
@@ -27,6 +30,9 @@ class OwnPass(Estimator):
 
     Attributes:
         moving: names of the buffers that a forward pass changes (the check at the start finds them).
+        adds_up: the loss is the sum of its samples' losses, not their mean; None: it is not held against them.
+        hooks: of parameters, those that change the samples' gradients (hooks.py).
+        recheck: a few later steps are compared with single samples again.
     """
 
     def __init__(self, *arguments, notify: Callable[[str], None] = lambda line: None):
@@ -34,10 +40,15 @@ class OwnPass(Estimator):
         self.notify = notify
         self.moving: set[str] = {name for name, _ in self.model.named_buffers()}
         self.device = next(self.model.parameters()).device
+        self.adds_up: bool | None = None
+        self.hooks: dict[str, Hook] = {}
+        self.recheck, self.is_doubtful = False, False
 
     def _start(self) -> None:
         super()._start()
         self.observed: list[Observed] = []
+        self.has_looked = False
+        self.passed = [None, None]
 
     def _before(self) -> tuple[list, dict[str, Tensor]]:
         """What a later pass must find to see what this one sees: random states, and buffers that move."""
@@ -54,6 +65,62 @@ class OwnPass(Estimator):
 
     def _chunks(self, inputs: Batch, targets: Batch) -> Iterator[tuple[Batch, Batch]]:
         return chunks(self.max_micro_batch_size, inputs, targets)
+
+    def _hold_loss(self, outputs: Batch, targets: Batch, losses: Tensor | None = None) -> None:
+        """Hold the loss of a batch against its samples'; what is found is read with the moments.
+
+        Class weights, padding and missing labels may be such that the check's samples had nothing of them.
+        """
+        if self.adds_up is None:
+            return
+        try:
+            with torch.no_grad(), torch._C.DisableTorchFunction(), self._loss_as_it_was():
+                whole = self.loss(outputs, targets).detach().double()
+                losses = self._losses(outputs, targets) if losses is None else losses
+        except Exception:  # a user's loss raises what it likes, as where its outputs are others than the model's
+            self.adds_up = None
+            return
+        most, losses = {torch.float64: 1e-6, torch.float32: 1e-3}.get(losses.dtype, 0.1), losses.detach().double()
+        whole = whole if self.adds_up else whole * len(losses)
+        is_near = (whole - losses.sum()).abs() <= most * (whole.abs() + losses.abs().sum())
+        self.sums[3] += whole.isfinite() & ~is_near
+
+    def _loss_as_it_was(self) -> contextlib.AbstractContextManager:
+        return preserving_state(self.loss) if isinstance(self.loss, nn.Module) else contextlib.nullcontext()
+
+    def _look_again(self, batch: MicroBatch, before: tuple[list, dict[str, Tensor]]) -> None:
+        """At a few steps: are the norms of a micro-batch, as it is, still those of single samples?
+
+        The check at the start has seen few samples, and the branches that the model took then.
+        """
+        if not self.recheck or self.has_looked or self.sharded or not (self.is_doubtful or is_due(self.measured + 1)):
+            return
+        self.has_looked, n = True, count(batch.inputs)
+        single = SingleGradients(self.model, self.loss, False, 1, self.autocast)
+        single.hooks, errors = self.hooks, []
+        try:
+            with drawing_from(before[0], self.device), SameDraws() as draws:
+                found = self._norms_again(batch.inputs, batch.targets, before[1])
+            for i in sorted({0, n // 2, n - 1}):
+                with drawing_from(before[0], self.device), SameDraws():
+                    one = (some(tree, slice(i, i + 1)) for tree in (batch.inputs, batch.targets))
+                    own = norms_sq(single.per_sample_gradients(*one, before[1]))[0].sqrt()
+                errors.append(torch.stack([(found[i].sqrt() - own).abs(), own]))
+        except Exception:  # a model raises what it likes, or has no memory left
+            return
+        off, own = torch.stack(errors).amax(0)
+        self.sums[4] += ~(off <= tolerance(draws.lowest) * own) & own.isfinite()
+
+    def _norms_again(self, inputs: Batch, targets: Batch, buffers: dict[str, Tensor]) -> Tensor:
+        """‖g_i‖² of these samples in one pass (n,)."""
+        raise NotImplementedError
+
+    def _give_way(self) -> None:
+        self.is_doubtful = True
+        self.notify(
+            "at a later step the statistics are not those of single samples: the next estimator takes over, and this "
+            "step decides nothing"
+        )
 
     def _observe_in_chunks(self, measure: Callable, batch: MicroBatch, before: tuple) -> None:
         """Add a micro-batch by `measure`: a chunk → ‖g_i‖² (n,), Σ g_i by parameter."""
@@ -109,17 +176,32 @@ class BySample(OwnPass):
         self, inputs: Batch, targets: Batch, buffers: dict[str, Tensor], only: set[str] | None = None
     ) -> dict[str, Tensor]:
         """The gradient of every sample's loss: parameter name → (n, *parameter shape); of `only` these parameters."""
+        gradients, *passed = self._pass(inputs, targets, buffers, only)
+        if self.adds_up is not None:
+            self.passed = passed
+        return {n: of_each(self.hooks[n], own) if n in self.hooks else own for n, own in gradients.items()}
+
+    def _pass(
+        self, inputs: Batch, targets: Batch, buffers: dict[str, Tensor], only: set[str] | None
+    ) -> tuple[dict[str, Tensor], Tensor, Batch]:
+        """The gradients, the samples' losses (n,) and outputs; None where these are not (n, …)."""
         raise NotImplementedError
 
     @contextlib.contextmanager
     def _observing(self, batch: MicroBatch) -> Iterator[None]:
         before = self._before()
+        passed: list[tuple[Tensor, Batch]] = []
 
         def norms_and_gradient(chunk: tuple[Batch, Batch]) -> tuple[Tensor, dict[str, Tensor]]:
             gradients = self.per_sample_gradients(*chunk, before[1])
+            passed.append(tuple(self.passed))
             return norms_sq(gradients), {name: gradient.sum(0) for name, gradient in gradients.items()}
 
         self._observe_in_chunks(norms_and_gradient, batch, before)
+        losses, outputs = zip(*passed[-len(list(self._chunks(batch.inputs, batch.targets))) :])
+        if all(part is not None for part in outputs):
+            self._hold_loss(tree_map(_joined, *outputs), batch.targets, torch.cat(losses))
+        self._look_again(batch, before)
         if self.inner_products:
             self.observed.append((batch.again, batch.targets, *before))
         yield
@@ -148,10 +230,22 @@ class PerSampleGradients(BySample):
     """
 
     buffers_by_sample = False
+    loop: "SingleGradients | None" = None
 
-    def per_sample_gradients(
-        self, inputs: Batch, targets: Batch, buffers: dict[str, Tensor], only: set[str] | None = None
-    ) -> dict[str, Tensor]:
+    def _norms_again(self, inputs: Batch, targets: Batch, buffers: dict[str, Tensor]) -> Tensor:
+        gradients = (self.per_sample_gradients(*chunk, buffers) for chunk in self._chunks(inputs, targets))
+        return torch.cat([norms_sq(own) for own in gradients])
+
+    def _give_way(self) -> None:
+        super()._give_way()
+        self.loop = SingleGradients(self.model, self.loss, self.inner_products, 1, self.autocast)
+        self.recheck = False
+
+    def _pass(
+        self, inputs: Batch, targets: Batch, buffers: dict[str, Tensor], only: set[str] | None
+    ) -> tuple[dict[str, Tensor], Tensor, Batch]:
+        if self.loop:
+            return self.loop._pass(inputs, targets, buffers, only)
         parameters = {name: parameter.detach() for name, parameter in self.parameters().items()}
         others = {name: parameters.pop(name) for name in list(parameters) if only is not None and name not in only}
         rows, of_one = taken_apart(inputs, targets)
@@ -159,41 +253,63 @@ class PerSampleGradients(BySample):
         if self.buffers_by_sample:
             own = {name: buffer.expand(count(inputs), *buffer.shape).clone() for name, buffer in buffers.items()}
 
-        def sample_loss(parameters: dict[str, Tensor], own: dict[str, Tensor], *rows: Tensor) -> Tensor:
+        form: list = []
+
+        def sample_loss(parameters: dict[str, Tensor], own: dict[str, Tensor], *rows: Tensor):
             x, y = of_one(*rows)
             with self.autocast(), in_wide_range(self.device):
                 outputs = functional_call(self.model, {**parameters, **others, **own}, (x,))
-            return self.loss(outputs, y).reshape(())
+            flat, form[:] = tree_flatten(outputs)[0], [outputs]
+            kept = [leaf for leaf in flat if isinstance(leaf, Tensor)] if self.adds_up is not None else []
+            return self.loss(outputs, y).reshape(()), kept
 
         in_dims = (None, 0 if self.buffers_by_sample else None, *(0 for _ in rows))
         with isolated(self.model, buffers, under_vmap=True):
-            return vmap(grad(sample_loss), in_dims, randomness="different")(parameters, own, *rows)
+            passed = vmap(grad_and_value(sample_loss, has_aux=True), in_dims, randomness="different")
+            gradients, (losses, kept) = passed(parameters, own, *rows)
+        if not kept or not all(leaf.dim() > 1 and leaf.shape[1] == 1 for leaf in kept):
+            return gradients, losses, None
+        rest = iter(kept)
+        return (
+            gradients,
+            losses,
+            tree_map(lambda own: next(rest).flatten(0, 1) if isinstance(own, Tensor) else own, *form),
+        )
 
 
 class SingleGradients(BySample):
     """`loop`: one backward pass a sample through the model itself; the last resort, for all that autograd can do."""
 
-    def per_sample_gradients(
-        self, inputs: Batch, targets: Batch, buffers: dict[str, Tensor], only: set[str] | None = None
-    ) -> dict[str, Tensor]:
+    def _pass(
+        self, inputs: Batch, targets: Batch, buffers: dict[str, Tensor], only: set[str] | None
+    ) -> tuple[dict[str, Tensor], Tensor, Batch]:
         parameters = {name: p for name, p in self.parameters().items() if only is None or name in only}
-        first, *others = (self._gradients_of_one(x, y, buffers, parameters) for x, y in chunks(1, inputs, targets))
+        singles = [self._gradients_of_one(x, y, buffers, parameters) for x, y in chunks(1, inputs, targets)]
+        gradients, losses, outputs = zip(*singles)
+        leaves_of_all = [leaf for own in outputs for leaf in leaves(own)]
+        by_sample = bool(leaves_of_all) and all(leaf.dim() and len(leaf) == 1 for leaf in leaves_of_all)
+        together = tree_map(_joined, *outputs) if by_sample else None
+        first, *others = gradients
         if not others:  # no copy: a model may be so large that there is no room for one
-            return {name: gradient.unsqueeze(0) for name, gradient in first.items()}
-        return {name: torch.stack([first[name], *(other[name] for other in others)]) for name in parameters}
+            return {name: gradient.unsqueeze(0) for name, gradient in first.items()}, losses[0].reshape(1), together
+        stacked = {name: torch.stack([first[name], *(other[name] for other in others)]) for name in parameters}
+        return stacked, torch.stack([loss.reshape(()) for loss in losses]), together
 
     def _gradients_of_one(
         self, x: Batch, y: Batch, buffers: dict[str, Tensor], parameters: dict[str, nn.Parameter]
-    ) -> dict[str, Tensor]:
+    ) -> tuple[dict[str, Tensor], Tensor, Batch]:
         with isolated(self.model, buffers), torch.enable_grad():
-            loss = self.loss(self._call(x), y)
+            outputs = self._call(x)
+            loss = self.loss(outputs, y)
             try:
                 own = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             except RuntimeError as error:
                 if "checkpoint" not in str(error).lower() or ".grad()" not in str(error):
                     raise
                 own = self._by_backward(x, y, list(parameters.values()))
-        return {name: p.new_zeros(p.shape) if g is None else dense(g) for (name, p), g in zip(parameters.items(), own)}
+        gradients = (p.new_zeros(p.shape) if g is None else dense(g) for p, g in zip(parameters.values(), own))
+        outputs = detached(outputs) if self.adds_up is not None else None
+        return dict(zip(parameters, gradients)), loss.detach(), outputs
 
     def _by_backward(self, x: Batch, y: Batch, parameters: list[nn.Parameter]) -> list[Tensor | None]:
         """Reentrant checkpointing works with `.backward()` alone, which writes to `.grad`."""
@@ -215,6 +331,21 @@ class SingleGradients(BySample):
 
     def _can_halve(self) -> bool:
         return False
+
+
+def is_due(measured: int) -> bool:
+    """The 2nd, the 20th, the 200th, … measured step is looked at again."""
+    digits = str(measured)
+    return digits[0] == "2" and not digits[1:].strip("0")
+
+
+def detached(outputs: Batch) -> Batch:
+    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, outputs)
+
+
+def _joined(*parts):
+    """Of outputs of several batches, one after the other."""
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0]
 
 
 def in_wide_range(device: torch.device) -> contextlib.AbstractContextManager:

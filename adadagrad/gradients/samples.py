@@ -18,7 +18,7 @@ def leaves(batch: Batch) -> list[Tensor]:
 
 def count(batch: Batch) -> int:
     """n, the number of samples."""
-    return len(batch) if isinstance(batch, Tensor) else len(leaves(batch)[0])
+    return len(next(leaf for leaf in leaves(batch) if leaf.dim()))
 
 
 def some(batch: Batch, chunk: slice) -> Batch:

@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .contributions import per_sample_norms_sq
-from .estimator import Loss, first_line, is_out_of_memory
+from .draws import SameDraws, tolerance
+from .estimator import NO_MEAN, Loss, first_line, is_out_of_memory
 from .ghost_norms import GhostNorms
 from .isolation import drawing_from, isolated, random_states
 from .per_sample import BySample, PerSampleGradients, SingleGradients, real, rowwise
@@ -30,69 +30,9 @@ PROBE = 7
 """Samples that the check can make use of."""
 SIZES = (5, 7, 3, 4, 6, 2)
 """Numbers of samples, the best first; one that no dimension of the model's tensors has is taken."""
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 TINY = 1e-300
 MOST_NUMBERS = 2**26
 """In the gradients of a chunk of samples."""
-
-
-class SameDraws(TorchDispatchMode):
-    """Inside, what is drawn at random depends on the number of the draw and the place along the last dimension alone.
-
-    So a batch draws for each of its samples what a batch of one draws.
-
-    Attributes:
-        sizes: of all dimensions of all tensors computed.
-        lowest: the least precise floating-point type among them.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.draws, self.sizes, self.lowest = 0, set(), torch.float64
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        result = function(*args, **kwargs)
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self.sizes.update(tensor.shape)
-                if tensor.is_floating_point() and torch.finfo(tensor.dtype).eps > torch.finfo(self.lowest).eps:
-                    self.lowest = tensor.dtype
-        if torch.Tag.nondeterministic_seeded in function.tags:
-            self.draws += 1
-            return self._redrawn(function, result, args, kwargs)
-        return result
-
-    def _redrawn(self, function, result, args: tuple, kwargs: dict):
-        name, rest = function._schema.name.removeprefix("aten::").rstrip("_"), args[1:]
-        if not isinstance(result, Tensor) or not result.numel():
-            if name == "native_dropout" and args[2]:
-                keep = self._uniform(args[0]) >= args[1]
-                return args[0] * keep / max(1 - args[1], 1e-12), keep
-            return result
-        uniform = self._uniform(result)
-        if name == "bernoulli":
-            given = args[0] if function._overloadname == "default" else 0.5
-            probability = rest[0] if rest else kwargs.get("p", given)
-            drawn = uniform < probability
-        elif name in ("rand", "rand_like"):
-            drawn = uniform
-        elif name == "uniform":
-            low, high = (*rest, 0.0, 1.0)[:2] if len(rest) != 1 else (rest[0], 1.0)
-            drawn = low + (high - low) * uniform
-        elif name in ("randn", "randn_like", "normal"):
-            mean, std = (*rest, 0.0, 1.0)[:2] if name == "normal" and len(rest) != 1 else (0.0, 1.0)
-            drawn = mean + std * math.sqrt(2) * torch.erfinv(1.998 * uniform - 0.999)
-        elif name == "exponential":
-            drawn = -torch.log1p(-uniform) / (rest[0] if rest else kwargs.get("lambd", 1.0))
-        else:
-            return result
-        return result.copy_(drawn) if function._schema.is_mutable else drawn.to(result.dtype).expand_as(result).clone()
-
-    def _uniform(self, like: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(self.draws)
-        last = like.shape[-1] if like.dim() > 1 else 1
-        return torch.rand(last, generator=generator, dtype=torch.float64).to(like.device).expand(like.shape)
 
 
 @dataclass
@@ -116,6 +56,7 @@ class Check:
 
     Attributes:
         moving: names of the buffers that a forward pass changes.
+        adds_up: the loss is the sum of the samples' losses, not their mean; None: not known, or it draws at random.
         couples: the outputs of a sample depend on the others of its batch.
         price: seconds that a sample by itself takes, over those of its share in the batch.
         precision: in which the comparison is made.
@@ -211,13 +152,14 @@ class Check:
 
     def _judge_loss(self) -> None:
         """The batch's gradient must be the mean or the sum of the samples'; find out why where it is not."""
-        self.couples, self.price = False, 1.0
+        self.couples, self.price, self.adds_up = False, 1.0, None
         if self.n < 2:
             return
         try:
-            with self._drawing(), isolated(self.model), torch.enable_grad():
+            with self._drawing() as draws, isolated(self.model), torch.enable_grad():
                 started = time.perf_counter()
                 outputs = self.model(self.inputs)
+                of_model = draws.draws
                 loss = self.loss(outputs, self.targets)
                 gradients = _gradients(loss, self.parameters)
                 self.price = self.seconds * self.n / max(time.perf_counter() - started, 1e-9)
@@ -228,16 +170,15 @@ class Check:
                 raise
             return  # a model that takes single samples only
         batch = {name: self._product(name, gradient.unsqueeze(0)) for name, gradient in gradients.items()}
-        if any(self._agree(batch, scale) for scale in (1 / self.n, 1.0)):
+        means, adds_up = (self._agree(batch, scale) for scale in (1 / self.n, 1.0))
+        if means or adds_up:
+            if means != adds_up and draws.draws == of_model:
+                self.adds_up = adds_up
             return
         if not self._same_outputs(outputs, alone_outputs):
             self.couples = True
             return
-        raise ValueError(
-            "the loss is neither the mean nor the sum of its samples' losses (class weights, ignore_index over the "
-            "batch, a contrastive loss?), so that samples have no gradients of their own: take a loss that is, or "
-            "test_gradients=micro_batch"
-        )
+        raise ValueError(NO_MEAN)
 
     def _agree(self, batch: dict[str, Tensor], scale: float) -> bool:
         return not any(
@@ -249,18 +190,15 @@ class Check:
         def rows(outputs: Batch) -> list[Tensor]:
             return [leaf.detach() for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
-        tolerance = self._tolerance()
+        most = tolerance(self.lowest)
         for i, one in enumerate(singles):
             for whole, own in zip(rows(together), rows(one)):
                 if whole.dim() == 0 or whole.shape[1:] != own.shape[1:] or len(whole) != self.n * len(own):
                     return True  # no row of its own: nothing can be said
                 row = whole[i * len(own) : (i + 1) * len(own)]
-                if not float((row - own).abs().max() / (whole.abs().max() + TINY)) <= tolerance:
+                if not float((row - own).abs().max() / (whole.abs().max() + TINY)) <= most:
                     return False
         return True
-
-    def _tolerance(self) -> float:
-        return TOLERANCE.get(self.lowest, 0.2)
 
     @property
     def precision(self) -> str:
@@ -272,7 +210,7 @@ class Check:
         # Gradients that are zero but for rounding (a bias in front of a normalisation) cannot be compared.
         length = torch.linalg.vector_norm(real(self.direction[name]).double())
         error = (found - expected).abs().max()
-        if float(error / (scale + 1e-4 * self.total * length + TINY)) <= self._tolerance():
+        if float(error / (scale + 1e-4 * self.total * length + TINY)) <= tolerance(self.lowest):
             return 0.0
         return float(error / (scale + TINY)) if not bool((~torch.isfinite(found)).any()) else math.inf
 
@@ -324,7 +262,7 @@ class Check:
         twins = GhostNorms(self.model, self.loss, True, self.n)
         with self._drawing():
             mode, _ = twins.backward(self.inputs, self.targets, self.buffers, keep=True)
-        estimator.expansions, estimator.uncovered = mode.expansions, mode.uncovered
+        estimator.known, estimator.uncovered = mode.seen, mode.uncovered
         covered = [name for name in self.parameters if name not in mode.uncovered]
         problem = self._verdict({name: self._difference(name, mode.norms_sq(name), None) for name in covered})
         if not problem and mode.is_complete and self._total_differs(mode.inner_products(self.direction)):
@@ -341,7 +279,7 @@ class Check:
 
     def _total_differs(self, found: Tensor) -> bool:
         error = (found - sum(self.along.values())).abs().max() / (self.total + TINY)
-        return not float(error) <= 100 * self._tolerance()
+        return not float(error) <= 100 * tolerance(self.lowest)
 
 
 def _gradients(loss: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
