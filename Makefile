@@ -1,16 +1,21 @@
-# make quickstart: set up and train once.   make test: set up and run the whole test suite.
+# make quickstart: set up and train once.   make test: set up and run the test suite, but for what takes long.
+# make test-all: the whole of it.
 # make install-imagenet: what ffcv files need beside the system's libraries (docs/imagenet.md).
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: quickstart test lint install install-imagenet clean
+.PHONY: quickstart test test-all lint install install-imagenet clean
 
 quickstart: install
 	$(BIN)/python main.py
 
 test: .venv/.installed-test lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(PYTEST) -m "not long"
+
+test-all: .venv/.installed-test lint
+	$(PYTEST)
 
 lint: .venv/.installed-test
 	$(BIN)/ruff format --check .
@@ -18,10 +23,9 @@ lint: .venv/.installed-test
 
 install: .venv/.installed
 
-.venv/.installed: requirements.txt launch/exact_options.py
+.venv/.installed: requirements.txt
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/python launch/exact_options.py
 	touch $@
 
 .venv/.installed-test: .venv/.installed requirements-test.txt

@@ -2,9 +2,8 @@
 
 import contextlib
 import inspect
-import io
+import itertools
 import math
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,11 +20,11 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset, TensorDataset
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
-from torchvision.datasets.utils import check_integrity, extract_archive
+from torchvision.datasets.utils import check_integrity
 
 from imagenet.sources import load as load_imagenet
 from options.errors import UsageError, in_one_line
-from options.names import import_object, unknown
+from options.names import import_object, nearest, unknown
 from text.windows import Text, Windows, read_tokens, standard_library
 
 Loss = Callable[[Any, Any], Tensor]
@@ -165,7 +164,7 @@ def _mnist_like(kind: type, data_dir: Path) -> DataSet:
     return DataSet(*(_tensors(split.data.unsqueeze(1), split.targets) for split in (train, val)), num_classes=10)
 
 
-def _cifar_like(kind: type, num_classes: int, mean: tuple, std: tuple, data_dir: Path) -> DataSet:
+def _cifar_like(num_classes: int, mean: tuple, std: tuple, kind: type, data_dir: Path) -> DataSet:
     train, val = (kind(data_dir, train=is_train) for is_train in (True, False))
     splits = (_tensors(split.data.transpose(0, 3, 1, 2), split.targets) for split in (train, val))
     return DataSet(*splits, num_classes=num_classes, mean=mean, std=std, crop_and_flip=True)
@@ -175,133 +174,45 @@ def _tensors(images, labels) -> TensorDataset:
     return TensorDataset(torch.as_tensor(images).contiguous(), torch.as_tensor(labels, dtype=torch.int64))
 
 
-@dataclass(frozen=True, eq=False)
-class _Archive:
-    """An official file of a data set.
-
-    Args:
-        name: of the file.
-        md5: its official check sum.
-        place: where torchvision keeps it and unpacks it, in the folder of the data sets.
-        content: what it holds, by path in that folder, and how to tell that this is whole.
-    """
-
-    name: str
-    md5: str
-    place: str
-    content: dict[str, Callable[[Path], bool]]
-
-    def candidates(self, data_dir: Path) -> list[Path]:
-        """Files of this name: in `data_dir`, or where torchvision leaves them."""
-        places = dict.fromkeys((data_dir, data_dir / self.place, (data_dir / self.place).parent))
-        return [folder / self.name for folder in places if (folder / self.name).is_file()]
-
-    def whole(self, data_dir: Path) -> Path | None:
-        """The file of this name with the official check sum."""
-        return next((path for path in self.candidates(data_dir) if check_integrity(path, self.md5)), None)
-
-    def problem(self, data_dir: Path) -> str:
-        """What is missing or damaged, "" where the file or all of its content is whole."""
-        paths = {data_dir / path: is_whole for path, is_whole in self.content.items()}
-        damaged = [path for path, is_whole in paths.items() if path.is_file() and not is_whole(path)]
-        if self.whole(data_dir) or not (damaged or any(not path.is_file() for path in paths)):
-            return ""
-        found = [f"{path} is damaged" for path in damaged]
-        found += [f"{path} is partial or damaged: not the official MD5" for path in self.candidates(data_dir)]
-        return ", ".join(found) or f"{self.name} is missing"
-
-
 @dataclass(frozen=True)
 class _Downloadable:
-    """A data set of torchvision: its official files, how to fetch and unpack them, and how to read what is in them."""
+    """A data set of torchvision, which fetches, checks and unpacks its official files."""
 
     kind: type
-    read: Callable[[Path], DataSet]
+    read: Callable[[type, Path], DataSet]
 
     def __call__(self, data_dir: Path) -> DataSet:
-        return self.read(data_dir)
+        return self.read(self.kind, data_dir)
 
-    def is_readable(self, data_dir: Path) -> bool:
-        try:
-            self.read(data_dir)
-        except Exception:  # missing, truncated and overwritten files raise whatever they run into
-            return False
-        return True
+    @property
+    def place(self) -> Path:
+        """The folder within `data_dir` in which torchvision keeps the official files."""
+        return Path(self.kind.__name__, "raw") if hasattr(self.kind, "resources") else Path()
 
-    def archives(self) -> list[_Archive]:
-        """The official files, by what torchvision says of them."""
+    def archives(self, data_dir: Path) -> dict[str, Path | None]:
+        """The official files: where each lies in `data_dir` with its official check sum, None: nowhere."""
         kind = self.kind
-        if hasattr(kind, "resources"):  # MNIST's kind: one file in each
-            place = f"{kind.__name__}/raw"
-            return [
-                _Archive(name, md5, place, {f"{place}/{name.removesuffix('.gz')}": _is_whole_idx})
-                for name, md5 in kind.resources
-            ]
-        files = dict([*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])])
-        content = {f"{kind.base_folder}/{name}": partial(check_integrity, md5=md5) for name, md5 in files.items()}
-        return [_Archive(kind.filename, kind.tgz_md5, ".", content)]
+        sums = dict(kind.resources if hasattr(kind, "resources") else [(kind.filename, kind.tgz_md5)])
+        found: dict[str, Path | None] = dict.fromkeys(sums)
+        for name, folder in itertools.product(sums, (data_dir, data_dir / self.place)):
+            if check_integrity(folder / name, sums[name]):
+                found[name] = folder / name
+        return found
 
-    def problems(self, data_dir: Path) -> dict[str, str]:
-        """The official files that are needed, and what is wrong with what is there instead."""
-        found = {archive.name: archive.problem(data_dir) for archive in self.archives()}
-        lacking = {name: problem for name, problem in found.items() if problem}
-        return lacking or dict.fromkeys(found, "what is there does not belong together")
-
-    def unpack(self, data_dir: Path) -> None:
-        """Unpack the official files that are whole."""
-        whole = {archive: path for archive in self.archives() if (path := archive.whole(data_dir))}
-        if not whole:
-            return
-        with tempfile.TemporaryDirectory(prefix=".unpack-", dir=data_dir) as temporary:
-            for archive, path in whole.items():
-                (folder := Path(temporary, archive.place)).mkdir(parents=True, exist_ok=True)
-                extract_archive(path, folder)
-            _move_files(Path(temporary), data_dir)
-
-    def download(self, data_dir: Path) -> None:
-        """Fetch into a folder beside and move the files when they are complete: no half-made folder stays behind."""
-        made = [folder for folder in (data_dir, *data_dir.parents) if not folder.exists()]
+    def fetch(self, data_dir: Path) -> None:
+        """Make all files in a folder beside, and move them when they are complete: none is ever there by half."""
         data_dir.mkdir(parents=True, exist_ok=True)
-        try:
-            with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as temporary:
-                self._link_what_is_there(data_dir, Path(temporary))
-                # torchvision prints every mirror that it tries; one clear line at the end says more.
-                with contextlib.redirect_stdout(io.StringIO()):
-                    self.kind(temporary, train=True, download=True)
-                self.read(Path(temporary))
-                _move_files(Path(temporary), data_dir)
-        except BaseException:
-            with contextlib.suppress(OSError):  # somebody else may have put something there
-                for folder in made:
-                    folder.rmdir()
-            raise
-
-    def _link_what_is_there(self, data_dir: Path, folder: Path) -> None:
-        """torchvision does not fetch what it finds whole."""
-        for archive in self.archives():
-            if path := archive.whole(data_dir):
-                (folder / archive.place).mkdir(parents=True, exist_ok=True)
-                (folder / archive.place / archive.name).symlink_to(path.absolute())
-
-
-def _is_whole_idx(path: Path) -> bool:
-    """A file of MNIST's kind: four bytes, of which the last is the number of dimensions, their sizes, the values."""
-    with open(path, "rb") as file:
-        dimensions = int.from_bytes(file.read(4), "big") & 0xFF
-        sizes = [int.from_bytes(file.read(4), "big") for _ in range(dimensions)]
-    return 0 < dimensions <= 3 and path.stat().st_size == 4 + 4 * dimensions + math.prod(sizes)
-
-
-def _move_files(source: Path, target: Path) -> None:
-    """Move every file below `source` to the same place below `target`, over the one that is there; no links."""
-    for path in [path for path in source.rglob("*") if path.is_file() and not path.is_symlink()]:
-        place = target / path.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, place)
-
-
-def _downloadable(kind: type, read, *arguments) -> _Downloadable:
-    return _Downloadable(kind, lambda data_dir: read(kind, *arguments, data_dir))
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as temporary:
+            (folder := Path(temporary, self.place)).mkdir(parents=True, exist_ok=True)
+            for name, path in self.archives(data_dir).items():
+                if path:  # torchvision does not download what it finds whole
+                    (folder / name).symlink_to(path.absolute())
+            self.kind(temporary, download=True)
+            self(Path(temporary))
+            for path in [path for path in Path(temporary).rglob("*") if path.is_file() and not path.is_symlink()]:
+                place = data_dir / path.relative_to(temporary)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(place)
 
 
 def _imagenet(data_dir: Path) -> DataSet:
@@ -350,12 +261,14 @@ def _stdlib(data_dir: Path, sequence_length: int = 256) -> DataSet:
 
 
 _sets = torchvision.datasets
+_cifar10 = partial(_cifar_like, 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+_cifar100 = partial(_cifar_like, 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 DATASETS: dict[str, Callable[..., DataSet]] = {
     "digits": digits,
-    "mnist": _downloadable(_sets.MNIST, _mnist_like),
-    "fashion_mnist": _downloadable(_sets.FashionMNIST, _mnist_like),
-    "cifar10": _downloadable(_sets.CIFAR10, _cifar_like, 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": _downloadable(_sets.CIFAR100, _cifar_like, 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "mnist": _Downloadable(_sets.MNIST, _mnist_like),
+    "fashion_mnist": _Downloadable(_sets.FashionMNIST, _mnist_like),
+    "cifar10": _Downloadable(_sets.CIFAR10, _cifar10),
+    "cifar100": _Downloadable(_sets.CIFAR100, _cifar100),
     "imagenet": _imagenet,
     "tokens": _tokens,
     "stdlib": _stdlib,
@@ -363,33 +276,26 @@ DATASETS: dict[str, Callable[..., DataSet]] = {
 
 
 def prepare(name: str, data_dir: Path) -> None:
-    """Unpack the official files that are there, download what is missing or damaged; to be called by one process.
+    """Unpack the official files that are there, download those that are missing or damaged; for one process to call.
 
     Raises:
-        UsageError: unknown name, or the data can be neither read nor downloaded.
+        UsageError: unknown name, or the data can be neither read nor made.
     """
     source = _find(name)
     if not isinstance(source, _Downloadable):
         return
-    if source.is_readable(data_dir):
+    with contextlib.suppress(Exception):  # missing, truncated and overwritten files raise whatever they run into
+        source(data_dir)
         return
     try:
-        source.unpack(data_dir)
-    except OSError as error:
+        source.fetch(data_dir)
+    except Exception as error:  # whatever went wrong on the net or on the disk
+        lacking = [file for file, path in source.archives(data_dir).items() if not path]
+        remedy = f"put whole copies of {', '.join(lacking)} there, or connect to the network"
+        if not lacking:
+            remedy = "its official files are there: make room and allow writing, or take another folder"
         raise UsageError(
-            f"--data_dir={data_dir}: the official files of {name} are there, but cannot be unpacked "
-            f"({in_one_line(error)}): make room and allow writing there, or unpack them in another folder"
-        ) from None
-    if source.is_readable(data_dir):
-        return
-    problems = source.problems(data_dir)
-    found = "; ".join(dict.fromkeys(problems.values()))
-    try:
-        source.download(data_dir)
-    except Exception as error:  # whatever went wrong on the net or on the disk, the remedy is the same
-        raise UsageError(
-            f"--data_dir={data_dir} has no usable copy of {name} ({found}) and none could be downloaded "
-            f"({in_one_line(error)}): put {', '.join(problems)} there, or connect to the network"
+            f"--data_dir={data_dir} has no usable copy of {name} ({in_one_line(error)}): {remedy}"
         ) from None
 
 
@@ -397,7 +303,7 @@ def load(name: str, data_dir: Path, **options) -> DataSet:
     """Read the data set; `prepare` has seen to it that the files are there.
 
     Args:
-        options: what some data sets take beside their folder (`sequence_length`, `vocab_size`); None: not given.
+        options: what the data set takes beside its folder.
 
     Raises:
         UsageError: the files cannot be read, the user's function does not keep the contract, or an option is given that
@@ -405,12 +311,13 @@ def load(name: str, data_dir: Path, **options) -> DataSet:
     """
     source = _find(name)
     taken = inspect.signature(source).parameters
-    given = {option: value for option, value in options.items() if value is not None}
-    if not given.keys() <= taken.keys():
-        option = next(iter(given.keys() - taken.keys()))
-        raise UsageError(f"--{option} is not for --dataset={name}: leave it out, or choose text, such as stdlib")
+    for option in options:
+        if option not in list(taken)[1:]:
+            raise UsageError(
+                f"--dataset_args.{option}: {name} takes no '{option}'{nearest(option, list(taken)[1:])}: leave it out"
+            )
     try:
-        data_set = source(data_dir, **given)
+        data_set = source(data_dir, **options)
     except UsageError:
         raise
     except Exception as error:

@@ -32,7 +32,7 @@ baselines() {
 
 mnist="--num_workers=0 --optimizer=adagrad --max_batch_size=60000 --learning_rate=8e-3 --max_lr=8e-3 --decay_lr=False
   --max_samples=6000000 --dataset=mnist --test_type=norm --eta=1e-1"
-cifar="--num_workers=0 --max_batch_size=50000 --max_samples=10000000 --warmup_samples=1000000 --lr_decay_samples=9000000 --warmup_from=zero"
+cifar="--num_workers=0 --max_batch_size=50000 --max_samples=10000000 --warmup_samples=1000000 --lr_decay_samples=9000000"
 resnet50="--devices=4 $cifar --optimizer=sgdm --batch_size=256 --max_test_micro_batch_size=64 --max_micro_batch_size=100
   --learning_rate=5e-1 --min_lr=5e-2 --model=resnet50"
 
@@ -57,7 +57,7 @@ experiment resnet50_cifar100_ip "ResNet-50 on CIFAR-100, augmented inner product
 experiment resnet101 "ResNet-101 on ImageNet, norm test, η = 0.1" \
   "--devices=4 --num_workers=12 --precision=bf16-mixed --optimizer=sgdm --data_dir=/data/imagenet-gen/ --batch_size=256
   --max_test_micro_batch_size=64 --max_micro_batch_size=512 --max_batch_size=111360 --max_samples=256233400
-  --warmup_samples=6405835 --lr_decay_samples=249827565 --warmup_from=zero --learning_rate=2.5e0 --min_lr=2.5e-1
+  --warmup_samples=6405835 --lr_decay_samples=249827565 --learning_rate=2.5e0 --min_lr=2.5e-1
   --weight_decay=1e-4 --gradient_accumulation_steps=1 --model=resnet101 --dataset=imagenet --test_type=norm --eta=1e-1"
 baselines resnet101 256 1024 8192 1
 
@@ -85,7 +85,7 @@ expanded() {
 run_training() {
   local status=0
   if [[ -z ${SLURM_JOB_ID:-} ]]; then
-    fabric run main.py "$@"
+    fabric run main.py "${@/#--nu=/--config=nu: }" # whose parser takes --nu for another option (docs/running.md)
     return
   fi
   trap : USR1 TERM # the tasks get them, too; this script stays to see how they end

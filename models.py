@@ -61,7 +61,7 @@ def build(
     """The model of that name; weights are random (set the seed before).
 
     An import path `package.module:function` names a function `(input_shape, num_outputs, **arguments) -> nn.Module`.
-    Where a model's output has `.logits`, these are its output.
+    If a model's output has `.logits`, they are used as its output.
 
     Args:
         input_shape: of one input, (channels, height, width) of an image; nested as the input is.
@@ -115,11 +115,11 @@ def build(
 
 
 def choose_memory_format(model: nn.Module, input_shape: Any) -> torch.memory_format:
-    """The order in which images lie in memory while this model is trained, for its inputs; its weights are moved to it.
+    """Choose the memory format of images for this model, and move its weights to it.
 
-    With channels last, convolutions take about two thirds of the time on CPUs, and on GPUs meet tensor cores without a
-    copy. GroupNorm is slower with it, on a CPU also BatchNorm in small micro-batches, and some models cannot have it (a
-    `view` of maps as vectors): that is tried.
+    With channels last, convolutions take about two thirds of the time on CPUs, and on GPUs use tensor cores without a
+    copy. GroupNorm is slower with it, on a CPU also BatchNorm in small micro-batches, and some models do not support it
+    (`view` of maps as vectors): a pass checks that.
     """
     layers = list(model.modules())
     convolutions = [layer for layer in layers if isinstance(layer, nn.Conv2d) and "weight" in layer._parameters]
@@ -151,7 +151,7 @@ def choose_memory_format(model: nn.Module, input_shape: Any) -> torch.memory_for
 
 
 def smallest_micro_batch(model: nn.Module, input_shape: Any, example: Any = None) -> int:
-    """Samples that a training pass needs at least: two where BatchNorm meets maps of a single position, else one."""
+    """Fewest samples in a training pass: two where BatchNorm has maps of a single position, else one."""
     if not couples_samples(model):
         return 1
     try:
@@ -165,7 +165,7 @@ def refuse_loss(model: nn.Module, loss: Loss, inputs: Any, targets: Any, config:
     """Try the loss on two samples.
 
     Raises:
-        UsageError: it does not work on what the model gives, gives neither a number for each nor one for all, or gives
+        UsageError: it fails on the model's outputs, returns neither one loss per sample nor their mean, or returns
             their sum, with which the step would depend on how a batch is cut.
     """
     name = f"--loss={config.loss}" if config.loss else f"--dataset={config.dataset}: its loss"
@@ -199,7 +199,7 @@ def _adds_up(loss: Loss, outputs: Any, targets: Any, of_both: Tensor) -> bool:
 
 
 def refuse_unused_parameters(model: nn.Module, loss: Loss, inputs: Any, targets: Any, config: Config) -> None:
-    """DDP waits for the gradient of every parameter, unless it is told not to.
+    """Refuse unused parameters: DDP waits for the gradient of every parameter.
 
     Raises:
         UsageError: the loss of these samples does not depend on some.
@@ -218,9 +218,9 @@ def refuse_unused_parameters(model: nn.Module, loss: Loss, inputs: Any, targets:
 
 
 def _dry_output(model: nn.Module, example: Any, n: int, training: bool = False) -> Any:
-    """One forward pass on noise for so many inputs like the example; whole numbers are repeated as they are.
+    """One forward pass on n noise inputs shaped like the example; integers are repeated instead.
 
-    The model is left as it was, but that lazy layers now have their parameters.
+    The model is unchanged, except that lazy layers are initialised.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -266,7 +266,7 @@ def _torchvision_factory(name: str):
 
 
 def _size_arguments(name: str, image_shape: ImageShape) -> dict:
-    """What torchvision's builders need to be told: image sizes of transformers, and no auxiliary heads."""
+    """Arguments for torchvision's builders: image sizes of transformers, and no auxiliary heads."""
     _, height, width = image_shape
     if name.startswith("vit_"):
         if height != width:

@@ -1,16 +1,19 @@
-"""Optimizers by name, AdaGrad-Norm, and learning-rate schedules."""
+"""Optimizers by name and their groups, AdaGrad-Norm, and learning-rate schedules."""
 
 import inspect
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from options.errors import UsageError
+from adadagrad.control import carry_over
+from options.errors import UsageError, in_one_line
 from options.names import import_object, nearest, unknown
 from options.schema import Config
 
@@ -18,6 +21,7 @@ NAMES = {
     "adagrad": torch.optim.Adagrad,
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
+    "muon": torch.optim.Muon,
     "sgd": torch.optim.SGD,
     "sgdm": torch.optim.SGD,
 }
@@ -88,38 +92,189 @@ class AdaGradNorm(torch.optim.Optimizer):
 NAMES["adagradnorm"] = AdaGradNorm
 
 
-def build(parameters: Iterable[Tensor], config: Config) -> torch.optim.Optimizer:
-    """The optimizer that the options name.
+class Joined(torch.optim.Optimizer):
+    """Several optimizers for different parameters as one: one state dict, one list of groups, one step.
+
+    Args:
+        optimizers: at least one; their groups and states are shared from here on.
+    """
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]):
+        self.optimizers = list(optimizers)
+        super().__init__([group for part in optimizers for group in part.param_groups], {})
+        for part in optimizers:
+            self.state.update(part.state)
+        self._share()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "optimizers": self.optimizers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What a loaded state dict or a copy comes through."""
+        super().__setstate__(state)
+        self._share()
+
+    def _share(self) -> None:
+        first = 0
+        for part in self.optimizers:
+            last = first + len(part.param_groups)
+            part.state, part.param_groups = self.state, self.param_groups[first:last]
+            first = last
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step of each; returns the closure's loss where there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.optimizers:
+            part.step()
+        return loss
+
+
+def build(model: nn.Module | Iterable[Tensor], config: Config) -> torch.optim.Optimizer:
+    """The optimizer that the options name, over the model's parameters in the groups that they ask for.
+
+    Args:
+        model: or its parameters alone, which have numbers for names.
 
     Raises:
-        UsageError: an unknown name, or an argument that the optimizer does not take.
+        UsageError: an unknown name, or an argument that the optimizer does not take; groups that the model has not.
     """
-    optimizer_class = _find_class(config.optimizer)
-    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
+    chosen = _chosen(config)
+    for kind, arguments in chosen:
+        _refuse_arguments(kind, arguments, config)
+    arguments = dict(chosen[0][1])
+    try:
+        for kind, own in chosen:
+            _try_out(kind, own)
+        shares = _split(model if isinstance(model, nn.Module) else nn.ParameterList(model), config)
+        optimizers = [kind(share, **own) for (kind, own), share in zip(chosen, shares, strict=True)]
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"--optimizer={config.optimizer} cannot be used with {arguments}: choose other values or another one "
+            f"({in_one_line(error)})"
+        ) from None
+    optimizer = optimizers[0] if len(optimizers) == 1 else Joined(optimizers)
+    for group in optimizer.param_groups:
+        group["lr_factor"] = float(group["lr"]) / config.learning_rate
+    return optimizer
+
+
+def _chosen(config: Config) -> list[tuple[type[torch.optim.Optimizer], dict[str, Any]]]:
+    """The classes that make the optimizer, and what each is called with."""
+    kind = _find_class(config.optimizer)
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
         raise UsageError(f"--optimizer={config.optimizer} is not a torch.optim.Optimizer class")
-    accepted = inspect.signature(optimizer_class).parameters
+    if config.optimizer == "muon":
+        # Updates of the size of AdamW's, so that one rate and one decay serve both (arXiv:2502.16982, section 2.2).
+        shared = {
+            "lr": config.learning_rate,
+            "weight_decay": 0.1 if config.weight_decay is None else config.weight_decay,
+        }
+        momentum = {} if config.momentum is None else {"momentum": config.momentum}
+        muon = {**shared, "adjust_lr_fn": "match_rms_adamw", **momentum, **config.optimizer_args}
+        return [(kind, muon), (torch.optim.AdamW, {**shared, "betas": (config.beta1, config.beta2)})]
     arguments: dict[str, Any] = {"lr": config.learning_rate}
     if config.optimizer == "sgdm":
         arguments |= {"momentum": 0.9, "weight_decay": 5e-4}
-    if "betas" in accepted:
+    if "betas" in inspect.signature(kind).parameters:
         arguments["betas"] = (config.beta1, config.beta2)
     for name in ("momentum", "weight_decay"):
         if getattr(config, name) is not None:
             arguments[name] = getattr(config, name)
-    arguments |= config.optimizer_args
+    return [(kind, arguments | config.optimizer_args)]
+
+
+def _refuse_arguments(kind: type[torch.optim.Optimizer], arguments: dict[str, Any], config: Config) -> None:
+    accepted = inspect.signature(kind).parameters
     for name in arguments:
         if name not in accepted:
             option = name if hasattr(config, name) else f"optimizer_args.{name}"
             raise UsageError(f"--{option}: {config.optimizer} takes no '{name}'{nearest(name, list(accepted))}")
-    try:
-        _try_out(lambda toy: optimizer_class(toy, **arguments))
-        return optimizer_class(parameters, **arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).split("\n")[0]
-        raise UsageError(
-            f"--optimizer={config.optimizer} cannot be used with {arguments}: choose other values or another one "
-            f"({reason})"
-        ) from None
+    if config.no_weight_decay and "weight_decay" not in accepted:
+        raise UsageError(f"--no_weight_decay: {config.optimizer} has no weight decay: leave --no_weight_decay out")
+
+
+def _split(model: nn.Module, config: Config) -> list[list[Any]]:
+    """What each of the classes gets: parameters, or groups of them where options ask for groups."""
+    if not (config.optimizer == "muon" or config.lr_factors or config.no_weight_decay):
+        return [list(model.parameters())]
+    matrices = _hidden_matrices(model) if config.optimizer == "muon" else set()
+    if config.optimizer == "muon" and not matrices:
+        raise UsageError("--optimizer=muon: the model has no hidden layer with a matrix of weights: take adamw")
+    exempt, groups, matched = set(config.without_weight_decay), {}, set()
+    for name, parameter, kinds in _named_with_kinds(model):
+        factors = [pattern for pattern in config.lr_factors if _matches(name, pattern)]
+        matched.update(factors)
+        factor = math.prod(config.lr_factors[pattern] for pattern in factors)
+        key = (parameter in matrices, factor, bool(exempt & kinds))
+        groups.setdefault(key, []).append(parameter)
+    for pattern in config.lr_factors:
+        if pattern not in matched:
+            names = [name for name, _ in model.named_children()]
+            raise UsageError(f"--lr_factors: the model has no parameter '{pattern}'{nearest(pattern, names)}")
+    shares: dict[bool, list[dict[str, Any]]] = {is_matrix: [] for is_matrix in ([True, False] if matrices else [False])}
+    for (is_matrix, factor, is_exempt), parameters in groups.items():
+        own = {"weight_decay": 0.0} if is_exempt else {}
+        shares[is_matrix].append({"params": parameters, "lr": factor * config.learning_rate, **own})
+    return list(shares.values())
+
+
+def _named_with_kinds(model: nn.Module) -> Iterator[tuple[str, Tensor, set[str]]]:
+    """Every parameter once, in the model's order: its name, and of bias, norm and embedding what it is."""
+    seen = set()
+    for path, owner in model.named_modules():
+        kinds = {"norm"} if "norm" in type(owner).__name__.lower() else set()
+        kinds |= {"embedding"} if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) else set()
+        for name, parameter in owner.named_parameters(recurse=False):
+            if parameter not in seen:
+                seen.add(parameter)
+                yield f"{path}.{name}".lstrip("."), parameter, kinds | ({"bias"} if "bias" in name else set())
+
+
+def _hidden_matrices(model: nn.Module) -> set[Tensor]:
+    """Weights with rows and columns, of all but the embeddings and the output layer, which is the last of them."""
+    found = [
+        (parameter, "embedding" in kinds) for _, parameter, kinds in _named_with_kinds(model) if parameter.dim() == 2
+    ]
+    tied = any(
+        isinstance(owner, nn.Linear) and any(owner.weight is parameter for parameter, embeds in found if embeds)
+        for owner in model.modules()
+    )
+    matrices = [parameter for parameter, embeds in found if not embeds]
+    return set(matrices if tied else matrices[:-1])  # a tied output layer is among the embeddings
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """A parameter's name, or that of a module around it, is of the pattern (`*`, `?` as in file names)."""
+    paths = accumulate(name.split("."), "{}.{}".format)
+    return any(fnmatchcase(path, pattern) for path in paths)
+
+
+def set_training(optimizer: torch.optim.Optimizer, training: bool) -> None:
+    """With the model's train() and eval(): schedule-free optimizers keep other weights for training than for use."""
+    for part in carry_over.parts(optimizer):
+        if mode := getattr(part, "train" if training else "eval", None):
+            mode()
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, decay: float = 1.0) -> None:
+    """For the next step. Groups keep the proportions that they were built with.
+
+    Args:
+        rate: of a group whose rate was the optimizer's own.
+        decay: factor on decoupled weight decay, which follows the batch size (`control.Controller.decay_factor`).
+    """
+    for group in optimizer.param_groups:
+        value = rate * group.setdefault("lr_factor", 1.0)
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
+    for group in carry_over.decays_apart(optimizer):
+        group["weight_decay"] = decay * group.setdefault("initial_weight_decay", group["weight_decay"])
 
 
 def bytes_of_state_to_come(optimizer: torch.optim.Optimizer, config: Config) -> int:
@@ -127,12 +282,14 @@ def bytes_of_state_to_come(optimizer: torch.optim.Optimizer, config: Config) -> 
 
     As many times a parameter's size as a step of such an optimizer keeps for a small one.
     """
-    kept = [
-        value for value in _try_out(lambda toy: build(toy, config)).values() if torch.is_tensor(value) and value.dim()
-    ]
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if not optimizer.state.get(p)]
-    own = (parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in parameters)
-    return len(kept) * sum(part.numel() * part.element_size() for part in own)
+    total = 0
+    for part, (kind, arguments) in zip(carry_over.parts(optimizer), _chosen(config), strict=True):
+        state = _try_out(kind, arguments)
+        kept = [value for value in state.values() if torch.is_tensor(value) and value.dim()]
+        parameters = [p for group in part.param_groups for p in group["params"] if not optimizer.state.get(p)]
+        own = (parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in parameters)
+        total += len(kept) * sum(share.numel() * share.element_size() for share in own)
+    return total
 
 
 def is_adaptive(optimizer: torch.optim.Optimizer) -> bool:
@@ -140,14 +297,17 @@ def is_adaptive(optimizer: torch.optim.Optimizer) -> bool:
     return not isinstance(optimizer, (torch.optim.SGD, torch.optim.ASGD))
 
 
-def _try_out(make: Callable[[list[Tensor]], torch.optim.Optimizer]) -> dict[str, Any]:
+def _try_out(kind: type[torch.optim.Optimizer], arguments: dict[str, Any]) -> dict[str, Any]:
     """One step on a toy: some optimizers take no dense gradients, or want a closure that recomputes the loss.
 
     Gives what the optimizer keeps beside the toy's parameter.
     """
-    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    parameter = nn.Parameter(torch.ones(2, 2))
     parameter.grad = torch.ones(2, 2)
-    optimizer = make([parameter])
+    optimizer = kind([parameter], **arguments)
+    if inspect.signature(optimizer.step).parameters["closure"].default is inspect.Parameter.empty:
+        raise ValueError("it wants a closure that computes the loss again, and a step here computes it once")
+    set_training(optimizer, True)
     optimizer.step()
     return optimizer.state[parameter]
 
@@ -250,7 +410,7 @@ class LearningRate:
         else:
             position, warmup, end, batch = steps, c.warmup_iters, c.lr_decay_iters or c.max_iters, 1
         if position < warmup:
-            return rising(position, c.learning_rate, warmup, first=batch if c.warmup_from == "first" else 0)
+            return rising(position, c.learning_rate, warmup, first=batch)
         if c.scheduler == "multistep":
             return multistep(position, c.learning_rate, c.milestones, c.gamma, c.min_lr)
         return warmup_decay(

@@ -207,8 +207,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--format", choices=("table", "markdown", "csv", "latex"), default="table",
                         help="how the table is written (default: %(default)s)")  # fmt: skip
     parser.add_argument("--target", type=float, metavar="VALUE",
-                        help="also samples, steps and seconds to this validation accuracy, between 0 and 1, or to what "
-                             "else the runs are compared by, such as val_loss")  # fmt: skip
+                        help="also samples, steps and seconds until the mean of the last three evaluations has passed "
+                             "this accuracy, between 0 and 1, or value of what the runs are compared by")  # fmt: skip
     parser.add_argument("--knee", type=knees, default=(), metavar="P[,P…]",
                         help="also the modelled time samples + P · steps, to the target if there is one, else to the "
                              "end, on hardware where a step costs as much as P samples beside its own")  # fmt: skip

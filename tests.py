@@ -1,11 +1,16 @@
-"""The statistical test and the controller that the options ask for. The tests themselves are the library's
-(adadagrad/tests.py) and can be imported from here, too.
+"""The statistical test and the controller that the options ask for.
+
+The tests themselves, and all that they compute with, are the library's (adadagrad/tests.py); they can be imported from
+here, too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from adadagrad import control
 from adadagrad.tests import (
+    MEASURED,
+    TESTS,
     AugmentedInnerProductTest,
     Decision,
     InnerProductTest,
@@ -13,11 +18,13 @@ from adadagrad.tests import (
     NormTest,
     Statistics,
     Test,
-    build,
 )
+from options.schedules import options_of_other_rules, rule_class, test_parameters
 from options.schema import Config
 
 __all__ = [
+    "MEASURED",
+    "TESTS",
     "AugmentedInnerProductTest",
     "Decision",
     "InnerProductTest",
@@ -25,56 +32,55 @@ __all__ = [
     "NormTest",
     "Statistics",
     "Test",
-    "build",
     "controller",
+    "options_of_other_rules",
     "rule",
-    "test",
+    "rule_class",
+    "test_parameters",
 ]
 
 
-def test(config: Config) -> Test | None:
-    """The test that the options name; None where none decides."""
-    if not config.test or config.ramp_up_type == "goodput":
-        return None
-    return build(config.test_type, config.eta, config.theta, config.nu)
+def rule(options: Mapping[str, Any], decay: Callable[[int], float] = lambda samples: 1.0) -> control.Rule:
+    """What asks for the next batch size.
+
+    Args:
+        options: in effect, by name; also those of an earlier run.
+        decay: samples → learning rate of the schedule over its peak.
+    """
+    test = TESTS[options["test_type"]](**{name: options[name] for name in test_parameters(options)})
+    return rule_class(options).from_options(options, test, decay)
 
 
-def controller(config: Config, decay: Callable[[int], float], adaptive_optimizer: bool) -> control.Controller:
+def controller(
+    config: Config, decay: Callable[[int], float], adaptive_optimizer: bool, family: control.Family | None = None
+) -> control.Controller:
     """The controller that the options describe.
 
     Args:
         config: the options in effect.
-        decay: samples → learning rate of the schedule over its peak; what `seesaw_ramp_up` follows.
+        decay: as in `rule`.
         adaptive_optimizer: the optimizer divides by the gradient's size.
+        family: of the optimizer, whose state can follow; None where it is not known.
     """
+    chosen = rule(vars(config), decay)
+    first = config.batch_size
+    if config.free_start and config.knee:
+        first = max(first, min(control.free_batch_size(config.knee), config.max_batch_size))
     return control.Controller(
-        config.batch_size,
-        test(config),
-        rule(config, decay),
-        control.Limits(
-            None if config.stagewise_ramp_up else config.max_batch_size,
+        first,
+        rule=chosen,
+        limits=control.Limits(
+            config.max_batch_size,
             config.max_growth or float("inf"),
-            config.growth_interval,
-            config.patience,
-            config.batch_size_multiple,
-            may_shrink=config.may_shrink or config.stagewise_ramp_up,
+            multiple=config.batch_size_multiple,
+            may_shrink=chosen.may_shrink,
         ),
         unbiased=config.statistics == "unbiased",
         smoothing=config.smoothing,
-        scaling=control.LearningRateScaling(config.lr_scaling, config.batch_size, adaptive_optimizer),
+        scaling=control.LearningRateScaling(
+            config.lr_scaling if config.coupling != "none" else "none",
+            config.batch_size,
+            adaptive_optimizer,
+            family if config.coupling == "full" else None,
+        ),
     )
-
-
-def rule(config: Config, decay: Callable[[int], float]) -> control.Rule:
-    """What asks for the next size."""
-    if config.test and config.ramp_up_type == "goodput":
-        return control.Goodput(config.knee, may_shrink=config.may_shrink)
-    if config.test:
-        return control.Adaptive(config.ramp_up_factor if config.ramp_up_type == "factor" else None)
-    if config.stagewise_ramp_up:
-        return control.Stagewise(config.global_batch_sizes, config.samples_stages)
-    if config.linear_ramp_up:
-        return control.Linear(config.linear_ramp_up_increment)
-    if config.seesaw_ramp_up:
-        return control.Seesaw(config.batch_size, decay)
-    return control.Constant()

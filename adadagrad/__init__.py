@@ -1,0 +1,73 @@
+"""Batch sizes that grow when statistics of the gradient ask for it (arXiv:2402.11215), for anybody's training loop.
+
+`BatchScaler` is the one object for a loop of one's own. What it is made of: `moments` (gradients/), tests and their
+decisions (tests.py), `Controller` with its rules (control/). What needs torch is imported when it is first asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from . import control, tests
+from .control import (
+    Adaptive,
+    Constant,
+    Controller,
+    Goodput,
+    LearningRateScaling,
+    Limits,
+    Linear,
+    Observation,
+    Rule,
+    Seesaw,
+    Stagewise,
+    Update,
+    steady,
+)
+from .tests import AugmentedInnerProductTest, Decision, InnerProductTest, Moments, NormTest, Statistics, Test
+
+if TYPE_CHECKING:
+    from . import gradients
+    from .gradients import Estimator, moments
+    from .scaler import BatchScaler
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adaptive",
+    "AugmentedInnerProductTest",
+    "BatchScaler",
+    "Constant",
+    "Controller",
+    "Decision",
+    "Estimator",
+    "Goodput",
+    "InnerProductTest",
+    "LearningRateScaling",
+    "Limits",
+    "Linear",
+    "Moments",
+    "NormTest",
+    "Observation",
+    "Rule",
+    "Seesaw",
+    "Stagewise",
+    "Statistics",
+    "Test",
+    "Update",
+    "control",
+    "gradients",
+    "moments",
+    "steady",
+    "tests",
+]
+
+NEED_TORCH = {"BatchScaler": "scaler", "Estimator": "gradients", "moments": "gradients"}
+"""Names that are imported when they are asked for, and the module of each."""
+
+
+def __getattr__(name: str):
+    if name == "gradients":
+        return import_module(".gradients", __name__)
+    if name in NEED_TORCH:
+        return getattr(import_module(f".{NEED_TORCH[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,7 @@
 """The statistical tests: gradient moments in, decision out. Pure arithmetic on Python floats (float64).
 
-    moments = gradients.moments(model, loss, inputs, targets)
-    decision = tests.NormTest(eta=0.1)(moments)
+    moments = adadagrad.moments(model, loss, inputs, targets)
+    decision = adadagrad.NormTest(eta=0.1)(moments)
     batch_size = decision.next_batch_size
 
 Sources: norm test, Byrd, Chin, Nocedal, Wu (Math. Program. 134, 2012), section 3; inner product, orthogonality and
@@ -10,7 +10,8 @@ gradient methods, Lau, Liu, Kolar (arXiv:2402.11215).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -73,19 +74,21 @@ class Moments:
 
         Args:
             unbiased: E‖ḡ‖² = ‖G‖² + V/b, so ‖ḡ‖² − V/b takes the place of ‖ḡ‖² (for one batch it may be negative), and
-                the leave-one-out products q_i, whose mean it is, that of the p_i, which contain ‖g_i‖²/b of the sample
-                itself. Var q_i is still more than GᵀΣG, what a test of many samples would find: by tr(Σ²)/(b − 1).
+                the leave-one-out products q_k, whose mean it is, that of the p_k, which contain ‖ḡ_k‖² of the group
+                itself. A group is also in the mean of the others' others, so that q_k has only (K − 2)/(K − 1) of the
+                signal's part ⟨G, ḡ_k − G⟩: allowed for. Var q_k is still more than GᵀΣG, what a test of many samples
+                would find: by about tr(Σ²)/(b − 1). Two groups have one q between them: V_ip is not a number then.
         """
         if not unbiased:
             variances = self.variance, self.variance_inner_product, self.variance_orthogonality
             return Statistics(self.batch_size, self.num_groups, self.grad_norm_sq, *variances)
         signal = self.grad_norm_sq - self.variance / self.batch_size
-        of_products = of_rest = None
+        of_products = None
         if self.sum_leave_one_out_sq is not None:
             of_products = self._per_degree_of_freedom(self.sum_leave_one_out_sq - self.batch_size * signal**2)
-            # From V = V_orth + V_ip/‖G‖²
-            of_rest = max(self.variance - of_products / signal, 0.0) if signal > 0 else math.nan
-        return Statistics(self.batch_size, self.num_groups, signal, self.variance, of_products, of_rest)
+            k = self.num_groups
+            of_products = of_products * ((k - 1) / (k - 2)) ** 2 if k > 2 else math.nan
+        return Statistics.from_averages(self.batch_size, self.num_groups, signal, self.variance, of_products)
 
     def _per_degree_of_freedom(self, sum_of_squares: float) -> float:
         # Rounding can leave a sum of squares a little below zero where all gradients agree.
@@ -103,6 +106,7 @@ class Statistics:
         variance: V.
         variance_inner_product: V_ip, None where it was not measured.
         variance_orthogonality: V_orth, likewise.
+        margin: half of the two-sided 90 % interval of ‖G‖², None where it is not known.
     """
 
     batch_size: int
@@ -111,17 +115,62 @@ class Statistics:
     variance: float
     variance_inner_product: float | None = None
     variance_orthogonality: float | None = None
+    margin: float | None = None
+
+    @classmethod
+    def from_averages(
+        cls,
+        batch_size: int,
+        num_groups: int,
+        grad_norm_sq: float,
+        variance: float,
+        variance_inner_product: float | None = None,
+        margin: float | None = None,
+    ) -> "Statistics":
+        """V_orth by V = V_orth + V_ip/‖G‖², for numbers that were averaged apart; not a number where ‖G‖² ≤ 0."""
+        rest = None
+        if variance_inner_product is not None:
+            rest = max(variance - variance_inner_product / grad_norm_sq, 0.0) if grad_norm_sq > 0 else math.nan
+        return cls(batch_size, num_groups, grad_norm_sq, variance, variance_inner_product, rest, margin)
 
     @property
     def is_usable(self) -> bool:
-        """Finite, and more than one observation."""
-        return self.num_groups > 1 and math.isfinite(self.grad_norm_sq) and math.isfinite(self.variance)
+        """More than one observation, and finite in all that is averaged."""
+        averaged = (self.grad_norm_sq, self.variance, self.variance_inner_product or 0.0)
+        return self.num_groups > 1 and all(map(math.isfinite, averaged))
 
     @property
     def noise_scale(self) -> float | None:
         """V / ‖G‖² [samples], the simple gradient noise scale (McCandlish et al., arXiv:1812.06162); None where the
         estimate of ‖G‖² is not positive. Says what its name says of unbiased, averaged statistics only."""
         return self.variance / self.grad_norm_sq if self.grad_norm_sq > 0 else None
+
+    @property
+    def noise_scale_interval(self) -> tuple[float, float] | None:
+        """The noise scale's two-sided 90 % interval [samples], V being well known; the upper end may be infinite."""
+        if self.margin is None:
+            return None
+        ends = (self.grad_norm_sq + self.margin, self.grad_norm_sq - self.margin)
+        low, high = (self.variance / signal if signal > 0 else math.inf for signal in ends)
+        return low, high
+
+    @property
+    def is_narrow(self) -> bool:
+        """The noise scale is known to a half or better."""
+        return self.margin is not None and self.margin < 0.5 * self.grad_norm_sq
+
+    @property
+    def safe(self) -> "Statistics":
+        """With ‖G‖² at the upper end of its interval: a batch or a rate by these does not grow by what is not known."""
+        if self.margin is None:
+            return self
+        return Statistics.from_averages(
+            self.batch_size,
+            self.num_groups,
+            self.grad_norm_sq + self.margin,
+            self.variance,
+            self.variance_inner_product,
+        )
 
 
 @dataclass(frozen=True)
@@ -162,49 +211,78 @@ def _decide(moments: Statistics | Moments, ratios: dict[str, float]) -> Decision
     return Decision(False, math.ceil(needed))
 
 
-def _positive(name: str, value: float) -> float:
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be a positive number, not {value}")
-    return value
-
-
 def _ratio(variance: float | None, bound: float) -> float:
     if variance is None:
         raise ValueError("this test needs inner products: measure the moments with inner_products=True")
     return variance / bound if bound > 0 else math.nan
 
 
+TESTS: dict[str, type["Test"]] = {}
+"""By their names on the command line; every class that is made is in it."""
+
+
+class Test:
+    """A statistical test; its parameters are the fields of the dataclass that it is.
+
+    Attributes:
+        name: on the command line and in the names of folders.
+        title: in words.
+        symbols: parameter → the letter that formulas have for it.
+        needs_inner_products: the moments must have Σ p_i and Σ p_i².
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    symbols: ClassVar[dict[str, str]]
+    needs_inner_products: ClassVar[bool] = False
+
+    def __init_subclass__(cls):
+        TESTS[cls.name] = cls
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be a positive number, not {value}")
+
+    def __call__(self, moments: Statistics | Moments) -> Decision:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        """For example "norm test, η = 0.1"."""
+        return ", ".join([self.title, *(f"{self.symbols[name]} = {value:g}" for name, value in asdict(self).items())])
+
+    @property
+    def label(self) -> str:
+        """For the name of a folder, such as norm_eta0.1."""
+        return "_".join([self.name, *(f"{name}{value:g}" for name, value in asdict(self).items())])
+
+
 @dataclass(frozen=True)
-class NormTest:
+class NormTest(Test):
     """Fails when V/b > η²‖ḡ‖² and then asks for ⌈V / (η²‖ḡ‖²)⌉ samples (arXiv:2402.11215, eq. for the norm test).
 
     Raises:
         ValueError: η is not positive.
     """
 
+    name, title, symbols = "norm", "norm test", {"eta": "η"}
     eta: float = 0.1
-    needs_inner_products = False
-
-    def __post_init__(self):
-        _positive("eta", self.eta)
 
     def __call__(self, moments: Statistics | Moments) -> Decision:
         return _decide(moments, {"norm test": _ratio(moments.variance, self.eta**2 * moments.grad_norm_sq)})
 
 
 @dataclass(frozen=True)
-class InnerProductTest:
+class InnerProductTest(Test):
     """Fails when V_ip/b > θ²‖ḡ‖⁴ and then asks for ⌈V_ip / (θ²‖ḡ‖⁴)⌉ samples.
 
     Raises:
         ValueError: θ is not positive.
     """
 
-    theta: float = 0.1
+    name, title, symbols = "ip", "inner product test", {"theta": "θ"}
     needs_inner_products = True
-
-    def __post_init__(self):
-        _positive("theta", self.theta)
+    theta: float = 0.1
 
     def ratio(self, moments: Statistics | Moments) -> float:
         return _ratio(moments.variance_inner_product, self.theta**2 * moments.grad_norm_sq**2)
@@ -214,7 +292,7 @@ class InnerProductTest:
 
 
 @dataclass(frozen=True)
-class AugmentedInnerProductTest:
+class AugmentedInnerProductTest(Test):
     """The inner product test (θ) and the orthogonality test (ν): fails when either does, asks for the larger size.
 
     The orthogonality test fails when V_orth/b > ν²‖ḡ‖² and asks for ⌈V_orth / (ν²‖ḡ‖²)⌉ samples.
@@ -223,13 +301,10 @@ class AugmentedInnerProductTest:
         ValueError: θ or ν is not positive.
     """
 
+    name, title, symbols = "ip+orth", "augmented inner product test", {"theta": "θ", "nu": "ν"}
+    needs_inner_products = True
     theta: float = 0.1
     nu: float = 0.1
-    needs_inner_products = True
-
-    def __post_init__(self):
-        _positive("theta", self.theta)
-        _positive("nu", self.nu)
 
     def __call__(self, moments: Statistics | Moments) -> Decision:
         orthogonality = _ratio(moments.variance_orthogonality, self.nu**2 * moments.grad_norm_sq)
@@ -237,15 +312,5 @@ class AugmentedInnerProductTest:
         return _decide(moments, {"inner product test": inner_product, "orthogonality test": orthogonality})
 
 
-Test = NormTest | InnerProductTest | AugmentedInnerProductTest
-
-
-def build(test_type: str, eta: float, theta: float, nu: float) -> Test:
-    """The test by its name on the command line: ``norm``, ``ip`` or ``ip+orth``."""
-    if test_type == "norm":
-        return NormTest(eta)
-    if test_type == "ip":
-        return InnerProductTest(theta)
-    if test_type == "ip+orth":
-        return AugmentedInnerProductTest(theta, nu)
-    raise ValueError(f"unknown test {test_type!r}: choose norm, ip or ip+orth")
+MEASURED = ("variance", "variance_inner_product", "variance_orthogonality", "grad_norm_sq", "batch_noise_scale")
+"""What a row of metrics.csv says of a measured batch: properties of its `Moments`."""

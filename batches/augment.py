@@ -50,7 +50,7 @@ class Normalise:
         )
 
     def __call__(self, inputs: Any) -> Any:
-        return tree_map(self._one, inputs)
+        return self._one(inputs) if isinstance(inputs, Tensor) else tree_map(self._one, inputs)
 
     def _one(self, tensor: Tensor) -> Tensor:
         if tensor.dtype == torch.uint8 and tensor.dim() == 4:
@@ -64,7 +64,7 @@ class Normalise:
 
     def targets(self, targets: Any) -> Any:
         """Of targets no tensor is an image to be normalised."""
-        return tree_map(self._cast, targets)
+        return self._cast(targets) if isinstance(targets, Tensor) else tree_map(self._cast, targets)
 
     def batch(self, batch: tuple[Any, Any]) -> tuple[Any, Any]:
         """Inputs and targets, each by its own rule."""

@@ -19,18 +19,17 @@ Batch = tuple[Any, Any]
 """Inputs and targets: tensors (n, …), or nested tuples, lists and dicts of them."""
 
 
-class InMemoryStream:
-    """Micro-batches from a data set in the device's memory, or one that gathers its samples."""
+class Stream:
+    """Micro-batches of training samples at any positions, and of validation samples: augmented, normalised."""
 
     def __init__(self, data_set: DataSet, orders: Orders, seed: int, device: torch.device, normalise: Normalise):
-        self.train, self.val = (_by_number(samples, device) for samples in (data_set.train, data_set.val))
         self.order, self.val_order = orders
         self.device = device
         self.normalise, self.augment, self.seed = normalise, data_set.crop_and_flip, seed
 
     def read(self, positions: range) -> Batch:
-        """The training samples at these positions: images (n, C, H, W), labels (n,)."""
-        return self.normalise.batch(self._read(positions))
+        """The training samples at these positions, by themselves: images (n, C, H, W), labels (n,)."""
+        return self.normalise.batch(self._augmented(self._read(positions), positions))
 
     def take(self, micro_batches: Iterable[range]) -> Iterator[Batch]:
         """Micro-batches of training samples at these positions."""
@@ -38,19 +37,45 @@ class InMemoryStream:
 
     def raw(self, micro_batches: Iterable[range]) -> Iterator[Batch]:
         """The same before `normalise`: images as uint8 (n, C, H, W), in a quarter of the memory."""
-        return map(self._read, micro_batches)
-
-    def _read(self, positions: range) -> Batch:
-        inputs, targets = self.train(self.order.samples(positions))
-        if self.augment:
-            inputs = crop_and_flip(inputs, as_tensor(positions, self.device), self.seed)
-        return inputs, targets
+        return (self._augmented(self._next(positions), positions) for positions in micro_batches)
 
     def validation(self, rank: int, world_size: int, micro_batch_size: int) -> Iterator[Batch]:
         """This rank's share of the validation samples: over all ranks, each exactly once."""
         own = positions_of_rank(0, self.val_order.taken, rank, world_size)
-        for cut in range(0, len(own), micro_batch_size):
-            yield self.normalise.batch(self.val(self.val_order.samples(own[cut : cut + micro_batch_size])))
+        cuts = [own[cut : cut + micro_batch_size] for cut in range(0, len(own), micro_batch_size)]
+        return map(self.normalise.batch, self._validation(own, cuts))
+
+    def _augmented(self, batch: Batch, positions: range) -> Batch:
+        inputs, targets = batch
+        if self.augment:
+            inputs = crop_and_flip(inputs, as_tensor(positions, self.device), self.seed)
+        return inputs, targets
+
+    def _read(self, positions: range) -> Batch:
+        """The training samples at these positions, on the device."""
+        raise NotImplementedError
+
+    def _next(self, positions: range) -> Batch:
+        """The same, where reading ahead pays: mostly they follow on the ones before."""
+        return self._read(positions)
+
+    def _validation(self, own: range, cuts: Iterable[range]) -> Iterator[Batch]:
+        """The validation samples at these cuts of a rank's own positions, on the device."""
+        raise NotImplementedError
+
+
+class InMemoryStream(Stream):
+    """Micro-batches from a data set in the device's memory, or one that gathers its samples."""
+
+    def __init__(self, data_set: DataSet, orders: Orders, seed: int, device: torch.device, normalise: Normalise):
+        super().__init__(data_set, orders, seed, device, normalise)
+        self.train, self.val = (_by_number(samples, device) for samples in (data_set.train, data_set.val))
+
+    def _read(self, positions: range) -> Batch:
+        return self.train(self.order.samples(positions))
+
+    def _validation(self, own: range, cuts: Iterable[range]) -> Iterator[Batch]:
+        return (self.val(self.val_order.samples(cut)) for cut in cuts)
 
 
 def _by_number(samples: Dataset, device: torch.device) -> Callable[[Tensor], Batch]:

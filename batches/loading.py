@@ -12,19 +12,20 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from batches.augment import Normalise, crop_and_flip
-from batches.in_memory import Batch
+from batches.augment import Normalise
+from batches.in_memory import Batch, Stream
 from batches.order import EvenlySpread, Orders, SampleOrder, as_tensor, position_hash
-from batches.plan import positions_of_rank
 from data import DataSet, described
 from launch.signals import heed_the_parent_alone
 from options.errors import RunError, in_one_line
 
 CHUNK = 32
 """Samples that a worker process reads at a time."""
+AHEAD = 2
+"""Chunks that each worker process reads ahead."""
 
 
-class LoadedStream:
+class LoadedStream(Stream):
     """Micro-batches from a data set that is read while training goes on.
 
     One DataLoader for the training samples and one for the validation samples live as long as the run. Their worker
@@ -41,18 +42,14 @@ class LoadedStream:
         device: torch.device,
         normalise: Normalise,
         num_workers: int,
-        batch_ahead: int,
     ):
-        self.device, self.augment, self.seed = device, data_set.crop_and_flip, seed
-        self.normalise = normalise
-        self.val_size = orders[1].taken
+        super().__init__(data_set, orders, seed, device, normalise)
         self.train, self.val = (
             ChunkReader(
                 SeededReader(samples, name, data_set),
                 order,
                 seed,
                 num_workers,
-                batch_ahead,
                 pin_memory=device.type == "cuda",
             )
             for name, samples, order in zip(("training", "validation"), (data_set.train, data_set.val), orders)
@@ -60,37 +57,20 @@ class LoadedStream:
         self.recut: Recut | None = None
         self.next = (0, 1)  # position at which `recut` stands, and the step from each to the next
 
-    def read(self, positions: range) -> Batch:
-        """The training samples at these positions, read in this process: images (n, C, H, W), labels (n,)."""
-        batch = tree_map(lambda tensor: tensor.to(self.device), self.train.read(positions))
-        return self.normalise.batch(self._augmented(batch, positions))
+    def _read(self, positions: range) -> Batch:
+        return tree_map(lambda tensor: tensor.to(self.device), self.train.read(positions))
 
-    def take(self, micro_batches: Iterable[range]) -> Iterator[Batch]:
-        """Micro-batches of training samples at these positions."""
-        return map(self.normalise.batch, self.raw(micro_batches))
+    def _next(self, positions: range) -> Batch:
+        start, step = positions.start, positions.step
+        if self.recut is None or (start, step) != self.next:
+            chunks = (range(p, p + CHUNK * step, step) for p in itertools.count(start, CHUNK * step))
+            self.recut = Recut(self.train.chunks(chunks), self.device)
+        self.next = (positions[-1] + step, step)
+        return self.recut.take(len(positions))
 
-    def raw(self, micro_batches: Iterable[range]) -> Iterator[Batch]:
-        """The same before `normalise`: images as uint8 (n, C, H, W), in a quarter of the memory."""
-        for positions in micro_batches:
-            start, step = positions.start, positions.step
-            if self.recut is None or (start, step) != self.next:
-                chunks = (range(p, p + CHUNK * step, step) for p in itertools.count(start, CHUNK * step))
-                self.recut = Recut(self.train.chunks(chunks), self.device)
-            self.next = (positions[-1] + step, step)
-            yield self._augmented(self.recut.take(len(positions)), positions)
-
-    def _augmented(self, batch: Batch, positions: range) -> Batch:
-        inputs, targets = batch
-        if self.augment:
-            inputs = crop_and_flip(inputs, as_tensor(positions, self.device), self.seed)
-        return inputs, targets
-
-    def validation(self, rank: int, world_size: int, micro_batch_size: int) -> Iterator[Batch]:
-        """This rank's share of the validation samples: over all ranks, each exactly once."""
-        own = positions_of_rank(0, self.val_size, rank, world_size)
+    def _validation(self, own: range, cuts: Iterable[range]) -> Iterator[Batch]:
         recut = Recut(self.val.chunks(own[cut : cut + CHUNK] for cut in range(0, len(own), CHUNK)), self.device)
-        for cut in range(0, len(own), micro_batch_size):
-            yield self.normalise.batch(recut.take(len(own[cut : cut + micro_batch_size])))
+        return (recut.take(len(cut)) for cut in cuts)
 
 
 class Recut:
@@ -125,7 +105,6 @@ class ChunkReader:
         order: which sample stands at which position.
         seed: of the run; with the position, it seeds the random generators for each sample.
         num_workers: worker processes; 0: this process reads.
-        batch_ahead: chunks that each worker process reads ahead.
         pin_memory: into page-locked memory, from which a GPU copies while it computes.
     """
 
@@ -135,7 +114,6 @@ class ChunkReader:
         order: SampleOrder | EvenlySpread,
         seed: int,
         num_workers: int,
-        batch_ahead: int,
         pin_memory: bool,
     ):
         self.samples, self.order, self.seed = samples, order, seed
@@ -145,7 +123,7 @@ class ChunkReader:
             batch_sampler=self,
             collate_fn=_unchanged,
             num_workers=num_workers,
-            prefetch_factor=batch_ahead if num_workers else None,
+            prefetch_factor=AHEAD if num_workers else None,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
             worker_init_fn=_begin_worker,

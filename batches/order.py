@@ -32,7 +32,7 @@ class SampleOrder:
             end = min(positions.stop, (epoch + 1) * n)
             parts.append(self._permutation(epoch)[p - epoch * n : end - epoch * n : positions.step])
             p += len(range(p, end, positions.step)) * positions.step
-        return torch.cat(parts).long()
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).long()
 
 
 class EvenlySpread:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 
 def positions_of_rank(start: int, stop: int, rank: int, world_size: int) -> range:
@@ -27,24 +28,31 @@ class Plan:
     def micro_batches(self, rank: int) -> list[range]:
         """The positions of each of this rank's micro-batches; none is too small (so a rank may have one step fewer)."""
         own = positions_of_rank(self.start, self.start + self.batch_size, rank, self.world_size)
-        cuts = self._cuts(len(own))
+        cuts = _cuts(len(own), self.steps, self.min_micro_batch_size, self.size)
         return [own[a:b] for a, b in zip(cuts, cuts[1:])]
 
     @property
     def micro_batch_size(self) -> int:
         """Samples in the largest micro-batch of any rank."""
-        shares = (self.batch_size // self.world_size, _ceil_div(self.batch_size, self.world_size))
-        return max(b - a for cuts in map(self._cuts, shares) for a, b in zip(cuts, cuts[1:]))
+        return _largest(self.batch_size, self.world_size, self.steps, self.min_micro_batch_size, self.size)
 
-    def _cuts(self, share: int) -> list[int]:
-        """Where a rank cuts its share of so many samples: 0, …, share."""
-        if self.size:
-            # A single sample is a shape of its own kind to a compiler: the one before it lends it company.
-            alone = share % self.size == 1 and share > self.size > 2
-            whole = [*range(0, share, self.size), share]
-            return [*whole[:-2], whole[-2] - alone, share]
-        steps = min(self.steps, max(1, share // self.min_micro_batch_size))
-        return [share * i // steps for i in range(steps + 1)]
+
+@lru_cache(maxsize=8)  # most batches are cut as the one before
+def _largest(batch_size: int, world_size: int, *how: int | None) -> int:
+    cuts = [_cuts(share, *how) for share in (batch_size // world_size, _ceil_div(batch_size, world_size))]
+    return max(b - a for own in cuts for a, b in zip(own, own[1:]))
+
+
+@lru_cache(maxsize=8)
+def _cuts(share: int, steps: int, min_micro_batch_size: int, size: int | None) -> list[int]:
+    """Where a rank cuts its share of so many samples: 0, …, share."""
+    if size:
+        # A single sample is a shape of its own kind to a compiler: the one before it lends it company.
+        alone = share % size == 1 and share > size > 2
+        whole = [*range(0, share, size), share]
+        return [*whole[:-2], whole[-2] - alone, share]
+    steps = min(steps, max(1, share // min_micro_batch_size))
+    return [share * i // steps for i in range(steps + 1)]
 
 
 def cut(

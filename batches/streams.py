@@ -16,7 +16,6 @@ def build(
     device: torch.device,
     dtype: torch.dtype,
     num_workers: int = 0,
-    batch_ahead: int = 2,
     memory_format: torch.memory_format = torch.contiguous_format,
     validation_samples: int | None = None,
 ) -> InMemoryStream | LoadedStream:
@@ -36,4 +35,4 @@ def build(
     )
     if data_set.at_hand:
         return InMemoryStream(data_set, orders, seed, device, normalise)
-    return LoadedStream(data_set, orders, seed, device, normalise, num_workers, batch_ahead)
+    return LoadedStream(data_set, orders, seed, device, normalise, num_workers)

@@ -123,7 +123,7 @@ AS_PUBLISHED: dict[str, Options] = {
 # The published ResNet-18 on CIFAR-10 (expt.sh resnet18), for a GPU.
 RESNET18: Options = {
     **{"dataset": "cifar10", "model": "resnet18", "optimizer": "adagrad", "max_samples": 10_000_000},
-    **{"warmup_samples": 1_000_000, "lr_decay_samples": 9_000_000, "warmup_from": "zero", "max_batch_size": 50_000},
+    **{"warmup_samples": 1_000_000, "lr_decay_samples": 9_000_000, "max_batch_size": 50_000},
 }
 ON_A_GPU: dict[str, Options] = {
     **{f"constant_{size}": {**CONSTANT, "batch_size": size} for size in (128, 512, 2048)},

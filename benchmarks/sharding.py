@@ -24,7 +24,8 @@ from benchmarks.cases import RESULTS, provenance
 ROOT = Path(__file__).parent.parent
 MIB = 2**20
 OPTIONS = """
-    --model=gpt --dataset=tokens --sequence_length=32 --accelerator=cpu --devices=2 --max_micro_batch_size=2
+    --model=gpt --dataset=tokens --dataset_args.sequence_length=32 --accelerator=cpu --devices=2
+    --max_micro_batch_size=2
     --training_type=iter --max_iters=4 --batch_size=4 --max_batch_size=8 --eval_interval=0
 """.split()  # noqa: SIM905
 KINDS = {
@@ -50,10 +51,10 @@ def measured_run(options: list[str]) -> int:
     before, step = resident("VmRSS"), main.Trainer.step
 
     def measured(trainer):
-        if trainer.progress.steps == 2:
+        if trainer.controller.steps == 2:
             forget_peak()
         row = step(trainer)
-        if trainer.progress.steps == 4:
+        if trainer.controller.steps == 4:
             parameters = sum(p.numel() for p in trainer.parts.module.parameters())
             print(CHILD, parameters, resident("VmRSS") - before, resident("VmHWM") - before, flush=True)
         return row
@@ -67,7 +68,7 @@ def memory(options: list[str]) -> tuple[int, float, float]:
     with tempfile.TemporaryDirectory() as out_dir:
         for split in ("train", "val"):
             (np.arange(33 * 64, dtype=np.uint16) % 256).tofile(Path(out_dir, f"{split}.bin"))
-        folders = [f"--out_dir={out_dir}", f"--data_dir={out_dir}", "--vocab_size=256"]
+        folders = [f"--out_dir={out_dir}", f"--data_dir={out_dir}", "--dataset_args.vocab_size=256"]
         command = [sys.executable, "-m", "benchmarks.sharding", CHILD, *OPTIONS, *folders]
         # What is freed goes back to the system, so that what is resident is what is held.
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}

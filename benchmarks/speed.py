@@ -110,16 +110,16 @@ def measure(case: Case, method: str, test_type: str, budget: float) -> dict:
     with tempfile.TemporaryDirectory() as out_dir:
         trainer = trainer_of(case, method if method in OURS else None, test_type, out_dir)
 
-        def step(tested: bool, cut: bool) -> None:
-            moments = trainer.train_step(trainer.plan(testing=cut), testing=tested)
+        def step(measured: bool, cut: bool) -> None:
+            moments = trainer.train_step(trainer.plan(measured=cut), measured)
             if moments:
                 trainer.controller.test(moments)
 
-        steps = {"plain": lambda: step(tested=False, cut=False)}
+        steps = {"plain": lambda: step(measured=False, cut=False)}
         if method in OURS:
-            steps["tested"] = lambda: step(tested=True, cut=True)
+            steps["tested"] = lambda: step(measured=True, cut=True)
         if method == "micro_batch":
-            steps["cut"] = lambda: step(tested=False, cut=True)
+            steps["cut"] = lambda: step(measured=False, cut=True)
         if method == "opacus":
             steps["tested"] = opacus_step(trainer)
         if method == "backpack":
@@ -130,7 +130,7 @@ def measure(case: Case, method: str, test_type: str, budget: float) -> dict:
 def _batches(trainer):
     """The batches that the plain steps see."""
     while True:
-        plan = trainer.plan(testing=False)
+        plan = trainer.plan(measured=False)
         yield from trainer.parts.stream.take(plan.micro_batches(0))
 
 
@@ -141,7 +141,7 @@ def opacus_step(trainer) -> Callable[[], object]:
     module = GradSampleModuleFastGradientClipping(
         without_in_place(trainer.parts.module), max_grad_norm=1.0, use_ghost_clipping=True, strict=True
     )
-    optimizer, batches = type(trainer.parts.optimizer.optimizer)(module.parameters()), _batches(trainer)
+    optimizer, batches = type(trainer.parts.optimizer)(module.parameters()), _batches(trainer)
 
     def step() -> None:
         inputs, targets = next(batches)
@@ -160,7 +160,7 @@ def backpack_step(trainer) -> Callable[[], object]:
     from backpack.extensions import BatchL2Grad
 
     model, loss = extend(without_in_place(trainer.parts.module), use_converter=True), extend(nn.CrossEntropyLoss())
-    optimizer, batches = type(trainer.parts.optimizer.optimizer)(model.parameters()), _batches(trainer)
+    optimizer, batches = type(trainer.parts.optimizer)(model.parameters()), _batches(trainer)
 
     def step() -> None:
         inputs, targets = next(batches)

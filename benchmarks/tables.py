@@ -7,12 +7,14 @@ A page has lines `<!-- table: KIND PROBLEM TARGET -->` … `<!-- end of table --
 
 import argparse
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
+from scipy.stats import t as student_t
 from tabulate import tabulate
 
 from benchmarks.cases import RESULTS
@@ -39,10 +41,10 @@ LABELS = {
     "ip": "inner product test, θ = 0.5",
     "ip_orth": "augmented, θ = 0.5, ν = 1",
     **{f"unbiased_eta{eta}": f"norm test, η = {eta}, as steady" for eta in (1, 2, 3)},
-    "unbiased_eta2_uncoupled": "the same, η = 2, rate not coupled",
+    "unbiased_eta2_uncoupled": "the same, η = 2, learning rate not scaled",
     "steady": "**steady**",
-    **{f"steady_knee{knee}": f"steady, told P = {knee}" for knee in KNEES},
-    "steady_uncoupled": "steady, rate not coupled",
+    **{f"steady_knee{knee}": f"steady, P = {knee} given" for knee in KNEES},
+    "steady_uncoupled": "steady, learning rate not scaled",
     **{f"norm_eta0.1_from_{size}": f"norm test, η = 0.1, from {size}" for size in (2, 16)},
 }
 IN_FIGURE = ("norm_eta1", "ip", "unbiased_eta2", "steady", *(f"steady_knee{knee}" for knee in KNEES))
@@ -116,18 +118,40 @@ def times(problem: str, target: str) -> str:
     return markdown(["method", "rate", "samples", "steps", "seconds", "worst seed", *knees, end], body)
 
 
-def cost(problem: str, method: str, target: float, knee: float | None) -> float | None:
-    """Mean seconds to the target, or the modelled time with this knee; None where a run does not get there."""
+def costs(problem: str, method: str, target: float, knee: float | None) -> list[float] | None:
+    """Seconds to the target of every seed, or the modelled time with this knee; None where a run does not get there."""
     reached = [run.reached(target) for run in final_runs(problem, method)]
     if None in reached:
         return None
-    return statistics.mean(e["seconds"] if knee is None else e["samples"] + knee * e["step"] for e in reached)
+    return [entry["seconds"] if knee is None else entry["samples"] + knee * entry["step"] for entry in reached]
 
 
-def best_constant(problem: str, target: float, knee: float | None) -> tuple[float, str]:
-    """The least cost of a constant batch, and which."""
-    found = [(cost(problem, name, target, knee), name) for name in methods(problem) if name.startswith("constant")]
-    return min(pair for pair in found if pair[0] is not None)
+def best_constant(problem: str, target: float, knee: float | None) -> tuple[list[float], str]:
+    """The constant batch with the least geometric mean: its costs, and its name."""
+    found = [(costs(problem, name, target, knee), name) for name in methods(problem) if name.startswith("constant")]
+    return min((pair for pair in found if pair[0]), key=lambda pair: statistics.geometric_mean(pair[0]))
+
+
+def ratio(these: Sequence[float], those: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """The ratio of the geometric means, and its confidence interval: Welch's t interval of the mean logarithms, which
+    supposes neither equal variances nor pairs."""
+    logs = [[math.log(value) for value in values] for values in (these, those)]
+    difference = statistics.mean(logs[0]) - statistics.mean(logs[1])
+    variances = [statistics.variance(values) / len(values) for values in logs]
+    if not any(variances):
+        return math.exp(difference), math.nan, math.nan
+    freedom = sum(variances) ** 2 / sum(v**2 / (len(values) - 1) for v, values in zip(variances, logs))
+    half = student_t.ppf((1 + confidence) / 2, freedom) * math.sqrt(sum(variances))
+    return math.exp(difference), math.exp(difference - half), math.exp(difference + half)
+
+
+def steady_for(knee: float | None) -> str:
+    """The recipe that measures the knee of this machine, or that is told this one."""
+    return f"steady_knee{knee}" if knee else "steady"
+
+
+def with_interval(these: Sequence[float], those: Sequence[float]) -> str:
+    return "{:.2f} ({:.2f}–{:.2f})".format(*ratio(these, those))
 
 
 def against_constants(which: str = "all") -> str:
@@ -136,18 +160,32 @@ def against_constants(which: str = "all") -> str:
     body = []
     for problem, name in PROBLEMS.items():
         for target in PARTS[problem].targets[which == "demanding" :]:
+            best, constant = best_constant(problem, target, None)
+            own = costs(problem, "steady", target, None)
             row = [f"{name}, to {in_words(problem, target)}"]
+            row += [f"{statistics.geometric_mean(best):.2f} ({constant.removeprefix('constant_')})"]
+            row += [f"{statistics.geometric_mean(own):.2f}" if own else "never"]
             for knee in (None, *KNEES):
-                method = "steady" if knee is None else f"steady_knee{knee}"
-                best, constant = best_constant(problem, target, knee)
-                own = cost(problem, method, target, knee) if method in methods(problem) else None
-                ratio = f"{own / best:.2f}" if own else "never" if method in methods(problem) else "not measured"
-                if knee is None:
-                    row += [f"{best:.2f} ({constant.removeprefix('constant_')})", f"{own:.2f}" if own else "never"]
-                row.append(f"**{ratio}**" if knee is None else ratio)
+                own = costs(problem, steady_for(knee), target, knee)
+                words = with_interval(own, best_constant(problem, target, knee)[0]) if own else "never"
+                row.append(words if knee else f"**{words}**")
             body.append(row)
     knees = (f"ratio, P = {knee}" for knee in KNEES)
-    return markdown(["problem", "best constant [s]", "`steady` [s]", "ratio", *knees], body)
+    return markdown(["problem", "best constant [s]", "`steady` [s]", "ratio in seconds", *knees], body)
+
+
+def against_norm_test() -> str:
+    """The published norm test with η = 1 over `steady`, in seconds and in modelled time."""
+    body = []
+    for problem, name in PROBLEMS.items():
+        for target in PARTS[problem].targets:
+            row = [f"{name}, to {in_words(problem, target)}"]
+            for knee in (None, *KNEES):
+                pair = [costs(problem, method, target, knee) for method in ("norm_eta1", steady_for(knee))]
+                late = [who for who, found in zip(("norm test", "`steady`"), pair) if not found]
+                row.append(f"never: {', '.join(late)}" if late else with_interval(*pair))
+            body.append(row)
+    return markdown(["problem", "ratio in seconds", *(f"ratio, P = {knee}" for knee in KNEES)], body)
 
 
 def price_of_tuning() -> str:
@@ -163,11 +201,11 @@ def price_of_tuning() -> str:
 
 
 def robustness() -> str:
-    """What a learning rate off by a factor of 3 costs (seed 0): the measure of the sweep, over that at the rate of the
-    final runs."""
+    """What a learning rate off by a factor of 3 costs (seed 0, so that no ratio has an interval): the measure of the
+    sweep, over that at the rate of the final runs."""
     body = []
     for problem, name in PROBLEMS.items():
-        _, best = best_constant(problem, PARTS[problem].targets[1], None)
+        best = best_constant(problem, PARTS[problem].targets[1], None)[1]
         for method in dict.fromkeys((PARTS[problem].rate_from("steady"), best, "norm_eta1", "steady")):
             entry, taken = tuning(problem)[method], rate_of(problem, method)
             chosen = RATES.index(taken)
@@ -197,6 +235,7 @@ def published() -> str:
 KINDS: dict[str, Callable[..., str]] = {
     "times": times,
     "against_constants": against_constants,
+    "against_norm_test": against_norm_test,
     "price_of_tuning": price_of_tuning,
     "robustness": robustness,
     "published": published,

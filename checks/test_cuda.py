@@ -73,10 +73,10 @@ def test_memory_of_a_tested_step(tmp_path, test_type, most):
     options = {"model": "benchmarks.cases:resnet18_group_norm", "dataset": "benchmarks.cases:random_cifar"}
     options |= {"batch_size": 128, "max_batch_size": 129, "max_micro_batch_size": 32, "test_type": test_type}
     run, peaks = trainer(tmp_path, **options), {}
-    for testing in (False, False, True):
+    for measured in (False, False, True):
         torch.cuda.reset_peak_memory_stats()
-        run.train_step(run.plan(testing), testing)
-        peaks[testing] = torch.cuda.max_memory_allocated()
+        run.train_step(run.plan(measured), measured)
+        peaks[measured] = torch.cuda.max_memory_allocated()
     assert peaks[True] <= most * peaks[False]
 
 

@@ -78,25 +78,24 @@ def test_cifar_files(tmp_path, monkeypatch):
     assert torch.equal(loaded.train.tensors[0][:4], torch.from_numpy(first).view(4, 3, 32, 32))
 
 
-@pytest.mark.parametrize("name", ["mnist", "cifar10"])
-def test_missing_without_a_network(tmp_path, name, monkeypatch):
-    def no_network(*arguments, **keywords):
+@pytest.fixture
+def no_network(monkeypatch):
+    def urlopen(*arguments, **keywords):
         raise OSError("no network")
 
-    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+def test_missing_without_a_network(tmp_path, name, no_network):
     with pytest.raises(UsageError, match="no usable copy of") as refused:
         data.prepare(name, tmp_path / "no" / "where")
     assert "\n" not in str(refused.value)
-    assert not list(tmp_path.iterdir())  # no half-made folder
+    assert not list((tmp_path / "no" / "where").iterdir())  # nothing half-made
 
 
-def test_corrupt_files(tmp_path, monkeypatch):
+def test_corrupt_files(tmp_path, monkeypatch, no_network):
     """Truncated files, without a network: refused, and left where they are."""
-
-    def no_network(*arguments, **keywords):
-        raise OSError("no network")
-
-    monkeypatch.setattr("urllib.request.urlopen", no_network)
     write_mnist(tmp_path)
     images = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
     images.write_bytes(images.read_bytes()[:-100])
@@ -104,7 +103,7 @@ def test_corrupt_files(tmp_path, monkeypatch):
     (tmp_path / "cifar-10-batches-py" / "data_batch_2").write_bytes(b"damaged")
     before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
     for name in ("mnist", "cifar10"):
-        with pytest.raises(UsageError, match=rf"no usable copy of {name} .* none could be downloaded .*no network"):
+        with pytest.raises(UsageError, match=rf"no usable copy of {name} .*no network.*put whole copies of"):
             data.prepare(name, tmp_path)
         with pytest.raises(UsageError, match="check the files there"):
             data.load(name, tmp_path)
@@ -149,14 +148,6 @@ def packed(folder: Path, monkeypatch, name: str) -> list[Path]:
     return files
 
 
-@pytest.fixture
-def no_network(monkeypatch):
-    def urlopen(*arguments, **keywords):
-        raise OSError("no network")
-
-    monkeypatch.setattr("urllib.request.urlopen", urlopen)
-
-
 @pytest.mark.parametrize("where", ["as torchvision leaves them", "in data_dir"])
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10"])
 def test_official_archives_without_a_network(tmp_path, monkeypatch, no_network, name, where):
@@ -182,28 +173,26 @@ def test_files_of_two_data_sets_with_the_same_names(tmp_path, monkeypatch, no_ne
 
 
 def test_partial_archives_are_named(tmp_path, monkeypatch, no_network):
-    """One file cut short, one missing, one unpacked already, one whole: named are the first two, and nothing else."""
-    cut, missing, unpacked, whole = packed(tmp_path, monkeypatch, "mnist")
-    unpacked.with_suffix("").write_bytes(gzip.decompress(unpacked.read_bytes()))
-    unpacked.unlink()
+    """One file cut short, one missing, two whole: named are the first two, and the cut one stays as it is."""
+    cut, missing, *_ = packed(tmp_path, monkeypatch, "mnist")
     missing.unlink()
     good = cut.read_bytes()
     cut.write_bytes(good[:-20])
     with pytest.raises(UsageError) as refused:
         data.prepare("mnist", tmp_path)
-    said = str(refused.value)
-    assert f"{cut} is partial or damaged" in said and f"{missing.name} is missing" in said
-    assert said.endswith(f"put {cut.name}, {missing.name} there, or connect to the network")
-    assert unpacked.name not in said and whole.name not in said
+    assert str(refused.value).endswith(
+        f"put whole copies of {cut.name}, {missing.name} there, or connect to the network"
+    )
+    assert cut.read_bytes() == good[:-20] and len(list(cut.parent.iterdir())) == 3
     cut.write_bytes(good)
-    with pytest.raises(UsageError, match=f"put {missing.name} there"):
+    with pytest.raises(UsageError, match=f"put whole copies of {missing.name} there"):
         data.prepare("mnist", tmp_path)
 
 
 def test_a_partial_archive_of_cifar(tmp_path, monkeypatch, no_network):
     (archive,) = packed(tmp_path, monkeypatch, "cifar10")
     archive.write_bytes(archive.read_bytes()[:-100])
-    with pytest.raises(UsageError, match=rf"{archive} is partial or damaged.*put {archive.name} there"):
+    with pytest.raises(UsageError, match=f"put whole copies of {archive.name} there"):
         data.prepare("cifar10", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [archive.name]
 
@@ -224,6 +213,18 @@ def test_only_what_is_missing_is_downloaded(tmp_path, monkeypatch):
     data.prepare("mnist", tmp_path)
     assert fetched == [first.name] and len(data.load("mnist", tmp_path).train) == 20
     assert not any(path.is_symlink() for path in tmp_path.rglob("*"))
+
+
+def test_a_disk_that_cannot_be_written(tmp_path, monkeypatch, no_network):
+    """Whole archives: neither copies of them nor the network would help."""
+    packed(tmp_path, monkeypatch, "mnist")
+
+    def full(*arguments, **keywords):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", full)
+    with pytest.raises(UsageError, match="No space left on device.*: make room and allow writing"):
+        data.prepare("mnist", tmp_path)
 
 
 def test_unknown_name():

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 import batches
 from adadagrad import gradients
 from checks import oracle
-from checks.conftest import column, train
+from checks.conftest import column, forks, train
 from checks.test_gradients import assert_matches, batch, small_net
 from checks.test_tests import moments_of
 
@@ -38,7 +38,7 @@ def observe(rank: int, world_size: int, steps: int, port: int, queue) -> None:
 def test_moments_of_any_split_equal_the_oracle(world_size, steps, free_port):
     inputs, targets = batch(SAMPLES)
     expected = oracle.statistics(oracle.gradient_vectors(small_net(), cross_entropy, inputs, targets))
-    context = mp.get_context("spawn")
+    context = forks()
     queue = context.Queue()
     ranks = [context.Process(target=observe, args=(r, world_size, steps, free_port, queue)) for r in range(world_size)]
     for process in ranks:
@@ -107,7 +107,7 @@ def test_training_pass_moments_of_any_split(world_size, steps, free_port):
     groups = [list(positions) for rank in range(world_size) for positions in plan.micro_batches(rank)]
     sizes = [len(group) for group in groups]
     by_groups = moments_of(torch.stack([vectors[group].mean(0) for group in groups]), sizes)
-    context = mp.get_context("spawn")
+    context = forks()
     queue = context.Queue()
     arguments = (world_size, steps, free_port, queue)
     ranks = [context.Process(target=observe_training_pass, args=(r, *arguments)) for r in range(world_size)]
@@ -171,9 +171,9 @@ def take_an_estimator(rank: int, world_size: int, port: int, queue) -> None:
 
 def test_all_ranks_take_the_same_estimator(free_port):
     """What one rank's check refuses is refused on all, with words there, too."""
-    context = mp.get_context("spawn")
+    context = forks()
     queue = context.Queue()
-    mp.spawn(take_an_estimator, (2, free_port, queue), nprocs=2)
+    mp.start_processes(take_an_estimator, (2, free_port, queue), nprocs=2, start_method="forkserver")
     (_, ours), (_, theirs) = sorted(queue.get(timeout=60) for _ in range(2))
     assert ours[0].startswith("PerSampleGradients") and "it fails on another process" in ours[0]
     assert theirs[0].startswith("PerSampleGradients") and "off those of single samples" in theirs[0]

@@ -20,6 +20,7 @@ def rows(out_dir) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not os.path.exists("/proc"), reason="looks for processes in /proc")
 def test_the_loss_of_a_machine(tmp_path, free_port):
     """The other one goes on alone, from the newest checkpoint, with the same batches; the rows say on how many."""

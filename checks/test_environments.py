@@ -1,13 +1,11 @@
 """What containers, batch systems and shells leave in the environment: taken for what it is, in little time."""
 
-import os
 import socket
-import subprocess
 import sys
 
 import pytest
 
-from checks.conftest import ROOT, launch
+from checks.conftest import ROOT, Started, launch
 from launch import environments
 
 # As a real Slurm (22.05) sets them: for a batch script, by salloc, by srun and in the shell of `srun --pty bash`.
@@ -71,9 +69,9 @@ def test_what_was_meant(monkeypatch, env, words):
 @pytest.mark.parametrize(
     "env, devices",
     [
-        ({"LOCAL_RANK": "0"}, 2),
+        pytest.param({"LOCAL_RANK": "0"}, 2, marks=pytest.mark.long),
         ({"RANK": "1", "WORLD_SIZE": "1", "LOCAL_RANK": "1", "NODE_RANK": "1", "LT_CLI_USED": "1"}, 1),
-        ({**BATCH, "MASTER_ADDR": "10.255.255.1", "MASTER_PORT": "1"}, 2),
+        pytest.param({**BATCH, "MASTER_ADDR": "10.255.255.1", "MASTER_PORT": "1"}, 2, marks=pytest.mark.long),
     ],
     ids=["container", "one left over", "batch script"],
 )
@@ -95,15 +93,12 @@ def test_refused_by_whatever_rank_it_believes_to_have(tmp_path):
 @pytest.mark.parametrize("rank, words", [(0, "waits for ranks 1 to 2 at"), (2, "waits for rank 0 at")])
 def test_says_for_whom_it_waits(tmp_path, free_port, rank, words):
     """One process of three, on a machine of its own, of which the others do not come."""
-    env = {**os.environ, "TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "3", "RANK": str(rank)}
+    env = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "3", "RANK": str(rank)}
     env |= {"LOCAL_RANK": "0", "GROUP_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
-    begin = "from launch import processes\nprocesses.PATIENCE = 0.5\nimport main\nmain.main()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", begin, *QUICK], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True
-    )
+    process = Started(*QUICK, clocks={"launch.processes.PATIENCE": 0.5}, **env)
     try:
-        line = next(line for line in process.stderr if "waits for" in line)
-        assert f"rank {rank} of 3 on {socket.gethostname()} {words} 127.0.0.1:{free_port}" in line
+        said = process.says("waits for")
+        assert f"rank {rank} of 3 on {socket.gethostname()} {words} 127.0.0.1:{free_port}" in said
     finally:
-        process.kill()
-        process.communicate()
+        process.ranks[0].kill()
+        process.wait()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -44,7 +45,8 @@ def program(tmp_path):
 def options_of(call):
     """The words after `fabric run main.py`, as main.py reads them (`--main-port` is the launcher's)."""
     assert call.startswith("run main.py ")
-    return command_line.parse([word for word in call.split()[2:] if not word.startswith("--main-port")])
+    words = re.split("(?<!:) ", call)[2:]  # "--config=nu: 1" is one
+    return command_line.parse([word for word in words if not word.startswith("--main-port")])
 
 
 def test_every_published_experiment_has_a_line_and_four_baselines(program):

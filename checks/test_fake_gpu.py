@@ -90,8 +90,8 @@ def test_every_optimizer_steps_on_the_device(tmp_path, optimizer):
         run = trainer(fabric, tmp_path, optimizer=optimizer, test=False, grad_clip=1.0)
         for _ in range(2):
             run.step()
-        run.save()
-        run.restore(run.checkpoints.path(2))
+        run.state.save()
+        run.state.restore(run.state.checkpoints.path(2))
         run.step()
 
 
@@ -108,7 +108,7 @@ def test_waits_of_a_step(tmp_path, test_gradients, test_type, micro_batches):
         waits = watch.waits + watch.trailing
         assert waits.total() <= 1, waits
         watch.forget()
-        run.train_step(run.plan(testing=False), testing=False)
+        run.train_step(run.plan(measured=False), measured=False)
         assert not watch.waits
 
 
@@ -130,12 +130,12 @@ def test_kernels_of_a_step(tmp_path, dataset, model, test_gradients, test_type, 
         run = trainer(fabric, tmp_path, **options)
         run.step()
         counts = []
-        for testing in (False, True):
+        for measured in (False, True):
             watch.forget()
             with mock.patch.object(
                 run.parts.optimizer, "step"
             ):  # on CUDA a few kernels for all parameters, here for each
-                run.train_step(run.plan(testing), testing)
+                run.train_step(run.plan(measured), measured)
             counts.append(watch.kernels.total())
         assert counts[1] <= most * counts[0], (counts, watch.kernels.most_common(20))
 
@@ -149,9 +149,9 @@ def test_memory_of_a_step(tmp_path, test_type, most):
         run = trainer(fabric, tmp_path, test_gradients="ghost", ramp_up_type="test", **options)
         run.step()
         peaks = []
-        for testing in (False, True):
+        for measured in (False, True):
             watch.forget()
-            run.train_step(run.plan(testing), testing)
+            run.train_step(run.plan(measured), measured)
             peaks.append(watch.most_bytes)
         assert peaks[1] <= most * peaks[0], peaks
 
@@ -183,7 +183,7 @@ def test_images_lie_in_memory_as_the_weights_do(tmp_path, model, memory_format):
             run.step()
             assert all(
                 state["exp_avg"].is_contiguous(memory_format=expected)
-                for parameter, state in run.parts.optimizer.optimizer.state.items()
+                for parameter, state in run.parts.optimizer.state.items()
                 if parameter.dim() == 4
             )
 

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -11,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from checks.conftest import column, launch, train
+from checks.conftest import Started, column, run, train
 from checks.fault_drill import differences, rows_written
 from checks.test_text import write_tokens
 from launch.fsdp import blocks, refuse_what_needs_whole_tensors
@@ -25,8 +23,7 @@ TESTS = {
     "worker": ["--test_type=norm", "--eta=0.4", "--test_gradients=worker", "--max_micro_batch_size=31"],
 }
 
-IN_PARTS = [*STEPS, *TESTS["norm"], "--checkpoint_interval=10", "--keep_checkpoints=9", "--decay_lr=False"]
-TWO_SHARDS = [sys.executable, "main.py", "--accelerator=cpu", "--devices=2", "--strategy=fsdp"]
+IN_PARTS = [*STEPS, *TESTS["norm"], "--checkpoint_interval=4", "--keep_checkpoints=9", "--decay_lr=False"]
 
 
 class Residual(nn.Module):
@@ -59,7 +56,7 @@ def words(tmp_path_factory):
 def options_of(model: str, words) -> list[str]:
     if model == "gpt":
         gpt = [f"--model_args.{name}" for name in ("layers=2", "heads=2", "width=8", "tied=True")]
-        return ["--model=gpt", "--dataset=tokens", f"--data_dir={words}", "--sequence_length=8", *gpt]
+        return ["--model=gpt", "--dataset=tokens", f"--data_dir={words}", "--dataset_args.sequence_length=8", *gpt]
     return ["--model=checks.test_fsdp:residual_net"]
 
 
@@ -67,14 +64,14 @@ def options_of(model: str, words) -> list[str]:
     "model, test_type", [("gpt", name) for name in TESTS] + [("resnet", name) for name in ("norm", "ip+orth", "worker")]
 )
 def test_as_ddp(tmp_path, words, model, test_type):
-    """The same batch sizes over 50 steps, losses and weights equal to rounding, in pieces and whole."""
-    options = [*options_of(model, words), *STEPS, "--max_iters=50", "--max_micro_batch_size=16", *TESTS[test_type]]
-    options += ["--grad_clip=1.0", "--eval_interval=25", "--monitor_interval=1"]
+    """The same batch sizes over 12 steps, losses and weights equal to rounding, in pieces and whole."""
+    options = [*options_of(model, words), *STEPS, "--max_iters=12", "--max_micro_batch_size=16", *TESTS[test_type]]
+    options += ["--grad_clip=1.0", "--eval_interval=6", "--monitor_interval=1"]
     ddp, fsdp = (
         train(tmp_path, *options, f"--strategy={name}", processes=2, name=name) for name in ("ddp", "fsdp")
     )  # fmt: skip
     assert column(fsdp, "batch_size") == column(ddp, "batch_size") and column(ddp, "batch_size")[-1] > 32
-    assert len(column(ddp, "variance")) == 50
+    assert len(column(ddp, "variance")) == 12
     for name in ("train_loss", "val_loss", "variance", "grad_norm_sq", "variance_inner_product"):
         if column(ddp, name):
             assert column(fsdp, name) == pytest.approx(column(ddp, name), rel=1e-9), name
@@ -97,7 +94,7 @@ def test_the_measured_size_leaves_no_trace(tmp_path, words):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, words):
     """The run of one process that is never interrupted."""
-    return train(tmp_path_factory.mktemp("whole"), *options_of("gpt", words), *IN_PARTS, "--max_iters=30")
+    return train(tmp_path_factory.mktemp("whole"), *options_of("gpt", words), *IN_PARTS, "--max_iters=12")
 
 
 @pytest.mark.parametrize("path", [("fsdp", 2, "auto", 1), ("auto", 1, "fsdp", 2)], ids=str)
@@ -105,8 +102,8 @@ def test_a_checkpoint_does_not_know_the_strategy(tmp_path, words, whole, path):
     """Saved by one, resumed by another, on another number of processes: the run of one process goes on."""
     strategy, processes, then, processes_then = path
     options = [*options_of("gpt", words), *IN_PARTS]
-    train(tmp_path, *options, f"--strategy={strategy}", "--max_iters=20", processes=processes)
-    options += [f"--strategy={then}", "--max_iters=30", "--resume=auto"]
+    train(tmp_path, *options, f"--strategy={strategy}", "--max_iters=8", processes=processes)
+    options += [f"--strategy={then}", "--max_iters=12", "--resume=auto"]
     parts = train(tmp_path, *options, processes=processes_then)
     assert column(parts, "batch_size") == column(whole, "batch_size")
     assert column(parts, "train_loss") == pytest.approx(column(whole, "train_loss"), rel=1e-9)
@@ -141,23 +138,23 @@ def test_what_needs_whole_tensors_is_refused():
     ],
 )
 def test_refusals_of_two_processes(tmp_path, options, said):
-    done = launch(*TWO_SHARDS, f"--out_dir={tmp_path}", *options)
+    done = run("--strategy=fsdp", f"--out_dir={tmp_path}", *options, processes=2)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("main.py: error:") == 1, done.stderr
     assert not any(tmp_path.iterdir())
 
 
 def test_a_kill_changes_nothing(tmp_path, words):
     """Both processes at once, in the middle; what goes on from the last checkpoint equals the undisturbed run."""
-    options = [*options_of("gpt", words), *STEPS, *TESTS["norm"], "--max_iters=40", "--checkpoint_interval=7"]
+    options = [*options_of("gpt", words), *STEPS, *TESTS["norm"], "--max_iters=20", "--checkpoint_interval=3"]
     options += ["--strategy=fsdp", "--model_args.dropout=0.1", "--max_micro_batch_size=16", "--resume=auto"]
     whole = train(tmp_path, *options, processes=2, name="whole")
     folder = tmp_path / "killed"
-    command = [*TWO_SHARDS, f"--out_dir={tmp_path}", "--run_name=killed", *options]
-    first = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while rows_written(folder) < 12 and first.poll() is None:
+    first = Started(f"--out_dir={tmp_path}", "--run_name=killed", *options, processes=2)
+    while rows_written(folder) < 8 and first.ranks[0].is_alive():
         time.sleep(0.01)
-    os.killpg(first.pid, signal.SIGKILL)
-    assert first.wait() == -signal.SIGKILL and list((folder / "checkpoints").glob("*.pt"))
+    for process in first.ranks:
+        process.kill()
+    assert first.wait().returncode == -signal.SIGKILL and list((folder / "checkpoints").glob("*.pt"))
     train(tmp_path, *options, processes=2, name="killed")
     assert not differences(whole.folder, folder)
 
@@ -168,11 +165,11 @@ def test_a_signal_cuts_an_evaluation_off(tmp_path):
     options = [*options_of("gpt", tmp_path), "--model_args.layers=6", "--max_iters=3", "--training_type=iter"]
     options += ["--batch_size=4", "--max_micro_batch_size=2", "--log_interval=1", "--run_name=run"]
     options += [f"--out_dir={tmp_path}"]
-    run = subprocess.Popen([*TWO_SHARDS, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while rows_written(tmp_path / "run") < 2 and run.poll() is None:
+    program = Started("--strategy=fsdp", *options, processes=2)
+    while rows_written(tmp_path / "run") < 2 and program.ranks[0].is_alive():
         time.sleep(0.01)
     time.sleep(2)
-    run.send_signal(signal.SIGTERM)
-    told = run.communicate()[0]
-    assert run.returncode == 75 and "interrupted by SIGTERM" in told and "val loss" not in told, told
+    os.kill(program.ranks[0].pid, signal.SIGTERM)
+    done = program.wait()
+    assert done.returncode == 75 and "interrupted by SIGTERM" in done.stdout and "val loss" not in done.stdout, done
     assert list((tmp_path / "run" / "checkpoints").glob("*.pt"))

@@ -194,7 +194,18 @@ FAMILIES = ["resnet18", "swin_t", "vit_b_32", "convnext_tiny", "mobilenet_v3_sma
 LEFT_OUT = [("resnet18", torch.float32), ("vit_b_32", torch.float64)]  # the latter: half a minute, as swin_t
 
 
-@pytest.mark.parametrize("name, dtype", [(n, d) for n in FAMILIES for d in FLOATS if (n, d) not in LEFT_OUT])
+QUICK = ["resnet18", "mobilenet_v3_small"]
+
+
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        pytest.param(name, dtype, marks=[] if name in QUICK else pytest.mark.long)
+        for name in FAMILIES
+        for dtype in FLOATS
+        if (name, dtype) not in LEFT_OUT
+    ],
+)
 def test_torchvision_models_equal_vmap(name, dtype):
     """Training mode, no dropout: the fast path agrees with the reference."""
     torch.manual_seed(0)

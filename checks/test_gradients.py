@@ -84,7 +84,10 @@ def test_dropout_draws_per_sample_and_agrees_between_passes():
     assert moments.sum_inner == pytest.approx(32 * moments.grad_norm_sq, rel=1e-9)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "efficientnet_b0", "convnext_tiny", "vit_b_32"])
+LIGHT, HEAVY = ["resnet18", "mobilenet_v3_small", "efficientnet_b0"], ["convnext_tiny", "vit_b_32"]
+
+
+@pytest.mark.parametrize("name", [*LIGHT, *(pytest.param(name, marks=pytest.mark.long) for name in HEAVY)])
 def test_torchvision_families(name):
     """Dropout and stochastic depth included: finite, and the two passes agree."""
     torch.manual_seed(0)

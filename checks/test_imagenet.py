@@ -89,7 +89,7 @@ def test_crops_belong_to_the_position(source, request):
     data_dir, n = request.getfixturevalue(source), CLASSES * TRAIN
     here = stream_of(data_dir, shuffle=False)
     expected = here.read(range(5, 3 * n, 2))[0]
-    by_workers = stream_of(data_dir, shuffle=False, num_workers=2, batch_ahead=1)
+    by_workers = stream_of(data_dir, shuffle=False, num_workers=2)
     cuts = [range(5, 19, 2), range(19, 21, 2), range(21, 3 * n, 2)]
     assert torch.equal(torch.cat([inputs for inputs, _ in by_workers.take(cuts)]), expected)
     assert torch.equal(next(by_workers.take([range(19, 41, 2)]))[0], expected[7:18])  # a resumed run
@@ -289,7 +289,7 @@ def build(image_shape, num_classes):
 def test_training_from_both_sources(tmp_path, folder, ffcv_dir):
     """A small ResNet, two processes, batches that grow from step to step; the sources hold the same images."""
     (tmp_path / "small_resnet.py").write_text(RESNET)
-    options = ["--dataset=imagenet", "--model=small_resnet:build", "--num_workers=1", "--batch_ahead=1", "--eta=0.3"]
+    options = ["--dataset=imagenet", "--model=small_resnet:build", "--num_workers=1", "--eta=0.3"]
     options += ["--test_gradients=micro_batch", "--test_groups=4", "--batch_size=6", "--max_samples=30"]
     options += ["--optimizer=sgd", "--learning_rate=0.01", "--max_micro_batch_size=8"]
     runs = [

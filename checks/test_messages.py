@@ -1,11 +1,10 @@
 """What a run says where it fails without anybody having foreseen it, and while it takes its time."""
 
 import re
-import sys
 
 import pytest
 
-from checks.conftest import ROOT, launch
+from checks.conftest import run
 
 OWN = """
 import os
@@ -40,8 +39,8 @@ def own(tmp_path):
 def test_unforeseen_errors(own, processes):
     """The traceback is in the run's folder, on standard error one line with the way there. On two processes each tells
     of its own, as far as it comes to that before the other one has ended it."""
-    options = [*OPTIONS, "--model=own:Net", f"--devices={processes}", f"--batch_size={32 * processes}"]
-    done = launch(sys.executable, str(ROOT / "main.py"), *options, cwd=own)
+    options = [*OPTIONS, "--model=own:Net", f"--batch_size={32 * processes}"]
+    done = run(*options, processes=processes, cwd=own)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     lines = [line for line in done.stderr.splitlines() if "ZeroDivisionError" in line]
     assert 1 <= len(lines) <= processes
@@ -59,17 +58,15 @@ def test_before_there_is_a_folder(own):
     (own / "own.py").write_text(
         OWN + "\nNet.__init__ = lambda self, *a: torch.nn.Module.__init__(self)\nNet.named_parameters = 3\n"
     )
-    done = launch(sys.executable, str(ROOT / "main.py"), *OPTIONS, "--model=own:Net", cwd=own)
+    done = run(*OPTIONS, "--model=own:Net", cwd=own)
     assert done.returncode in (1, 2) and re.match(r"main\.py: error: ", done.stderr.splitlines()[-1])
     assert not (own / "out").exists()
 
 
 def test_long_work_is_named(own):
-    begin = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from launch import processes; processes.LONG = 0.5\n"
-    begin += "import main\nraise SystemExit(main.main(sys.argv[1:]))"
-    done = launch(sys.executable, "-c", begin, *OPTIONS, "--dataset=own:slowly", "--model=logistic", cwd=own)
+    options = [*OPTIONS, "--dataset=own:slowly", "--model=logistic"]
+    done = run(*options, cwd=own, clocks={"launch.processes.LONG": 0.5})
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("main.py: reading own:slowly in data …\n") == 1
-    begin = begin.replace("0.5", "60")
-    done = launch(sys.executable, "-c", begin, *OPTIONS, "--model=logistic", "--run_name=quick", cwd=own)
+    done = run(*OPTIONS, "--model=logistic", "--run_name=quick", cwd=own, clocks={"launch.processes.LONG": 60.0})
     assert done.returncode == 0 and "reading" not in done.stderr

@@ -3,11 +3,13 @@
 import copy
 import dataclasses
 import math
+from collections import OrderedDict
 
 import pytest
 import torch
 
 import optim
+from adadagrad.control import Transition, carry_over
 from options.errors import UsageError
 from options.schema import Config
 
@@ -124,11 +126,9 @@ def test_learning_rate_follows_the_options():
         scheduler="multistep", milestones=[10, 20], gamma=0.1, learning_rate=1.0, min_lr=0.05, warmup_samples=4
     )
     positions = (0, 2, 4, 9, 10, 19, 20, 99)
-    published = dataclasses.replace(steps, warmup_from="zero")
-    values = [optim.LearningRate(published, 100)(samples, 0) for samples in positions]
-    assert values == pytest.approx([0, 0.5, 1, 1, 0.1, 0.1, 0.05, 0.05])
     small = dataclasses.replace(steps, batch_size=2)  # the first rung: 2 of 4 samples
-    assert [optim.LearningRate(small, 100)(samples, 0) for samples in positions] == values[1:2] + values[1:]
+    values = [optim.LearningRate(small, 100)(samples, 0) for samples in positions]
+    assert values == pytest.approx([0.5, 0.5, 1, 1, 0.1, 0.1, 0.05, 0.05])
     to_the_end = optim.LearningRate(Config(scheduler="linear", learning_rate=1.0), max_samples=200)
     assert to_the_end(100, 1) == 0.5
 
@@ -136,17 +136,13 @@ def test_learning_rate_follows_the_options():
 @pytest.mark.parametrize("scheduler", ["cosine", "linear", "multistep"])
 @pytest.mark.parametrize("unit, first", [("sample", 8 / 32), ("iter", 1 / 32)])
 def test_first_rung_of_a_warmup(scheduler, unit, first):
-    """Peak 0.5, batches of 8: the first step has what the second one has; all others are as published."""
+    """Peak 0.5, batches of 8: the first step has what the second one has (as published it has 0, and is wasted)."""
     warmup = {"warmup_samples": 32} if unit == "sample" else {"warmup_iters": 32, "lr_decay_iters": 100}
     milestones = {"milestones": [50]} if scheduler == "multistep" else {}
     options = {"lr_decay_type": unit, "scheduler": scheduler, "learning_rate": 0.5, "batch_size": 8}
-    ours, published = (
-        optim.LearningRate(Config(**options, **warmup, **milestones, warmup_from=start), 1000)
-        for start in ("first", "zero")
-    )
-    assert ours(0, 0) == 0.5 * first and published(0, 0) == 0
-    for step in range(1, 40):
-        assert ours(8 * step, step) == published(8 * step, step) > 0
+    rate = optim.LearningRate(Config(**options, **warmup, **milestones), 1000)
+    assert rate(0, 0) == rate(8, 1) == 0.5 * first
+    assert rate(16, 2) == 2 * rate(8, 1)
     assert optim.rising(0, 0.5, warmup=4, first=8) == 0.5  # a warm-up shorter than the first batch
 
 
@@ -169,7 +165,7 @@ def test_state_lies_in_memory_as_the_parameters():
 
 
 @pytest.mark.parametrize(
-    "words", [{"optimizer": name} for name in optim.NAMES] + [{"optimizer": "sgd", "momentum": 0.0}]
+    "words", [{"optimizer": name} for name in optim.NAMES if name != "muon"] + [{"optimizer": "sgd", "momentum": 0.0}]
 )
 def test_bytes_of_state_to_come(words):
     """What the first step adds is told before it; Adagrad has made its state already."""
@@ -183,3 +179,160 @@ def test_bytes_of_state_to_come(words):
     optimizer.step()
     assert kept() - before == told
     assert optim.bytes_of_state_to_come(optimizer, Config(**words)) == 0
+
+
+def network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    layers = torch.nn.Embedding(9, 4), torch.nn.Linear(4, 6), torch.nn.LayerNorm(6), torch.nn.Linear(6, 6)
+    return torch.nn.Sequential(
+        OrderedDict(zip(("words", "first", "norm", "second"), layers), head=torch.nn.Linear(6, 3))
+    )
+
+
+def group_of(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict:
+    return next(group for group in optimizer.param_groups if any(parameter is own for own in group["params"]))
+
+
+def train_on(optimizer: torch.optim.Optimizer, model: torch.nn.Module, steps: int = 3) -> None:
+    for step in range(steps):
+        model(torch.arange(step, step + 6)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_groups_keep_their_proportions():
+    """Every group's own rate and decay, as torch's optimizer makes steps with them by itself."""
+    model, by_hand = network(), network()
+    options = {"no_weight_decay": "bias, norm", "lr_factors": {"head": 10, "*.bias": 0.5}, "weight_decay": 0.1}
+    optimizer = optim.build(model, Config(optimizer="sgd", learning_rate=0.2, **options))
+    expected = {
+        "words.weight": (1, 0.1), "first.weight": (1, 0.1), "first.bias": (0.5, 0), "norm.weight": (1, 0),
+        "norm.bias": (0.5, 0), "second.weight": (1, 0.1), "second.bias": (0.5, 0), "head.weight": (10, 0.1),
+        "head.bias": (5, 0),
+    }  # fmt: skip
+    for name, parameter in model.named_parameters():
+        group, (factor, decay) = group_of(optimizer, parameter), expected[name]
+        assert (group["lr"], group["weight_decay"]) == pytest.approx((0.2 * factor, decay)), name
+    optim.set_learning_rate(optimizer, 0.05)
+    own = [
+        {"params": [p], "lr": 0.05 * expected[n][0], "weight_decay": expected[n][1]}
+        for n, p in by_hand.named_parameters()
+    ]
+    train_on(optimizer, model)
+    train_on(torch.optim.SGD(own), by_hand)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), by_hand.parameters(), strict=True))
+
+
+class Discriminative(torch.optim.SGD):
+    """Vectors at a tenth of the rate."""
+
+    def __init__(self, params, lr=0.1):
+        params = list(params)
+        groups = [p for p in params if p.dim() > 1], [p for p in params if p.dim() <= 1]
+        super().__init__([{"params": groups[0]}, {"params": groups[1], "lr": lr / 10}], lr=lr)
+
+
+def test_groups_of_an_optimizers_own():
+    config = Config(optimizer="checks.test_optim:Discriminative", learning_rate=0.5)
+    optimizer = optim.build(network(), config)
+    optim.set_learning_rate(optimizer, 0.1)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.01])
+    resumed = optim.build(network(), config)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # saved with a rate that has fallen
+    optim.set_learning_rate(resumed, 0.3)
+    assert [group["lr"] for group in resumed.param_groups] == pytest.approx([0.3, 0.03])
+
+
+def test_muon_has_the_hidden_matrices_and_adamw_the_rest():
+    model = network()
+    optimizer = optim.build(model, Config(optimizer="muon", learning_rate=0.01))
+    muon, adamw = optimizer.optimizers
+    of_muon = [name for name, p in model.named_parameters() if any(p is own for own in muon.param_groups[0]["params"])]
+    assert of_muon == ["first.weight", "second.weight"]
+    assert len(adamw.param_groups[0]["params"]) == len(list(model.parameters())) - 2
+    tied = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 9, bias=False))
+    tied[2].weight = tied[0].weight
+    assert optim.build(tied, Config(optimizer="muon")).optimizers[0].param_groups[0]["params"] == [tied[1].weight]
+
+
+def test_joined_optimizers_are_one():
+    """The steps of the two by themselves; one state dict; copied, restored and coupled as one."""
+    model, by_hand = network(), network()
+    config = Config(optimizer="muon", learning_rate=0.01, beta2=0.99)
+    optimizer = optim.build(model, config)
+    told = optim.bytes_of_state_to_come(optimizer, config)
+    matrices = [by_hand.first.weight, by_hand.second.weight]
+    rest = [p for p in by_hand.parameters() if all(p is not matrix for matrix in matrices)]
+    two = (
+        torch.optim.Muon(matrices, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=0.01, weight_decay=0.1, betas=(0.9, 0.99)),
+    )
+    train_on(optimizer, model)
+    for step in range(3):
+        by_hand(torch.arange(step, step + 6)).square().mean().backward()
+        for one in two:
+            one.step()
+            one.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), by_hand.parameters(), strict=True))
+    kept = [v for state in optimizer.state.values() for v in state.values() if v.dim()]
+    assert sum(value.numel() * value.element_size() for value in kept) == told
+    other = network()
+    other.load_state_dict(model.state_dict())
+    resumed = optim.build(other, config)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for one, net in ((optimizer, model), (resumed, other)):
+        carry_over.apply(Transition(16, 64, 16, gain=3.0, squares=2.0), one)
+        optim.set_learning_rate(one, 0.02, decay=1.4)
+        train_on(one, net)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert optimizer.param_groups[1]["betas"] == (0.9, 0.99**4)
+    assert [group["weight_decay"] for group in resumed.param_groups] == pytest.approx([0.14, 0.14])
+
+
+class ScheduleFree(torch.optim.SGD):
+    """As schedulefree's classes: a step outside of train mode is an error."""
+
+    mode = None
+
+    def train(self):
+        self.mode = "train"
+
+    def eval(self):
+        self.mode = "eval"
+
+    def step(self, closure=None):
+        if self.mode != "train":
+            raise RuntimeError("call train() before a step")
+        return super().step(closure)
+
+
+def test_schedule_free_optimizers_have_modes():
+    model = network()
+    optimizer = optim.build(model, Config(optimizer="checks.test_optim:ScheduleFree"))
+    optim.set_training(optimizer, True)
+    train_on(optimizer, model)
+    optim.set_training(optimizer, False)
+    assert optimizer.mode == "eval"
+    optim.set_training(optim.build(model, Config(optimizer="adam")), False)  # has none: nothing happens
+
+
+class SharpnessAware(torch.optim.SGD):
+    def step(self, closure=None):
+        assert closure is not None, "sharpness-aware minimization requires a closure"
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"optimizer": "checks.test_optim:SharpnessAware"}, "requires a closure"),
+        ({"optimizer": "LBFGS"}, "computes the loss again"),
+        ({"optimizer": "adagradnorm", "lr_factors": {"hed": 2.0}}, "no parameter 'hed'; did you mean 'head'"),
+        ({"optimizer": "Rprop", "no_weight_decay": "bias"}, "has no weight decay"),
+        ({"optimizer": "Muon"}, "2D parameters"),
+    ],
+)
+def test_groups_refused(options, words):
+    with pytest.raises(UsageError, match=words):
+        optim.build(network(), Config(**options))
+    with pytest.raises(UsageError, match="no hidden layer"):
+        optim.build(torch.nn.Linear(2, 2), Config(optimizer="muon"))

@@ -97,8 +97,7 @@ REFUSED = [
     ("--config=nowhere.yaml", "--config"),
     *[(f"--{name}={value}", f"--{name} must be positive")
       for name in ("eta", "theta", "nu", "learning_rate", "batch_size", "max_batch_size", "max_micro_batch_size",
-                   "max_test_micro_batch_size", "test_interval", "max_samples", "max_iters", "devices", "test_groups",
-                   "batch_ahead")
+                   "max_test_micro_batch_size", "test_interval", "max_samples", "max_iters", "devices", "test_groups")
       for value in (0, -1)],
     ("--eta=nan", "--eta must be a number"),
     ("--seed=-1", "--seed must be zero or positive"),
@@ -146,7 +145,7 @@ REFUSED = [
     ("--test=False --linear_ramp_up_increment=3", "acts only with --linear_ramp_up=True"),
     ("--lr_decay_iters=5", "--lr_decay_iters acts only with --lr_decay_type=iter"),
     ("--max_iters=5", "--max_iters acts only with --training_type=iter"),
-    ("--batch_ahead=4", "--batch_ahead acts only with --num_workers=1 or more"),
+    ("--ramp_up_type=goodputt", "did you mean 'goodput'"),
     ("--ramp_up_factor=3", "--ramp_up_factor acts only with --ramp_up_type=factor"),
     ("--seed=4294967296", "--seed must be below 2^32"),
     ("--eta=1e300", "--eta must be from 1e-100 to 1e100"),
@@ -159,7 +158,7 @@ REFUSED = [
     ("--weight_decay=much", "--weight_decay must be a number, not 'much'"),
     ("--milestones=3", "--milestones must be a list"),
     ("--strategy=ddpp", "did you mean 'ddp'"),
-    ("--optimizer_args=3", "--optimizer_args must be of the form NAME=VALUE"),
+    ("--optimizer_args=3", "--optimizer_args must be {NAME: VALUE}, not '3'"),
     ("--batch_size", "--batch_size needs a value"),
     ("quickstart", "unexpected argument 'quickstart': options are written --NAME=VALUE"),
 ]  # fmt: skip
@@ -168,14 +167,14 @@ REFUSED = [
 @pytest.mark.parametrize(
     "words, recipe, expected",
     [
-        ("", "steady", ("unbiased", 5000.0, "goodput", "critical", 2.0)),
-        ("--model=cnn --dataset=mnist", "steady", ("unbiased", 5000.0, "goodput", "critical", 2.0)),
+        ("", "steady", ("unbiased", 5000.0, "goodput", "critical", 4.0)),
+        ("--model=cnn --dataset=mnist", "steady", ("unbiased", 5000.0, "goodput", "critical", 4.0)),
         ("--eta=1", "paper", ("batch", 0.0, "test", "none", None)),
         ("--test_type=norm", "paper", ("batch", 0.0, "test", "none", None)),
         ("--test=False", "paper", ("batch", 0.0, "test", "none", None)),
         ("--recipe=paper", "paper", ("batch", 0.0, "test", "none", None)),
-        ("--recipe=steady --smoothing=100 --max_growth=4", "steady", ("unbiased", 100.0, "goodput", "critical", 4.0)),
-        ("--recipe=steady --ramp_up_type=test --eta=2", "steady", ("unbiased", 5000.0, "test", "critical", 2.0)),
+        ("--recipe=steady --smoothing=100 --max_growth=2", "steady", ("unbiased", 100.0, "goodput", "critical", 2.0)),
+        ("--recipe=steady --ramp_up_type=test --eta=2", "steady", ("unbiased", 5000.0, "test", "critical", 4.0)),
     ],
 )
 def test_recipes(words, recipe, expected):

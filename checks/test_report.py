@@ -23,7 +23,8 @@ TINY = ["--model=logistic", "--max_samples=1600", "--eval_interval=5", "--eta=0.
 
 
 def write_run(folder, status="finished", steps=20, accuracy=0.9, measured=(), **options):
-    """A run's folder as main.py leaves it; batch 10, a loss of 1/step, accuracy rising to `accuracy` by the end."""
+    """A run's folder as main.py leaves it; batch 10, a loss of 1/step, accuracy rising to `accuracy` by the third
+    evaluation before the end."""
     folder.mkdir(parents=True)
     options = DEFAULTS | options
     (folder / "config.yaml").write_text(yaml.dump(options, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper)))
@@ -31,7 +32,7 @@ def write_run(folder, status="finished", steps=20, accuracy=0.9, measured=(), **
         writer = csv.writer(file)
         writer.writerow(ROWS)
         for step in range(1, steps + 1):
-            validation = (0.1, accuracy * step / steps) if step % 5 == 0 else ("", "")
+            validation = (0.1, accuracy * min(step / max(steps - 10, 5), 1)) if step % 5 == 0 else ("", "")
             writer.writerow([step, step * 10, step / 10, 1 / step, *validation, 10, 0.5])
     if status != "unfinished":
         summary = {
@@ -102,6 +103,15 @@ def test_steps_and_seconds_to_a_target(mixed, capsys):
     assert float(norm["steps to 97 %"]) == 50 and float(norm["seconds to 97 %"]) == 25  # at steps 40 and 60
     assert float(norm["samples to 97 %"]) == 500  # of 10 a step
     assert "50 ± 14 (2 of 3)" in report_on(capsys, mixed, "--target=0.97").out
+
+
+def test_a_target_is_reached_by_the_mean_of_three_evaluations(tmp_path):
+    """0.5, 0.9, 0.8, 1.0, 1.0: one alone passes 0.85 at the second, the mean of three at the fourth."""
+    rows = {"val_accuracy": [0.5, None, 0.9, 0.8, 1.0, 1.0], "step": range(6), "samples": range(6), "seconds": range(6)}
+    run = results.Run(tmp_path, {}, {"objective": "val_accuracy"})
+    run.__dict__["metrics"] = rows
+    assert run.reached(0.85)["step"] == 4 and run.reached(0.95) is None
+    assert run.reached(0.5)["step"] == 0 and run.reached(0.7)["step"] == 2  # of fewer, where there are not three
 
 
 def test_modelled_time_for_a_knee(mixed, capsys):

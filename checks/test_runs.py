@@ -15,7 +15,7 @@ from lightning.fabric.plugins.precision import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
-from checks.conftest import FIXED_CUT, ROOT, column, launch, train
+from checks.conftest import FIXED_CUT, ROOT, column, forks, launch, run, train
 from checks.test_data import write_cifar10
 from checks.test_options import PUBLISHED
 from launch import processes
@@ -34,7 +34,7 @@ def test_quickstart(tmp_path):
     folder = tmp_path / "run"
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["status"] == "finished" and summary["val_accuracy"] >= 0.96
-    assert summary["final_batch_size"] >= 4 * 16 and summary["wall_time"] < 60
+    assert summary["final_batch_size"] >= 4 * 16
     expected = (
         "val_loss best_val_accuracy best_val_loss steps samples mean_batch_size peak_memory_bytes world_size versions"
     )
@@ -53,33 +53,35 @@ def test_quickstart(tmp_path):
         "sample/var_one_norm",
     } <= tags
     assert len(events.Scalars("step/train/loss")) == summary["steps"]
-    again = launch(sys.executable, "main.py", f"--config={folder / 'config.yaml'}", f"--out_dir={tmp_path}")
+    again = run(f"--config={folder / 'config.yaml'}", f"--out_dir={tmp_path}")
     assert again.returncode == 2 and "exists already" in again.stderr  # the file is a whole set of options
 
 
-FABRIC_OPTIONS = ["--devices=2", "--nu=1e0", "--precision=bf16-mixed"]
+FABRIC_OPTIONS = ["--devices=2", "--precision=bf16-mixed"]
+NU = ["--test_type=ip+orth", "--config={nu: 0.5}"]
 LAUNCHERS = {  # PORT: one of their own, as the tests run beside each other
     "python": [sys.executable, "main.py", "--devices=2", *TINY],
-    "fabric": [BIN / "fabric", "run", "main.py", "--main-port=PORT", *FABRIC_OPTIONS, *TINY],
-    "torchrun": [BIN / "torchrun", "--master_port=PORT", "--nproc_per_node=2", "main.py", "--nu=1e0", *TINY],
+    "fabric": [BIN / "fabric", "run", "main.py", "--main-port=PORT", *FABRIC_OPTIONS, *NU, *TINY],
+    "torchrun": [BIN / "torchrun", "--master_port=PORT", "--nproc_per_node=2", "main.py", *NU, *TINY],
 }
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_launchers(tmp_path, launcher, free_port):
-    """The options as Fabric really used them, whoever read them. (--nu is no abbreviation of a launcher's option.)"""
+    """The options as Fabric really used them, whoever read them; --nu, which launchers refuse, in YAML."""
     command = [str(word).replace("PORT", str(free_port)) for word in LAUNCHERS[launcher]] + [f"--out_dir={tmp_path}"]
     done = launch(*command)
     assert done.returncode == 0, done.stdout + done.stderr
     options = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert options["devices"] == summary["world_size"] == 2 and options["accelerator"] == "cpu"
-    assert options["strategy"] == "ddp"
+    assert options["strategy"] == "ddp" and options["nu"] == (1 if launcher == "python" else 0.5)
     assert options["precision"] == ("bf16-mixed" if launcher == "fabric" else "32-true")
     assert done.stdout.count("\nfinished") == 1
 
 
-def test_fabric_run_shares_the_cores(tmp_path, free_port):
+@pytest.mark.long
+def test_fabric_run_shares_the_cores(tmp_path, free_port, monkeypatch):
     """The launcher itself gives each process as many threads as there are cores; a user's own choice stays."""
     (tmp_path / "counted.py").write_text(
         "import models, os, pathlib, torch\n"
@@ -91,11 +93,12 @@ def test_fabric_run_shares_the_cores(tmp_path, free_port):
     cores = len(os.sched_getaffinity(0))
     command = [BIN / "fabric", "run", "main.py", f"--main-port={free_port}", "--devices=2", *TINY]
     command += ["--model=counted:Net", f"--out_dir={tmp_path}"]
-    for number, (chosen, expected) in enumerate(((cores, max(1, cores // 2)), (1, 1))):
-        environment = {"OMP_NUM_THREADS": str(chosen), "PYTHONPATH": str(tmp_path)}
-        done = launch(*command, f"--run_name=run_{number}", **environment)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert [(tmp_path / f"threads{rank}").read_text() for rank in (0, 1)] == [str(expected)] * 2
+    done = launch(*command, OMP_NUM_THREADS=str(cores), PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [(tmp_path / f"threads{rank}").read_text() for rank in (0, 1)] == [str(max(1, cores // 2))] * 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(cores))
+    processes.share_cores()
+    assert torch.get_num_threads() == 1  # chosen in conftest.py
 
 
 class WithUnused(torch.nn.Linear):
@@ -122,7 +125,7 @@ def test_unused_parameters(tmp_path):
     ],
 )
 def test_refused_once_on_two_ranks(tmp_path, options, words):
-    done = launch(sys.executable, "main.py", "--accelerator=cpu", "--devices=2", f"--out_dir={tmp_path}", *options)
+    done = run(f"--out_dir={tmp_path}", *options, processes=2)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and words in done.stderr
     assert not list(tmp_path.iterdir())
@@ -138,7 +141,7 @@ def test_refused_once_on_two_ranks(tmp_path, options, words):
     ],
 )
 def test_refused_in_one_line(tmp_path, options, words):
-    done = launch(sys.executable, "main.py", f"--out_dir={tmp_path}", *options)
+    done = run(f"--out_dir={tmp_path}", *options)
     assert done.returncode == 2 and words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
 
@@ -166,7 +169,7 @@ def test_an_evaluation_takes_as_many_samples_as_it_is_told(tmp_path):
 def test_divergence(tmp_path):
     options = ["--optimizer=sgd", "--learning_rate=1e30", "--decay_lr=False", "--test=False", "--log_interval=7"]
     options += [FIXED_CUT]
-    done = launch(sys.executable, "main.py", f"--out_dir={tmp_path}", "--run_name=run", *options)
+    done = run(f"--out_dir={tmp_path}", "--run_name=run", *options)
     assert done.returncode == 3 and "not finite at step" in done.stdout
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "diverged"
 
@@ -208,12 +211,11 @@ def test_batch_norm_network_on_tiny_images(tmp_path):
     options = ["--model=resnet18", "--test_gradients=micro_batch", "--batch_size=10", "--max_samples=30"]
     result = train(tmp_path, *options, "--test_type=ip", "--max_batch_size=12", processes=2)
     assert column(result, "gradient_accumulation_steps")[0] == 2 and column(result, "variance_inner_product")[0] > 0
-    done = launch(
-        sys.executable, "main.py", f"--out_dir={tmp_path}", "--model=resnet18", "--batch_size=2", "--devices=2"
-    )
+    done = run(f"--out_dir={tmp_path}", "--model=resnet18", "--batch_size=2", processes=2)
     assert done.returncode == 2 and "BatchNorm on 1×1 maps" in done.stderr
 
 
+@pytest.mark.long
 def test_published_cifar_command(tmp_path, monkeypatch, capsys):
     """ResNet-18 on CIFAR-10 as published, on one process, twenty samples in the official files."""
     write_cifar10(tmp_path / "data", monkeypatch)
@@ -256,6 +258,7 @@ def compiled_run(tmp_path, *options) -> int:
     return counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.long
 def test_compiled_with_changing_batch_sizes(tmp_path):
     """At most a graph for the first size and one for all others, in training and in evaluation."""
     assert 1 <= compiled_run(tmp_path, "--model=logistic") <= 4
@@ -292,4 +295,7 @@ def compiled_over_several_buckets(rank: int, port: int) -> None:
 
 def test_compiled_over_several_buckets(free_port):
     """Where DDP cuts the graph by its buckets, a forward pass that computes with the batch size ends in a traceback."""
-    torch.multiprocessing.spawn(compiled_over_several_buckets, (free_port,), nprocs=1)
+    forks()
+    torch.multiprocessing.start_processes(
+        compiled_over_several_buckets, (free_port,), nprocs=1, start_method="forkserver"
+    )

@@ -31,6 +31,7 @@ pytestmark = [
         not idle_nodes(), reason="needs Slurm with an idle node: export SLURM_CONF=$(checks/slurm.sh up)"
     ),
     pytest.mark.xdist_group("slurm"),
+    pytest.mark.long,
 ]
 OPTIONS = ["--dataset=digits", "--accelerator=cpu", "--batch_size=64", "--max_batch_size=64", "--log_interval=5"]
 

@@ -29,7 +29,7 @@ def numbers(rows: list[dict[str, str]], column: str) -> list[float]:
 
 
 SMOOTHED = ["--eta=1", "--statistics=unbiased", "--smoothing=300", "--lr_scaling=adascale", "--max_growth=2"]
-SMOOTHED += ["--patience=2", "--growth_interval=2", "--batch_size_multiple=4", "--optimizer=sgd", "--decay_lr=False"]
+SMOOTHED += ["--batch_size_multiple=4", "--optimizer=sgd", "--decay_lr=False"]
 
 
 def test_resumed_in_the_middle_of_smoothing_and_patience(tmp_path):

@@ -2,7 +2,6 @@
 
 import os
 import random
-import sys
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ import data
 from batches import loading, order
 from batches.augment import crop_and_flip
 from batches.order import SampleOrder
-from checks.conftest import launch
+from checks.conftest import run
 from options.errors import RunError
 
 
@@ -262,10 +261,7 @@ def test_a_rank_that_cannot_read_ends_the_run(tmp_path, rank, said):
     bad = {0: 101, 1: 100}[rank]  # the other rank's
     (tmp_path / "broken.py").write_text(BROKEN.replace(f"i == {bad}", "False"))
     options = ["--dataset=broken:load", "--model=logistic", "--test=False", "--shuffle=False", "--num_workers=1"]
-    done = launch(
-        sys.executable, "main.py", "--accelerator=cpu", "--devices=2", f"--out_dir={tmp_path}", *options,
-        PYTHONPATH=str(tmp_path), timeout=120,
-    )  # fmt: skip
+    done = run(f"--out_dir={tmp_path}", *options, processes=2, PYTHONPATH=str(tmp_path), timeout=120)
     lines = [line for line in done.stderr.splitlines() if line.startswith("main.py: error:")]
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert sum(said in line for line in lines) == 1 and len(lines) <= 1 + rank, done.stderr

@@ -87,7 +87,7 @@ def test_a_large_file_costs_no_memory_and_no_time(tmp_path):
     "case, words",
     [
         ("no files", "has no train.bin: make it by python -m text.prepare"),
-        ("no meta", "--vocab_size is needed"),
+        ("no meta", "--dataset_args.vocab_size=N is needed"),
         ("odd", "is no file of uint16 tokens"),
         ("short", "has no window of 257"),
         ("meta", "meta.json cannot be used"),
@@ -111,7 +111,7 @@ def test_tokens_outside_the_vocabulary_are_named(tmp_path):
     write_tokens(tmp_path, range(300), range(300), vocab_size=100)
     data_set = data.load("tokens", tmp_path, sequence_length=9)
     data_set.train.gather(torch.arange(9))
-    with pytest.raises(RunError, match="--vocab_size=100: the text has token 109"):
+    with pytest.raises(RunError, match="--dataset_args.vocab_size=100: the text has token 109"):
         data_set.train.gather(torch.tensor([10]))
     assert data.load("tokens", tmp_path, sequence_length=9, vocab_size=300).num_outputs == 300
 
@@ -232,7 +232,13 @@ def words(tmp_path_factory):
 
 
 def test_a_gpt_learns_and_is_judged_by_bits_a_byte(words, tmp_path):
-    options = ["--dataset=tokens", f"--data_dir={words}", "--sequence_length=32", *SMALL, "--learning_rate=0.01"]
+    options = [
+        "--dataset=tokens",
+        f"--data_dir={words}",
+        "--dataset_args.sequence_length=32",
+        *SMALL,
+        "--learning_rate=0.01",
+    ]
     options += ["--test_type=norm", "--max_samples=2000", "--max_batch_size=64", "--devices=1", "--accelerator=cpu"]
     assert main.main([*options, f"--out_dir={tmp_path}", "--run_name=run"]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -245,7 +251,13 @@ def test_a_gpt_learns_and_is_judged_by_bits_a_byte(words, tmp_path):
 
 
 def test_the_cut_of_a_batch_of_text_does_not_matter(words, tmp_path):
-    options = ["--dataset=tokens", f"--data_dir={words}", "--sequence_length=16", *SMALL, "--precision=64-true"]
+    options = [
+        "--dataset=tokens",
+        f"--data_dir={words}",
+        "--dataset_args.sequence_length=16",
+        *SMALL,
+        "--precision=64-true",
+    ]
     options += ["--test_type=norm", "--eta=0.1", "--max_samples=200", "--batch_size=8"]
     whole = train(tmp_path, *options, name="whole")
     cut = train(tmp_path, *options, "--max_micro_batch_size=3", processes=2, name="cut")
@@ -264,7 +276,7 @@ def tiny_llama(input_shape, num_outputs, layers=1):
 
 def test_a_causal_model_of_transformers(words, tmp_path):
     pytest.importorskip("transformers")
-    options = ["--dataset=tokens", f"--data_dir={words}", "--sequence_length=16", "--test_type=norm"]
+    options = ["--dataset=tokens", f"--data_dir={words}", "--dataset_args.sequence_length=16", "--test_type=norm"]
     options += ["--model=checks.test_text:tiny_llama", "--model_args.layers=2", "--max_samples=64"]
     options += ["--devices=1", "--accelerator=cpu"]
     assert main.main([*options, f"--out_dir={tmp_path}", "--run_name=run"]) == 0

@@ -24,7 +24,7 @@ import numpy as np
 from imagenet import folders
 from imagenet.sources import DEFAULTS, FFCV_NAME, FfcvImages, import_ffcv
 from launch.terminals import show_what_can_be_shown
-from options.errors import UsageError
+from options.errors import UsageError, in_one_line
 from options.names import expanded
 
 SMALLEST_PAGE = 2**23  # bytes; an image has to fit into one page of the file
@@ -49,7 +49,7 @@ class RecordedImages:
             return np.asarray(folders.read(self.files.path(index))), label
         except Exception as error:  # memory, too, may not suffice
             with open(self.record, "a", encoding="utf-8") as file:
-                file.write(f"{index} {' '.join(str(error).split()) or type(error).__name__}\n")
+                file.write(f"{index} {in_one_line(error)}\n")
             return np.zeros((1, 1, 3), np.uint8), label
 
     def unreadable(self) -> dict[int, str]:

@@ -1,4 +1,4 @@
-"""Image folders as people have them: which files are images of which class, and an image as 8-bit RGB.
+"""Image folders: which files are images of which class, and reading one as 8-bit RGB.
 
     train/CLASS/…, val/CLASS/…        images below the class folders, however deep
     val/val_annotations.txt           Tiny-ImageNet: the classes of the images in val/images
@@ -22,10 +22,10 @@ from options.errors import UsageError, in_one_line
 
 SPLITS = ("train", "val")
 HIDDEN = (".", "__MACOSX")
-"""How names begin that operating systems and notebooks leave behind."""
+"""Prefix of files that operating systems and notebooks leave behind."""
 ANNOTATIONS = "val_annotations.txt"
 ORIENTATION = 0x0112
-"""EXIF's tag: how the camera was held."""
+"""EXIF tag of the camera's orientation."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def find(folder: Path) -> dict[str, ImageFiles]:
     """The images of the training and the validation set, in the order of their names.
 
     Raises:
-        UsageError: the folder is not laid out as it has to be. Says where and what to do.
+        UsageError: the folder does not have the expected layout.
     """
     for split in SPLITS:
         if not (folder / split).is_dir():
@@ -78,7 +78,7 @@ def find(folder: Path) -> dict[str, ImageFiles]:
 
 
 def _in_class_folders(root: Path) -> tuple[ImageFiles, list[str]]:
-    """The images below the class folders of a split; and what is hidden there."""
+    """The images below the class folders of a split, and the names of hidden files there."""
     folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     classes = [name for name in folders if not name.startswith(HIDDEN)]
     names, labels, hidden = [], [], [name for name in folders if name.startswith(HIDDEN)]
@@ -109,7 +109,7 @@ def _refuse_without_classes(files: ImageFiles) -> None:
 
 
 def _refuse_hidden(folder: Path, hidden: list[str]) -> None:
-    """Copies that nobody sees would be classes and images of their own. Hidden files that are no images do no harm."""
+    """Refuse hidden folders and images, which would count as classes and images; other hidden files are ignored."""
     if hidden:
         raise UsageError(
             f"{folder} has {len(hidden)} hidden folders or images among the others, which a file manager or a notebook "
@@ -147,8 +147,8 @@ def _some(names: list[str]) -> str:
 def read(path: str | Path) -> Image.Image:
     """An image in 8-bit RGB, upright; the first one of several in a file.
 
-    16-bit grey values are scaled by 255/65535. Of 32-bit whole numbers and floating-point numbers nothing says what is
-    white: 0 to 255 are taken as they are, floating-point numbers of 0 to 1 times 255.
+    16-bit grey values are scaled by 255/65535. The range of 32-bit integers and floating-point numbers is not defined:
+    0 to 255 is used as it is, floating-point numbers from 0 to 1 are multiplied by 255.
 
     Raises:
         OSError: it is no image, damaged, too large, or its values have no known white. Says why; names no file.
@@ -162,7 +162,7 @@ def read(path: str | Path) -> Image.Image:
 
 @contextlib.contextmanager
 def _opened(path: str | Path) -> Iterator[tuple[IO[bytes], Image.Image]]:
-    """The file, and the image by its header. Raises: OSError in words that name no file."""
+    """The file, and the image opened from its header. Raises: OSError, without the file's name."""
     with open(path, "rb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of EXIF data and of what Pillow finds large: it raises where that is too much
         try:
@@ -208,7 +208,7 @@ def problem(path: str | Path, whole: bool = False) -> str:
         if whole:
             read(path)
     except OSError as error:
-        return _words(error)
+        return in_one_line(error)
     return ""
 
 
@@ -220,14 +220,12 @@ def _may_be_cut_short(file: IO[bytes], kind: str | None) -> bool:
     return mark not in file.read()
 
 
-def _words(error: OSError) -> str:
-    return " ".join(str(error.strerror or error).split())
-
-
 @contextlib.contextmanager
 def naming(path: str) -> Iterator[None]:
     """Raises: OSError with the file's name, and how to find all such files."""
     try:
         yield
     except OSError as error:
-        raise OSError(f"{path}: {_words(error)} (`python -m imagenet.check FOLDER` names all such files)") from None
+        raise OSError(
+            f"{path}: {in_one_line(error)} (`python -m imagenet.check FOLDER` names all such files)"
+        ) from None

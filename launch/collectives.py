@@ -44,15 +44,6 @@ def broadcast_object(fabric: Fabric, function: Callable) -> Any:
     return values[0]
 
 
-def largest_over_ranks(fabric: Fabric, number: int) -> int:
-    """The largest of the ranks' numbers."""
-    if fabric.world_size == 1:
-        return number
-    largest = torch.tensor(number)
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=host_group())
-    return int(largest)
-
-
 class Agreement:
     """The largest of the ranks' numbers one call later: no rank waits for the others."""
 

@@ -21,12 +21,12 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from launch import heartbeat
 from launch.collectives import all_gather_object, broadcast_object
-from launch.environments import by_torchrun, launcher, started_by_the_first_process
-from options.errors import GRACE, RunError, UsageError, say_error
+from launch.environments import launcher, started_by_the_first_process
+from options.errors import GRACE, RunError, UsageError, in_one_line, say_error
 
 _children: list[subprocess.Popen] = []
 _leaving = threading.Event()
-_beating: list[heartbeat.Heartbeat] = []
+_beating: list[threading.Thread] = []
 
 
 def _is_child() -> bool:
@@ -36,11 +36,11 @@ def _is_child() -> bool:
 
 def watch(fabric: Fabric) -> None:
     """From before the processes meet on."""
-    launcher = getattr(fabric.strategy, "launcher", None)
-    if _is_child() or by_torchrun():
+    own_launcher = getattr(fabric.strategy, "launcher", None)
+    if _is_child() or launcher() == "torchrun":
         threading.Thread(target=_watch_parent, args=(os.getppid(),), daemon=True).start()
-    elif hasattr(launcher, "procs"):
-        threading.Thread(target=_watch_children, args=(launcher,), daemon=True).start()
+    elif hasattr(own_launcher, "procs"):
+        threading.Thread(target=_watch_children, args=(own_launcher,), daemon=True).start()
 
 
 def _watch_parent(parent: int) -> None:
@@ -71,7 +71,8 @@ def give_signs_of_life(fabric: Fabric) -> None:
     """And look for those of the other ranks, until `leave`."""
     if fabric.world_size > 1:
         hosts, address = all_gather_object(fabric, socket.gethostname()), broadcast_object(fabric, heartbeat.open_store)
-        _beating.append(heartbeat.Heartbeat(fabric.global_rank, hosts, address, _leaving, lambda: leave(1)))
+        arguments = (fabric.global_rank, hosts, address, _leaving, lambda: leave(1))
+        _beating.append(threading.Thread(target=heartbeat.beat, args=arguments, daemon=True))
         _beating[-1].start()
 
 
@@ -80,15 +81,15 @@ def report(error: Exception) -> None:
     rank = rank_zero_only.rank
     if _is_lost_worker(error):
         error = RunError(
-            "--num_workers: where memory or shared memory (/dev/shm) ran out, take fewer --num_workers or a smaller "
-            f"--batch_ahead ({_first_line(error)})"
+            "--num_workers: where memory or shared memory (/dev/shm) ran out, take fewer --num_workers "
+            f"({in_one_line(error)})"
         )
     several = dist.is_initialized() and dist.get_world_size() > 1
     where = f"rank {rank} on {socket.gethostname()}: " if several else ""
     if several and _is_lost_contact(error):
         time.sleep(GRACE)  # for the launcher, which knows which process died, to say so
         _leaving.set()
-        reason = _first_line(error)
+        reason = in_one_line(error)
         silent = "has not answered within --timeout_minutes" if "timed out" in reason.lower() else "is gone"
         say_error(f"{where}another rank {silent} ({reason}): the run ends")
         return
@@ -101,7 +102,7 @@ def report(error: Exception) -> None:
     elif isinstance(error, RunError):
         say_error(f"{where}{error}")
     else:
-        say_error(f"{where}{_traceback_kept(error)}{type(error).__name__}: {_first_line(error)}")
+        say_error(f"{where}{_traceback_kept(error)}{in_one_line(error)}")
 
 
 _run_folder: Path | None = None
@@ -133,10 +134,6 @@ def _is_lost_contact(error: Exception) -> bool:
 def _is_lost_worker(error: Exception) -> bool:
     """A loader's worker process has died: torch raises it wherever the main thread is at that moment."""
     return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].split(". This is typically")[0]
 
 
 def leave(status: int) -> int:

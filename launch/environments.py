@@ -94,11 +94,6 @@ def forget_left_overs(num_nodes: int) -> None:
         os.environ.pop(name, None)
 
 
-def by_torchrun() -> bool:
-    """`fabric run` is torchrun inside."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
 def resume_command(out_dir: Path, run_name: str) -> str:
     """The command that started this run, made to go on with it."""
     command, kept = _started_by(), []
@@ -116,7 +111,7 @@ def resume_command(out_dir: Path, run_name: str) -> str:
 
 def _started_by() -> Sequence[str]:
     """The command line of the launcher, or of this process where there is none."""
-    if by_torchrun():
+    if launcher() == "torchrun":
         words = Path(f"/proc/{os.getppid()}/cmdline").read_text().rstrip("\0").split("\0")
         if sys.orig_argv[-1] in words:  # else it has died, and this is the process that inherits orphans
             return words

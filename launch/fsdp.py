@@ -132,7 +132,8 @@ def whole_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
 
 def load_whole_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """The other way round, from what every rank has read."""
-    names = [name for name, _ in module.named_parameters()]
+    name_of = {parameter: name for name, parameter in module.named_parameters()}
+    names = [name_of[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     saved = state["optimizer"]
     by_name = {
         "state": {names[number]: own for number, own in saved["state"].items()},

@@ -17,8 +17,10 @@ from options.errors import say_error
 INTERVAL = 3.0
 """Seconds between two signs of life."""
 MISSED = 10
-"""So many looks without a new one mean that there will be none. (Looks, not seconds: whoever was himself stopped for a
-while has not looked either.)"""
+"""A rank is dead after so many looks without a new one. (Looks, not seconds: a process that was itself suspended has
+not looked either, and does not take the others for dead when it wakes.)"""
+ANSWER = timedelta(seconds=3)
+"""So long the store may take to answer."""
 Address = tuple[str, int]
 
 
@@ -33,8 +35,8 @@ def open_store() -> Address:
 _kept: dist.TCPStore | None = None
 
 
-class Heartbeat(threading.Thread):
-    """Gives signs of life, and looks for those of the other ranks, until the run is over.
+def beat(rank: int, hosts: list[str], address: Address, leaving: threading.Event, end: Callable[[], object]) -> None:
+    """Give signs of life, and look for those of the other ranks, until the run is over; in a thread of its own.
 
     Args:
         rank: of this process.
@@ -43,37 +45,21 @@ class Heartbeat(threading.Thread):
         leaving: set when the run is over.
         end: called where another rank has ceased to; it ends this process.
     """
-
-    def __init__(
-        self, rank: int, hosts: list[str], address: Address, leaving: threading.Event, end: Callable[[], object]
-    ):
-        super().__init__(name="heartbeat", daemon=True)
-        self.rank, self.hosts, self.address, self.leaving, self.end = rank, hosts, address, leaving, end
-        self.store: dist.TCPStore | None = None
-        self.seen, self.missed = [0] * len(hosts), [0] * len(hosts)
-
-    def run(self) -> None:
+    store, seen, missed = None, [0] * len(hosts), [0] * len(hosts)
+    looked_at = time.monotonic()
+    while not leaving.wait(max(0.0, looked_at + INTERVAL - time.monotonic())):
         looked_at = time.monotonic()
-        while not self.leaving.wait(max(0.0, looked_at + INTERVAL - time.monotonic())):
-            looked_at = time.monotonic()
-            self._look()
-            for other, host in enumerate(self.hosts):
-                if self.missed[other] >= MISSED and not self.leaving.is_set():
-                    silence = f"has given no sign of life for {MISSED * INTERVAL:.0f} s"
-                    say_error(f"rank {other} on {host} {silence}: the run ends")
-                    self.end()
-
-    def _look(self) -> None:
         try:
-            self.store = self.store or _connected(self.address)
-            self.store.add(str(self.rank), 1)
-            beats = [self.store.add(str(other), 0) for other in range(len(self.hosts))]
+            store = store or dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=ANSWER)
+            store.add(str(rank), 1)
+            beats = [store.add(str(other), 0) for other in range(len(hosts))]
         except (RuntimeError, ValueError):  # the first process, which keeps the store, does not answer
-            self.store, self.missed[0] = None, self.missed[0] + 1
+            store, missed[0] = None, missed[0] + 1
         else:
-            self.missed = [0 if now != before else m + 1 for now, before, m in zip(beats, self.seen, self.missed)]
-            self.seen = beats
-
-
-def _connected(address: Address) -> dist.TCPStore:
-    return dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=INTERVAL))
+            missed = [0 if now != before else m + 1 for now, before, m in zip(beats, seen, missed)]
+            seen = beats
+        for other, host in enumerate(hosts):
+            if missed[other] >= MISSED and not leaving.is_set():
+                silence = f"has given no sign of life for {MISSED * INTERVAL:.0f} s"
+                say_error(f"rank {other} on {host} {silence}: the run ends")
+                end()

@@ -19,7 +19,7 @@ from launch import ending, fsdp
 from launch.collectives import host_group
 from launch.environments import FIRST_PROCESS, launcher, started_by_the_first_process
 from launch.terminals import after
-from options.errors import RunError, UsageError, say
+from options.errors import RunError, UsageError, in_one_line, say
 from options.schema import Config
 
 PATIENCE = 10.0
@@ -99,7 +99,7 @@ def _say_how_gradients_are_averaged(config: Config) -> None:
 
 def _not_started(config: Config, error: Exception) -> UsageError | RunError:
     """What keeps Fabric from starting, and what to do."""
-    reason = " ".join(str(error).split()).rstrip("!.")
+    reason = in_one_line(error)
     if isinstance(error, dist.DistError) or "gloo" in reason.lower():
         return RunError(
             "the processes do not reach each other: set GLOO_SOCKET_IFNAME (on GPUs NCCL_SOCKET_IFNAME, too) to the "

@@ -9,14 +9,17 @@ import re
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import fields
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
+from adadagrad.tests import TESTS
 from options.errors import UsageError
 from options.names import expanded, nearest
 from options.recipes import with_recipe
+from options.schedules import test_parameters
 from options.schema import DEFAULTS, Config
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -97,48 +100,31 @@ def _refuse_parameters_of_another_test(config: Config, given: Collection[str]) -
     file or an experiment that the command line overrides.)"""
     if not config.test or "test_type" in given:
         return
-    for name, tests in (("nu", "ip+orth"), ("theta", "ip or ip+orth")):
-        if name in given and getattr(config, name) != getattr(DEFAULTS, name):
-            raise UsageError(f"--{name} acts only with --test_type={tests}: add that, or leave --{name} out")
+    own = {test: test_parameters({"test_type": test}) for test in TESTS}
+    readers = {name: [test for test in TESTS if name in own[test]] for names in own.values() for name in names}
+    for name in sorted(readers, key=lambda name: len(readers[name])):
+        unread = config.test_type not in readers[name]
+        if unread and name in given and getattr(config, name) != getattr(DEFAULTS, name):
+            choice = " or ".join(readers[name])
+            raise UsageError(f"--{name} acts only with --test_type={choice}: add that, or leave --{name} out")
 
 
 def _explain(message: str) -> str:
-    """One line with the nearest valid name, from the parser's message."""
-    names = [entry.name for entry in fields(Config)] + ["config", "help", "print_config"]
-    if unknown := re.match(r"unrecognized arguments: (?P<dashes>-*)(?P<name>[^\s=.]+)", message):
-        if not unknown["dashes"]:
-            return f"unexpected argument '{unknown['name']}': options are written --NAME=VALUE (--help lists all)"
-        return f"unknown option --{unknown['name']}{nearest(unknown['name'], names)} (--help lists all)"
-    if unknown := re.search(r"[Kk]ey '(\w+)' is not expected|Option '(\w+)' is not accepted", message):
-        name = unknown[1] or unknown[2]
-        return f"unknown option {name} in the --config file{nearest(name, names)} (--help lists all)"
-    if missing := re.match(r"argument (--\w+): expected", message):
-        return f"{missing[1]} needs a value: write {missing[1]}=VALUE"
-    if bad := re.match(r'Parser key "(?P<name>[\w.]+)":.*?[vV]alue: (?P<value>[^\n]*)\Z', message, re.S):
-        value, types = bad["value"].strip(), re.findall(r"Expected (?:an? )?(.+?)(?=\.?\n|\. Got|\Z)", message, re.S)
-        choices = re.findall(r"'([^']+)'", " ".join(kind for kind in types if "Literal" in kind))
-        return f"--{bad['name']} must be {_in_words(types)}, not '{value}'{nearest(value, choices)}"
-    message = " ".join(re.sub(r'Parser key "config":|Problems parsing config:|Unexpected config:', "", message).split())
-    return f"--config: {message}: give a YAML file with lines OPTION: VALUE"
-
-
-def _in_words(types: Sequence[str]) -> str:
-    known = {
-        "bool": "True or False",
-        "int": "a whole number",
-        "float": "a number",
-        "dict": "of the form NAME=VALUE",
-        "list": "a list, [N,N,…]",
-    }
-    words = []
-    for kind in types:
-        if choices := re.match(r"typing\.Literal\[(.*)\]", kind):
-            words.append("one of " * ("," in choices[1]) + choices[1].replace("'", ""))
-        elif plain := re.fullmatch(r"<class '(\w+)'>", kind):
-            words += [known.get(plain[1], plain[1])] * (plain[1] != "NoneType")
-        else:
-            words.append(kind.replace("typing.", ""))
-    return " or ".join(words) or "something else"
+    """One line with the option, what it takes and the nearest valid word, from the parser's message."""
+    found = re.search(r"(unrecognized arguments:|Option|[Kk]ey|argument) ['\"]?(-*)(\w+)", message)
+    about, dashes, name = found.groups() if found else ("", "", "config")
+    types = {entry.name: entry.type for entry in fields(Config)}
+    if about == "unrecognized arguments:" and not dashes:
+        return f"unexpected argument '{name}': options are written --NAME=VALUE (--help lists all)"
+    if about in ("unrecognized arguments:", "Option") or "is not expected" in message:
+        near = nearest(name, [*types, "config", "help", "print_config"])
+        return f"unknown option {dashes}{name}{'' if dashes else ' in the --config file'}{near} (--help lists all)"
+    if name not in types:
+        return f"--config: {' '.join(message.partition(': ')[2].split())}: give a YAML file with lines OPTION: VALUE"
+    if about == "argument":
+        return f"--{name} needs a value: write --{name}=VALUE"
+    valid, value = _values(types[name]), message.rpartition("alue: ")[2].strip()
+    return f"--{name} must be {valid}, not '{value}'{nearest(value, re.split(', | or ', valid))}"
 
 
 def page() -> str:
@@ -162,15 +148,15 @@ def page() -> str:
 
 
 def _values(kind: Any) -> str:
-    """A type in words: its choices, its alternatives, or its name."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return ", ".join(map(str, arguments))
-    if origin in (Union, UnionType):
-        return " or ".join(_values(one) for one in arguments if one is not NoneType)
+    """What an option of this type takes: its choices, its alternatives, or what it is."""
+    origin, arguments = get_origin(kind), [one for one in get_args(kind) if one is not NoneType]
+    if origin in (Literal, Union, UnionType):
+        words = [str(one) if origin is Literal else _values(one) for one in arguments]
+        return " or ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
     if origin is list:
-        return f"list of {_values(arguments[0])}"
-    return str(kind).replace("typing.", "") if origin else kind.__name__
+        return f"a list [A,B,…], each {_values(arguments[0])}"
+    plain = {bool: "True or False", int: "a whole number", float: "a number", str: "text", Path: "a path"}
+    return plain.get(kind, "{NAME: VALUE}")
 
 
 if __name__ == "__main__":

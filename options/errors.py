@@ -17,9 +17,13 @@ class RunError(Exception):
 
 
 def in_one_line(error: Exception) -> str:
-    """An error's kind and words, for a message."""
-    words = " ".join(str(error).split())
-    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+    """What went wrong, for a message: the system's words, or the error's kind and its own, without torch's stack."""
+    if isinstance(error, OSError):
+        words = [error.strerror, error.filename] if error.strerror else [str(error)]
+    else:
+        words = [type(error).__name__, str(error).partition("\nException raised from")[0]]
+    line = " ".join(": ".join(str(word) for word in words if word).split()) or type(error).__name__
+    return line if len(line) <= 300 else f"{line[:300]}…"
 
 
 def say(line: str) -> None:

@@ -14,11 +14,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from adadagrad.control import RULES
 from options.errors import UsageError, in_one_line
 
 MODELS = ("logistic", "cnn", "gpt")
+RAMP_UP_TYPES = tuple(name for name, rule in RULES.items() if rule.chosen_by.startswith("--ramp_up_type"))
 DATA_SETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "imagenet", "tokens", "stdlib")
-OPTIMIZERS = ("adagrad", "adagradnorm", "adam", "adamw", "sgd", "sgdm")
+OPTIMIZERS = ("adagrad", "adagradnorm", "adam", "adamw", "muon", "sgd", "sgdm")
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -34,6 +36,8 @@ def unknown(option: str, name: str) -> str:
         return ""
     if option == "model":
         known, listed = [*MODELS, *torchvision_models()], "logistic, cnn, gpt or a torchvision classifier"
+    elif option == "ramp_up_type":
+        known, listed = list(RAMP_UP_TYPES), f"known: {', '.join(RAMP_UP_TYPES)}"
     elif option == "dataset":
         known, listed = list(DATA_SETS), f"known: {', '.join(DATA_SETS)}"
     else:

@@ -1,26 +1,32 @@
 """What a recipe sets of the options that are not given, and which one a command line gets."""
 
 from collections.abc import Collection
+from dataclasses import fields
 from typing import Any
+
+from adadagrad.control import STEADY
+from adadagrad.tests import TESTS
+from options.schedules import options_of_other_rules
 
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": {},
     "steady": {
         "statistics": "unbiased",
-        "smoothing": 5_000.0,
         "ramp_up_type": "goodput",
         "lr_scaling": "critical",
-        "max_growth": 2.0,
-        "growth_interval": 16,
-        "test_interval": 8,
+        "coupling": "full",
+        "test_interval": "auto",
+        "free_start": True,
+        **STEADY,
     },
 }
-PUBLISHED = {"test_type", "eta", "theta", "nu", "ramp_up_type"}
+PUBLISHED = {"test_type", "ramp_up_type", *(entry.name for test in TESTS.values() for entry in fields(test))}
 """Whoever gives one of these asks for the published rule."""
 
 
 def with_recipe(values: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
     """The options with what the recipe sets of those that are not given."""
     recipe = values["recipe"] or ("steady" if values["test"] and not PUBLISHED & set(given) else "paper")
-    set_by_recipe = RECIPES[recipe] if values["test"] else {}
-    return values | {name: value for name, value in set_by_recipe.items() if name not in given} | {"recipe": recipe}
+    by_recipe = {name: value for name, value in RECIPES[recipe].items() if values["test"] and name not in given}
+    unread = options_of_other_rules(values | by_recipe)
+    return values | {name: value for name, value in by_recipe.items() if name not in unread} | {"recipe": recipe}

@@ -10,11 +10,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
+from adadagrad.control import RULES
+from adadagrad.tests import TESTS
 from options.errors import UsageError
 from options.names import expanded, unknown
+from options.schedules import rule_class, test_parameters
 
 MEASURED_SCALINGS = ("adascale", "critical")
 """Values of lr_scaling that read the statistics."""
+KINDS = ("bias", "norm", "embedding")
+"""Kinds of parameters, for no_weight_decay."""
 
 
 @dataclass
@@ -31,12 +36,9 @@ class DataOptions:
     num_workers: int = 0
     """worker processes a device that read data sets which do not fit in memory (in-memory data sets need none); 0: the
     training process reads"""
-    batch_ahead: int = 2
-    """chunks of 32 samples that each worker process reads ahead"""
-    sequence_length: int | None = None
-    """text: tokens that a sample predicts; it is a window of one more; default: 256"""
-    vocab_size: int | None = None
-    """text: number of different tokens; default: as meta.json in data_dir says"""
+    dataset_args: dict[str, Any] = field(default_factory=dict)
+    """further arguments of the data set, as --dataset_args.NAME=VALUE; text has sequence_length, the tokens that a
+    sample predicts (256), and vocab_size (as meta.json in data_dir says)"""
     loss: str | None = None
     """import path package.module:function of the loss, (outputs, targets) → the samples' losses (n,) or their mean;
     default: the data set's own"""
@@ -76,10 +78,6 @@ class BatchOptions:
     """sizes are rounded up to a multiple of this [samples]; the initial and the largest size stand as they are"""
     max_growth: float | None = None
     """largest factor by which the batch grows at a time; default: no bound"""
-    growth_interval: int = 1
-    """at least so many steps between two changes of the batch size"""
-    patience: int = 1
-    """the batch size changes only after a larger one was asked for so many times in a row"""
 
 
 @dataclass
@@ -88,7 +86,7 @@ class TestOptions:
 
     test: bool = True
     """grow the batch by a statistical test; False: constant batch size, or one of the ramp-ups below"""
-    test_type: Literal["norm", "ip", "ip+orth"] = "norm"
+    test_type: Literal[tuple(TESTS)] = "norm"
     """norm test, inner product test, or inner product test with orthogonality test (augmented)"""
     eta: float = 1.0
     """η of the norm test: smaller means larger batches. With statistics=unbiased the batch stays at (noise scale)/η²,
@@ -102,8 +100,9 @@ class TestOptions:
     smoothing: float = 0.0
     """average the statistics over steps, with this half-life [samples], or of four measurements where those have more
     samples; 0: the last tested batch alone"""
-    test_interval: int = 1
-    """test every so many steps"""
+    test_interval: int | Literal["auto"] = 1
+    """measure, and test, every so many steps; auto: every step until the noise scale is known to a half (at most an
+    eighth of the steps and 16 more), then every sixteenth"""
     monitor_interval: int = 0
     """measure the statistics every so many steps also where nothing is decided by them: in runs without a test and at
     the largest batch size; 0: do not. A network with BatchNorm is watched by micro_batch"""
@@ -118,10 +117,10 @@ class TestOptions:
     """least number of micro-batches, over all devices, into which micro_batch cuts a tested batch"""
     max_test_micro_batch_size: int = 256
     """most samples of a device in a pass of the test's own [samples per device]"""
-    ramp_up_type: Literal["test", "factor", "goodput"] = "test"
+    ramp_up_type: str = "test"
     """test: where the test fails, take the size that it asks for; factor: multiply the batch size by ramp_up_factor
     there; goodput: no test, but the size with the most progress a second, √(2 · noise scale · knee), by the steps'
-    times"""
+    times; or an import path package.module:Class of a control.Rule"""
     ramp_up_factor: float = 2.0
     """factor of ramp_up_type=factor"""
     may_shrink: bool = False
@@ -129,9 +128,16 @@ class TestOptions:
     knee: float | None = None
     """of ramp_up_type=goodput: the batch whose samples take as long as the fixed part of a step [samples]; default: as
     the steps' times say. With a number, the sizes do not depend on times"""
+    max_waste: float | None = None
+    """of ramp_up_type=goodput: W, a bound on the samples: the batch stays where the run takes at most 1 + W times the
+    least possible ones, W critical batch sizes; default: 10"""
+    free_start: bool = False
+    """of ramp_up_type=goodput: begin with an eighth of the knee where that is more than batch_size, as a step takes
+    hardly longer for it; the learning rate begins at that of batch_size and follows what is measured"""
     recipe: Literal["paper", "steady"] | None = None
     """paper: the published rule. steady: unbiased, smoothed statistics, goodput, a learning rate that follows,
-    measured at every eighth step, growth at most twofold in 16 steps. Options that are given stand above it; default:
+    a free start, growth at most fourfold at a time and by what is known for sure, at most twice the least
+    possible samples. Options that are given stand above it; default:
     paper where test_type, eta, theta, nu or ramp_up_type is given or there is no test, else steady"""
 
 
@@ -159,7 +165,8 @@ class OptimizerOptions:
     """Optimizer"""
 
     optimizer: str = "adam"
-    """adagrad, adagradnorm, adam, adamw, sgd, sgdm, any torch.optim class, or an import path package.module:Class"""
+    """adagrad, adagradnorm, adam, adamw, muon (for the matrices of hidden layers, AdamW for the rest), sgd, sgdm, any
+    torch.optim class, or an import path package.module:Class"""
     learning_rate: float | None = None
     """learning rate; with decay_lr=True its peak; default: 0.01; of tokens and stdlib 0.002"""
     weight_decay: float | None = None
@@ -178,6 +185,14 @@ class OptimizerOptions:
     """how the learning rate follows the batch size b, on top of the schedule, from the initial one b₀: by √(b/b₀),
     b/b₀, or from the statistics, between 1 and b/b₀: AdaScale's gain, or that of the critical batch size, two noise
     scales (the root of either for optimizers other than SGD)"""
+    coupling: Literal["full", "rate", "none"] = "rate"
+    """what follows the batch size by the statistics of lr_scaling=adascale or critical. full: learning rate, decoupled
+    weight decay, β₂, and what the optimizer keeps of the gradients so far; rate: the learning rate; none: nothing"""
+    no_weight_decay: str = ""
+    """kinds of parameters without weight decay, as bias,norm,embedding"""
+    lr_factors: dict[str, float] = field(default_factory=dict)
+    """factors on the learning rate of parameters by their names or those of modules around them, where * stands for
+    anything, as {head: 10, layers.*.bias: 0.5}; of several that fit, the product"""
 
 
 @dataclass
@@ -202,9 +217,6 @@ class ScheduleOptions:
     """length of the warm-up [steps]"""
     lr_decay_iters: int | None = None
     """the decay ends here [steps]; default: max_iters"""
-    warmup_from: Literal["first", "zero"] = "first"
-    """learning rate of a warm-up's first step. first: learning_rate · batch_size / warmup_samples (or 1 /
-    warmup_iters), as that of the second step; zero: 0, as published, which wastes a batch"""
     milestones: list[int] = field(default_factory=list)
     """where scheduler=multistep multiplies the learning rate by gamma [samples or steps]"""
     gamma: float = 0.1
@@ -323,17 +335,25 @@ class Config(
             self.resume = str(expanded("resume", self.resume))
 
     def _check_names(self):
-        for option in ("model", "dataset", "optimizer"):
+        for option in ("model", "dataset", "optimizer", "ramp_up_type"):
             if problem := unknown(option, getattr(self, option)):
                 raise UsageError(problem)
+        for kind in self.without_weight_decay:
+            if kind not in KINDS:
+                raise UsageError(f"--no_weight_decay={self.no_weight_decay}: '{kind}' is none of {', '.join(KINDS)}")
+
+    @property
+    def without_weight_decay(self) -> list[str]:
+        """The kinds in no_weight_decay."""
+        return [kind.strip() for kind in self.no_weight_decay.split(",") if kind.strip()]
 
     def _check_ranges(self):
         positive = (
             "batch_size max_batch_size max_micro_batch_size eval_micro_batch_size max_test_micro_batch_size "
-            "gradient_accumulation_steps eta theta nu test_interval test_groups learning_rate max_lr gamma "
+            "gradient_accumulation_steps test_interval test_groups learning_rate max_lr gamma "
             "max_samples max_iters devices num_nodes log_interval linear_ramp_up_increment lr_decay_samples "
-            "lr_decay_iters batch_ahead keep_checkpoints timeout_minutes batch_size_multiple growth_interval "
-            "patience sequence_length vocab_size knee eval_samples validation_samples"
+            "lr_decay_iters keep_checkpoints timeout_minutes batch_size_multiple max_waste "
+            "knee eval_samples validation_samples"
         )
         not_negative = (
             "num_workers weight_decay grad_clip min_lr warmup_samples warmup_iters eval_interval momentum seed "
@@ -345,10 +365,13 @@ class Config(
             _require_range(name, getattr(self, name), "zero or positive", lambda value: value >= 0)
         for name in ("beta1", "beta2"):
             _require_range(name, getattr(self, name), "in [0, 1)", lambda value: 0 <= value < 1)
+        for value in self.lr_factors.values():
+            _require_range("lr_factors", value, "factors, zero or positive", lambda value: value >= 0)
         for name in ("global_batch_sizes", "samples_stages", "milestones"):
             for value in getattr(self, name):
                 _require_range(name, value, "a list of positive numbers", lambda value: value > 0)
-        for name in ("eta", "theta", "nu"):  # their squares are needed
+        for name in PARAMETERS_OF_TESTS:  # their squares are needed
+            _require_range(name, getattr(self, name), "positive", lambda value: value > 0)
             _require_range(name, getattr(self, name), "from 1e-100 to 1e100", lambda value: 1e-100 <= value <= 1e100)
         sizes = [("global_batch_sizes", size) for size in self.global_batch_sizes]
         sizes += [(name, getattr(self, name)) for name in ("batch_size", "max_batch_size", "linear_ramp_up_increment")]
@@ -366,14 +389,10 @@ class Config(
     def _check_without_effect(self):
         """Refuse options that nothing would read: whoever sets them expects something else of the run."""
         for names, other, value in (
-            ("global_batch_sizes samples_stages", "stagewise_ramp_up", True),
-            ("linear_ramp_up_increment", "linear_ramp_up", True),
-            ("ramp_up_factor", "ramp_up_type", "factor"),
-            ("may_shrink knee", "ramp_up_type", "goodput"),
             ("eval_samples", "eval_interval", 0),
             ("shard_modules", "strategy", "fsdp"),
             (
-                "warmup_samples warmup_iters warmup_from min_lr scheduler lr_decay_samples lr_decay_iters",
+                "warmup_samples warmup_iters min_lr scheduler lr_decay_samples lr_decay_iters",
                 "decay_lr",
                 True,
             ),
@@ -385,25 +404,34 @@ class Config(
             for name in names.split():
                 if getattr(self, name) != getattr(DEFAULTS, name) and getattr(self, other) != value:
                     raise UsageError(f"--{name} acts only with --{other}={value}: add that, or leave --{name} out")
-        for name in ("test_type", "eta", "theta", "nu"):
-            if self.ramp_up_type == "goodput" and getattr(self, name) != getattr(DEFAULTS, name):
-                raise UsageError(
-                    f"--{name}: --ramp_up_type=goodput makes no test: leave --{name} out, or take another type"
-                )
+        self._check_options_of_other_rules()
         measured = self.test or self.monitor_interval
         for name in ("statistics", "smoothing"):
             if getattr(self, name) != getattr(DEFAULTS, name) and not measured:
                 raise UsageError(f"--{name} acts only with --test=True or --monitor_interval: add one, or leave it out")
+        if self.coupling != DEFAULTS.coupling and self.lr_scaling not in MEASURED_SCALINGS:
+            raise UsageError(f"--coupling={self.coupling} acts only with --lr_scaling=adascale or critical: add one")
         if self.monitor_modules and not measured:
             raise UsageError("--monitor_modules acts only with --test=True or --monitor_interval: add one")
         if self.lr_scaling in MEASURED_SCALINGS and not measured:
             raise UsageError(
                 f"--lr_scaling={self.lr_scaling} needs the statistics: add --test=True or --monitor_interval=N"
             )
-        if self.batch_ahead != DEFAULTS.batch_ahead and not self.num_workers:
-            raise UsageError(
-                "--batch_ahead acts only with --num_workers=1 or more: add that, or leave --batch_ahead out"
-            )
+
+    def _check_options_of_other_rules(self):
+        """(A run's config.yaml makes its baseline by --test=False: what a test reads may then be left over.)"""
+        chosen = rule_class(vars(self))
+        for rule in RULES.values():
+            for name in set(rule.options) - set(chosen.options) - GENERAL:
+                left_over = rule.measures and not chosen.measures
+                if getattr(self, name) != getattr(DEFAULTS, name) and not left_over:
+                    raise UsageError(f"--{name} acts only with {rule.chosen_by}: add that, or leave --{name} out")
+        if chosen.measures and "test_type" not in chosen.options:
+            for name in ("test_type", *PARAMETERS_OF_TESTS):
+                if getattr(self, name) != getattr(DEFAULTS, name):
+                    raise UsageError(
+                        f"--{name}: {chosen.chosen_by} makes no test: leave --{name} out, or take another type"
+                    )
 
     def _check_batch_sizes(self):
         if self.max_batch_size is not None and self.batch_size > self.max_batch_size:
@@ -477,6 +505,9 @@ class Config(
                 return
 
 
+PARAMETERS_OF_TESTS = sorted({name for test in TESTS for name in test_parameters({"test_type": test})})
+GENERAL = {"batch_size", "max_batch_size", "test_type"}
+"""Options that are no single rule's."""
 DEFAULTS = SimpleNamespace(
     **{
         entry.name: entry.default_factory() if entry.default_factory is not MISSING else entry.default

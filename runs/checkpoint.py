@@ -25,16 +25,16 @@ from lightning.fabric.strategies import ModelParallelStrategy
 
 from launch.collectives import all_gather_object, broadcast_object, on_all_ranks
 from launch.ending import errors_go_to
-from options.errors import RunError, UsageError
+from options.errors import RunError, UsageError, in_one_line
 from options.schema import Config
 from runs.lock import refuse_another_writer
 
 # What may differ between a run and its continuation: where things are, how often something is written, and how a batch
 # is cut over devices and passes. All else changes the mathematics.
 FREE = """
-    data_dir num_workers batch_ahead compile gradient_accumulation_steps
+    data_dir num_workers compile gradient_accumulation_steps
     max_micro_batch_size eval_micro_batch_size max_test_micro_batch_size
-    accelerator strategy shard_modules devices num_nodes timeout_minutes deterministic recipe
+    knee accelerator strategy shard_modules devices num_nodes timeout_minutes deterministic recipe
     out_dir run_name log_interval eval_interval eval_samples checkpoint_interval checkpoint_minutes keep_checkpoints
     resume
 """.split()  # noqa: SIM905
@@ -147,13 +147,9 @@ def unwritable(path: Path, error: Exception) -> RunError:
     """A full disk, mostly."""
     saved = steps_of(path.parent) or steps_of(path.parent / "checkpoints")
     rest = "the checkpoints written before are whole" if saved else "nothing was saved yet"
-    return RunError(f"{path} could not be written ({reason(error)}): {rest}; make room, then go on with --resume=auto")
-
-
-def reason(error: Exception) -> str:
-    """An error in one line, without the C++ behind it."""
-    words = getattr(error, "strerror", None) or str(error).strip().split("\n")[0]
-    return words or type(error).__name__
+    return RunError(
+        f"{path} could not be written ({in_one_line(error)}): {rest}; make room, then go on with --resume=auto"
+    )
 
 
 def plain_options(config: Config) -> dict[str, Any]:
@@ -181,11 +177,11 @@ def problem_of(path: Path) -> str:
                 return f"is no whole checkpoint ({damaged} in it is damaged)"
         options_of(path)
     except (OSError, MemoryError) as error:
-        raise UsageError(f"--resume: {path} cannot be read ({reason(error)}): try again when it can be") from None
+        raise UsageError(f"--resume: {path} cannot be read ({in_one_line(error)}): try again when it can be") from None
     except pickle.UnpicklingError:  # its words advise to load it all the same
         return "holds more than weights and plain values: not loaded"
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        return f"is no whole checkpoint ({reason(error)})"
+        return f"is no whole checkpoint ({in_one_line(error)})"
     except Exception:  # a foreign file raises whatever its readers run into
         return "is no checkpoint of this program"
     return ""
@@ -248,10 +244,10 @@ def resumption(fabric: Fabric, config: Config) -> tuple[Config, Path | None]:
     path, warnings = broadcast_object(fabric, lambda: found)
     if fabric.is_global_zero and warnings:
         print(*warnings, sep="\n", file=sys.stderr, flush=True)
-    return (on_all_ranks(fabric, lambda: continued(config, path)), path) if path else (config, None)
+    return (on_all_ranks(fabric, lambda: continued(config, path, fabric)), path) if path else (config, None)
 
 
-def continued(config: Config, path: Path) -> Config:
+def continued(config: Config, path: Path, fabric: Fabric) -> Config:
     """The options of a continuation: what the run's length has decided stays; without a name, it is the same folder.
 
     Raises:
@@ -266,6 +262,11 @@ def continued(config: Config, path: Path) -> Config:
         kept["max_micro_batch_size"] = old["max_micro_batch_size"]
         if config.eval_micro_batch_size == "auto" and "eval_micro_batch_size" in old:
             kept["eval_micro_batch_size"] = old["eval_micro_batch_size"]
+    if config.knee is None and (old["accelerator"], old["devices"] * old["num_nodes"]) == (
+        "cpu" if fabric.device.type == "cpu" else "cuda",
+        fabric.world_size,
+    ):  # on other hardware it is another one
+        kept["knee"] = old["knee"]
     if config.run_name is None and path.parent.name == "checkpoints":
         run_folder = run_folder_of(path.absolute())
         kept |= {"out_dir": run_folder.parent, "run_name": run_folder.name}

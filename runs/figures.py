@@ -12,7 +12,7 @@ from runs.results import Group, Run, in_words, is_share, read_metrics, target_in
 
 
 def panels(columns: Iterable[str]) -> list[tuple[str, dict[str, str]]]:
-    """Of a run's curves: title, and name → column; loss, the metric that stands first, batch size and learning rate."""
+    """The panels of curves.png, title and {label: column}: loss, first metric, batch size, learning rate."""
     columns = list(columns)
     found = [("loss", {"train": "train_loss", "validation": "val_loss"})]
     if name := next((name for name in columns if name.startswith("val_") and name != "val_loss"), None):
@@ -25,16 +25,16 @@ def panels(columns: Iterable[str]) -> list[tuple[str, dict[str, str]]]:
 
 COLORS = {"train": "tab:blue", "validation": "tab:orange", "batch size": "tab:green", "learning rate": "tab:purple"}
 POINTS = 400
-"""A training curve of more points is drawn as means over so many stretches; the eye sees no more."""
+"""Training curves with more points are averaged down to this many."""
 
 AXES = {"step": "steps", "samples": "samples", "seconds": "training time [s]"}
 FILES = {"step": "against_steps", "samples": "against_samples", "seconds": "against_time"}
 COMPARED_POINTS = 100
-"""As `POINTS`, where many curves share a panel."""
+"""The same where many curves share a panel."""
 MOST_CONFIGURATIONS = 20
-"""More curves in a panel cannot be told apart."""
+"""Most curves in a panel that can be distinguished."""
 PRINT = {"font.size": 8, "legend.fontsize": 7.5, "axes.linewidth": 0.6, "pdf.fonttype": 42, "lines.markersize": 3.5}
-"""Sizes for the width of a page, 7 inches."""
+"""Matplotlib settings for figures in page width, 7 inches."""
 
 
 def curves(folder: Path) -> None:
@@ -68,7 +68,7 @@ def _draw(axes, name: str, points: list[tuple[float, float]]) -> None:
 
 
 def _thinned(points: list[tuple[float, float]], most: int = POINTS) -> list[tuple[float, float]]:
-    """Means over stretches of equal numbers of points, where there are more than `most`."""
+    """At most `most` points: means over groups of equally many consecutive ones."""
     size = -(-len(points) // most)
     stretches = (points[i : i + size] for i in range(0, len(points), size)) if points else ()
     return [tuple(sum(values) / len(stretch) for values in zip(*stretch)) for stretch in stretches]
@@ -94,9 +94,9 @@ def _finish(axes, label: str, title: str, legend: bool) -> None:
 
 
 def style(index: int) -> dict:
-    """Colour, dashes and marker of a configuration; they also differ where all is printed in grey.
+    """Colour, dashes and marker of configuration i; distinguishable in grey, too.
 
-    A colour comes again with another marker, as points have no dashes to tell them apart.
+    A colour is repeated with another marker, since points have no dashes.
     """
     from matplotlib import color_sequences
 
@@ -110,7 +110,7 @@ def style(index: int) -> dict:
 
 def draw(groups: Sequence[Group], folder: Path, target: float | None, objective: str) -> list[Path]:
     """Write `FILES`, `noise_scale` where it was measured and, with a target, `pareto` and `trade_off`, as PNG and PDF;
-    gives the files' paths."""
+    returns the files' paths."""
     from matplotlib import rc_context
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,7 @@ class Curve(NamedTuple):
 
 
 def points(run: Run, axis: str, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """x and y of a run's finite values; of training losses, means over stretches."""
+    """x and y of a run's finite values; training losses are averaged down to `COMPARED_POINTS`."""
     pairs = [
         (x, y) for x, y in zip(run.metrics[axis], run.metrics[column]) if y is not None and math.isfinite(y) and x > 0
     ]
@@ -149,7 +149,7 @@ def points(run: Run, axis: str, column: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def over_seeds(runs: Sequence[Run], axis: str, column: str, log: bool) -> Curve | None:
-    """Where every seed has values: from the last of their beginnings to the first of their ends."""
+    """The range in which every seed has values: from the latest start to the earliest end."""
     curves = [points(run, axis, column) for run in runs]
     if not curves or not all(len(x) for x, _ in curves):
         return None
@@ -168,14 +168,14 @@ def over_seeds(runs: Sequence[Run], axis: str, column: str, log: bool) -> Curve 
 
 
 def compared(objective: str) -> dict[str, str]:
-    """The columns that configurations are compared by, and their names."""
+    """Columns of the comparison figures, and their axis labels."""
     columns = {"train_loss": "training loss", "val_loss": "validation loss", objective: in_words(objective)}
     return columns | {"batch_size": "batch size [samples]"}
 
 
 def compare(groups: Sequence[Group], axis: str, objective: str):
-    """Losses, objective and batch size of each configuration against `axis`: a line over seeds, a band from smallest
-    to largest. Runs that did not finish are thin lines that end in a cross."""
+    """Losses, objective and batch size of each configuration against `axis`: mean over seeds with a band from
+    minimum to maximum. Unfinished runs are thin lines that end in a cross."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5.4 + 0.16 * math.ceil(len(groups) / 2)), layout="constrained")
@@ -284,7 +284,7 @@ def noise_scale(groups: Sequence[Group]):
 def _to_the_target(groups: Sequence[Group], target: float, objective: str, quantity: str, label: str):
     """Steps and another quantity to the target, mean and range over seeds: figure, axes, and (x, y, name) of each.
 
-    Configurations of which not every finished run gets there are named below the picture.
+    Configurations of which some run does not reach the target are listed below the figure.
     """
     from matplotlib.figure import Figure
 
@@ -337,7 +337,7 @@ def _decorate_pareto(axes) -> None:
 
 
 def _name_points(axes, places: Sequence[tuple[float, float, str]]) -> None:
-    """Names in a column right of the axes, in the order of the points' heights, so that none covers another."""
+    """Labels in a column right of the axes, sorted by the points' heights, so that they do not overlap."""
     top, heights = -math.inf, []
     low, high = (math.log(limit) for limit in axes.get_ylim())
     places = sorted((y, x, textwrap.fill(name, 40)) for x, y, name in places)

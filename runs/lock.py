@@ -1,4 +1,4 @@
-"""A run's folder belongs to one process at a time: rank 0 of the run that writes there."""
+"""A lock on a run's folder: one process writes there at a time, rank 0 of a run."""
 
 import fcntl
 import os
@@ -12,9 +12,9 @@ NAME = ".lock"
 
 
 def locked(folder: Path) -> IO | None:
-    """The folder is this process's own until it ends; None where the file system knows no locks.
+    """Lock the folder until this process ends; None where the file system does not support locks.
 
-    A lock of POSIX's kind: worker processes, which may live a little longer, do not inherit it.
+    A POSIX lock: worker processes, which may outlive this one briefly, do not inherit it.
 
     Raises:
         UsageError: another process has it.
@@ -39,7 +39,7 @@ def locked(folder: Path) -> IO | None:
 
 
 def refuse_another_writer(folder: Path) -> None:
-    """Before this process reads what is there: a run that goes on takes its old checkpoints away under the reader.
+    """Check before reading a folder: a run that is still writing removes old checkpoints under the reader.
 
     Raises:
         UsageError: another process writes into this folder.

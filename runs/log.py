@@ -21,24 +21,24 @@ import torch
 import yaml
 from lightning.fabric.loggers import TensorBoardLogger
 from tensorboard.compat.proto.summary_pb2 import Summary
-from torch.utils.tensorboard.summary import scalar
 from tqdm import tqdm
 
+import tests
 from launch.ending import errors_go_to
 from launch.environments import resume_command
 from options.errors import UsageError
-from options.schema import Config
+from options.schema import PARAMETERS_OF_TESTS, Config
 from runs import figures, results
 from runs.checkpoint import plain_options, remove_left_overs, replacing, unwritable
 from runs.lock import locked
 
-COLUMNS = """
-    step samples epoch train_loss METRICS lr
-    batch_size micro_batch_size gradient_accumulation_steps
-    variance variance_inner_product variance_orthogonality grad_norm_sq batch_noise_scale noise_scale
-    lr_factor next_batch_size
-    world_size step_time test_time samples_per_second
-""".split()  # noqa: SIM905
+COLUMNS = (
+    *("step", "samples", "epoch", "train_loss", "METRICS", "lr"),
+    *("batch_size", "micro_batch_size", "gradient_accumulation_steps"),
+    *tests.MEASURED,
+    *("noise_scale", "noise_scale_low", "noise_scale_high", "lr_factor", "next_batch_size"),
+    *("world_size", "step_time", "test_time", "samples_per_second"),
+)
 """Of metrics.csv; in the place of METRICS stand those of the data set, train_… and val_…."""
 
 # Column → the tag that the paper's code used for it, under sample/ (against samples) and step/ (against steps). What a
@@ -54,26 +54,16 @@ TAGS = {
     "grad_norm_sq": "grad_norm_sq",
     "batch_noise_scale": "noise_scale",
     "noise_scale": "noise_scale_unbiased",
+    "noise_scale_low": "noise_scale_low",
+    "noise_scale_high": "noise_scale_high",
     "lr_factor": "lr_factor",
     "step_time": "time",
 }
 
 
 def default_name(config: Config) -> str:
-    """Model, data set, schedule or test with its parameters, seed, time."""
-    if config.test and config.ramp_up_type == "goodput":
-        schedule = "goodput"
-    elif config.test:
-        used = (f"{name}{getattr(config, name):g}" for name in results.TEST_PARAMETERS[config.test_type])
-        schedule = "_".join([config.test_type, *used])
-    elif config.stagewise_ramp_up:
-        schedule = "stagewise" + "-".join(map(str, config.global_batch_sizes))
-    elif config.linear_ramp_up:
-        schedule = f"linear{config.linear_ramp_up_increment}"
-    elif config.seesaw_ramp_up:
-        schedule = f"seesaw{config.batch_size}"
-    else:
-        schedule = f"constant{config.batch_size}"
+    """Model, data set, how the batch grows, seed, time."""
+    schedule = tests.rule(vars(config)).label(config.batch_size)
     names = (name.replace(":", ".") for name in (config.model, config.dataset))
     return "_".join([*names, schedule, f"seed{config.seed}", time.strftime("%Y%m%d-%H%M%S")])
 
@@ -221,8 +211,8 @@ class RunLog:
             metrics = {f"{axis}/{tag}": row[name] for name, tag in tags.items() if row.get(name) is not None}
             if axis == "sample":
                 metrics["sample/step"] = row["step"]
-                metrics |= {f"sample/{name}": getattr(self.config, name) for name in ("eta", "theta", "nu")}
-            values = [value for tag, number in metrics.items() for value in scalar(tag, number).value]
+                metrics |= {f"sample/{name}": getattr(self.config, name) for name in PARAMETERS_OF_TESTS}
+            values = [Summary.Value(tag=tag, simple_value=number) for tag, number in metrics.items()]
             self._tensorboard.experiment.file_writer.add_summary(Summary(value=values), at)
 
     def advance(self, done: int) -> None:
@@ -390,21 +380,9 @@ def git_commit() -> str | None:
 
 def introduction(c: Config, parameters: int, training_samples: int, world_size: int, device: str) -> str:
     """The run in one line."""
-    if c.test:
-        test = {
-            "norm": f"norm test, η = {c.eta:g}",
-            "ip": f"inner product test, θ = {c.theta:g}",
-            "ip+orth": f"augmented inner product test, θ = {c.theta:g}, ν = {c.nu:g}",
-        }[c.test_type]
-        test = "the quickest on these devices" if c.ramp_up_type == "goodput" else test
-        growth = f"batch size {c.batch_size:,} to at most {c.max_batch_size:,} ({test})"
-    elif c.stagewise_ramp_up:
-        growth = f"batch size {', '.join(f'{size:,}' for size in c.global_batch_sizes)} in stages"
-    elif c.linear_ramp_up:
-        growth = f"batch size {c.batch_size:,} and {c.linear_ramp_up_increment:,} more every step"
-    elif c.seesaw_ramp_up:
-        growth = f"batch size {c.batch_size:,}, growing as the learning rate falls"
-    else:
+    schedule = tests.rule(vars(c)).describe(c.batch_size, c.max_batch_size)
+    growth = f"batch size {c.batch_size:,} to at most {c.max_batch_size:,} ({schedule})"
+    if schedule.startswith("constant"):
         growth = f"batch size {c.batch_size:,}"
     return (
         f"{c.model} ({parameters:,} parameters) on {c.dataset} ({training_samples:,} training samples), {growth}, "

@@ -4,30 +4,34 @@ import csv
 import json
 import os
 import re
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache, cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
 
+import tests
 from options.errors import UsageError
 from options.names import nearest
 from options.recipes import RECIPES
-from options.schema import MEASURED_SCALINGS, CheckpointOptions, Config, TestOptions
+from options.schema import MEASURED_SCALINGS, PARAMETERS_OF_TESTS, CheckpointOptions, Config
 
 FILES = ("config.yaml", "metrics.csv", "summary.json")
-NOT_COMPARED = {"seed", "run_name", "recipe", "out_dir", "data_dir", "num_workers", "batch_ahead"}
+NOT_COMPARED = {"seed", "run_name", "recipe", "out_dir", "data_dir", "num_workers"}
 NOT_COMPARED |= {entry.name for entry in fields(CheckpointOptions)}
 """Options in which the runs of one configuration may differ."""
+ARRIVAL = 3
+"""Evaluations whose mean has to pass a target."""
 
-TEST_NAMES = {"norm": "norm test", "ip": "inner product test", "ip+orth": "augmented inner product test"}
-TEST_PARAMETERS = {"norm": ("eta",), "ip": ("theta",), "ip+orth": ("theta", "nu")}
 UNSAID = (None, False, "none")
 IN_A_RECIPE = {name for recipe in RECIPES.values() for name in recipe}
 """Defaults that a configuration's name leaves out: these values, and those of these options."""
-TEST_OPTIONS = {entry.name for entry in fields(TestOptions)} - {"test"}
+MEASURING = {"smoothing", "test_gradients", "max_test_micro_batch_size"}
+"""Options of the statistics that are read where something is decided by them."""
 
 
 def written(column: str, value: float | None, digits: int = 2) -> str:
@@ -150,9 +154,14 @@ class Run:
         return {**metrics, "seconds": seconds(metrics)}
 
     def reached(self, target: float) -> dict[str, float] | None:
-        """Steps, samples and seconds at the first evaluation that reaches this objective; None if never."""
+        """Steps, samples and seconds when the mean of the last three evaluations (of all, where there are fewer) has
+        passed this objective; None if it never has. One evaluation alone passes early by chance."""
+        recent: deque[float] = deque(maxlen=ARRIVAL)
         for i, value in enumerate(self.metrics[self.objective]):
-            if value is not None and (value >= target if self.larger_is_better else value <= target):
+            if value is None:
+                continue
+            recent.append(value)
+            if fmean(recent) >= target if self.larger_is_better else fmean(recent) <= target:
                 return {name: self.metrics[name][i] for name in ("step", "samples", "seconds")}
         return None
 
@@ -197,7 +206,7 @@ def read_run(folder: Path) -> Run:
 @cache
 def _defaults() -> dict[str, Any]:
     """What an option that came later was in earlier runs."""
-    return {**asdict(Config()), "warmup_from": "zero"}
+    return asdict(Config())
 
 
 def _words(error: Exception) -> str:
@@ -256,52 +265,38 @@ def _equal(option: Any, value: str) -> bool:
 
 def without_effect(options: dict[str, Any]) -> set[str]:
     """Options that the run did not read, given the others: they tell no two configurations apart."""
-    unused = set() if options["test_gradients"] in ("micro_batch", "worker") else {"test_groups"}
-    if options["test"]:
-        goodput = options["ramp_up_type"] == "goodput"
-        unused |= {"eta", "theta", "nu"} - (set() if goodput else set(TEST_PARAMETERS[options["test_type"]]))
-        unused |= {"test_type"} if goodput else {"may_shrink"}
-        if options["ramp_up_type"] != "factor":
-            unused.add("ramp_up_factor")
-    else:
-        unused |= TEST_OPTIONS - ({"smoothing"} if options["lr_scaling"] in MEASURED_SCALINGS else set())
-    if options["stagewise_ramp_up"]:
+    rule = tests.rule_class(options)
+    read = set(rule.options)
+    if "test_type" in read:
+        read |= set(tests.test_parameters(options))
+    unused = ({*PARAMETERS_OF_TESTS} - read) | tests.options_of_other_rules(options)
+    if rule.name == "stagewise":
         unused |= {"batch_size", "max_batch_size"}
     else:
-        unused |= {"global_batch_sizes", "samples_stages"}
-        if not (options["test"] or options["linear_ramp_up"] or options["seesaw_ramp_up"]):
-            unused.add("max_batch_size")
-    if not (options["decay_lr"] and (options["warmup_samples"] or options["warmup_iters"])):
-        unused.add("warmup_from")
-    if not options["linear_ramp_up"]:
-        unused.add("linear_ramp_up_increment")
-    return unused
+        unused -= {"batch_size"} | (set() if rule.name == "constant" else {"max_batch_size"})
+    scales = options["lr_scaling"] in MEASURED_SCALINGS
+    if not rule.measures:
+        unused |= {"test_interval", "ramp_up_type", "statistics", "test_groups"} | (set() if scales else MEASURING)
+    if rule.measures or not scales:  # then a monitor changes nothing
+        unused |= {"monitor_interval"}
+    if options["test_gradients"] not in ("micro_batch", "worker"):
+        unused.add("test_groups")
+    return unused | {"monitor_modules", "test", "stagewise_ramp_up", "linear_ramp_up", "seesaw_ramp_up", "recipe"}
 
 
 def schedule(options: dict[str, Any]) -> tuple[str, set[str]]:
     """How the batch grows, in words ("norm test, η = 0.1"), and the options that these words tell of."""
-    told = {"test", "test_type", "stagewise_ramp_up", "linear_ramp_up", "seesaw_ramp_up"}
-    steady = RECIPES["steady"]
-    otherwise = {name for name, value in steady.items() if options[name] != value}
-    if options["test"] and not otherwise:
-        return "steady", told | set(steady)
-    if options["test"] and options["ramp_up_type"] == "goodput":
-        return "goodput", told | {"ramp_up_type"}
-    if options["test"]:
-        used = TEST_PARAMETERS[options["test_type"]]
-        letters = {"eta": "η", "theta": "θ", "nu": "ν"}
-        words = [TEST_NAMES[options["test_type"]], *(f"{letters[name]} = {options[name]:g}" for name in used)]
+    rule, steady = tests.rule(options), RECIPES["steady"]
+    words, said = rule.describe(options["batch_size"], options["max_batch_size"]), {*rule.described, "ramp_up_type"}
+    if rule.test:
+        said |= set(tests.test_parameters(options))
+    if rule.measures:
+        otherwise = {name for name, value in steady.items() if options[name] != value} - without_effect(options)
+        if not otherwise:
+            return "steady", said | set(steady)
         if otherwise == {"ramp_up_type"}:  # a test in the recipe's place of goodput
-            words, told = [*words, "as steady"], told | set(steady)
-        return ", ".join(words), told | set(used)
-    if options["stagewise_ramp_up"]:
-        return f"stagewise {', '.join(map(str, options['global_batch_sizes']))}", told | {"global_batch_sizes"}
-    if options["linear_ramp_up"]:
-        words = f"linear to {options['max_batch_size']}, {options['linear_ramp_up_increment']} a step"
-        return words, told | {"max_batch_size", "linear_ramp_up_increment"}
-    if options["seesaw_ramp_up"]:
-        return f"seesaw from {options['batch_size']}", told | {"batch_size", "lr_scaling"}
-    return f"constant {options['batch_size']}", told | {"batch_size"}
+            return f"{words}, as steady", said | set(steady)
+    return words, said
 
 
 @dataclass
@@ -333,7 +328,7 @@ def group(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
 
 def _compared(options: dict[str, Any]) -> dict[str, Any]:
     skipped = NOT_COMPARED | without_effect(options)
-    return {name: value for name, value in options.items() if name not in skipped}
+    return {name: value for name, value in options.items() if name in _defaults() and name not in skipped}
 
 
 def _differing(configurations: Sequence[dict[str, Any]]) -> set[str]:

@@ -1,4 +1,4 @@
-"""A small GPT: a decoder-only transformer with norms before its layers (Radford et al. 2019)."""
+"""A small GPT: a pre-norm decoder-only transformer (Radford et al. 2019)."""
 
 import math
 from typing import Literal
@@ -12,7 +12,7 @@ class GPT(nn.Module):
     """Logits of the next token at every position.
 
     Args:
-        input_shape: (sequence length,), the most positions.
+        input_shape: (sequence length,), the largest number of positions.
         vocab_size: number of different tokens.
         layers, heads, width: blocks; heads of each attention; numbers a position has.
         dropout: rate, after the embedding, in the attention and at the end of each branch.
@@ -61,7 +61,8 @@ class GPT(nn.Module):
             self.head.weight = self.embedding.weight
 
     def _initialise(self, layers: int) -> None:
-        """Normal of 0.02; what ends a branch is smaller, so that the sum over the branches does not grow with depth."""
+        """N(0, 0.02²); the last layer of each residual branch is scaled by 1/√(2·layers), so that the sum over branches
+        does not grow with depth."""
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 ends_a_branch = name.endswith(("attention.out", "mlp.out"))
@@ -112,7 +113,7 @@ class Attention(nn.Module):
 
 
 def rotated(x: Tensor, base: float = 10_000.0) -> Tensor:
-    """Rotary positions: numbers i and i + d/2 at position t turn by t · base^(−2i/d). Shape: (n, heads, T, d)."""
+    """Rotary positions: components i and i + d/2 at position t rotate by t · base^(−2i/d). Shape: (n, heads, T, d)."""
     length, d = x.shape[-2:]
     exponents = torch.arange(0, d, 2, device=x.device, dtype=torch.float32) / d
     angles = torch.arange(length, device=x.device, dtype=torch.float32)[:, None] * base**-exponents

@@ -26,7 +26,7 @@ from options.errors import UsageError, in_one_line
 from text.windows import BYTES
 
 BLOCK = 2**20
-"""Bytes that are read at a time."""
+"""Bytes per read."""
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -64,17 +64,17 @@ class Tokenizer:
 
 
 def blocks(path: Path, whole_lines: bool) -> Iterator[bytes]:
-    """The file in blocks of about `BLOCK` bytes; with `whole_lines`, no line is cut."""
+    """The file in blocks of about `BLOCK` bytes; with `whole_lines`, blocks end at line ends."""
     with open(path, "rb") as file:
         while block := file.read(BLOCK):
             yield block + (file.readline() if whole_lines and not block.endswith(b"\n") else b"")
 
 
 def prepare(files: Sequence[Path], out_dir: Path, encode: Bytes | Tokenizer, val_share: float) -> dict[str, int]:
-    """Write the files; gives the number of tokens of each split.
+    """Write the files; returns the number of tokens of each split.
 
     Args:
-        val_share: of the bytes, for validation: the last ones.
+        val_share: share of the bytes for validation, taken from the end.
     """
     total = sum(path.stat().st_size for path in files)
     boundary = total - round(total * val_share)
@@ -132,7 +132,7 @@ def terminated(number: int, frame) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prepare as the arguments (default: `sys.argv`) say; returns the exit status."""
+    """Run with these arguments (default: `sys.argv`); returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m text.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -31,7 +31,7 @@ class Text:
 class Windows(Dataset):
     """Sample i is tokens i(L+1) … i(L+1) + L of a text: the first L are the input, the last L the targets.
 
-    Windows do not overlap, so that an epoch has every token at most once; what is left at the end is not used.
+    Windows do not overlap, so that an epoch has every token at most once; an incomplete one at the end is not used.
 
     Args:
         tokens: unsigned (tokens,).
@@ -46,7 +46,7 @@ class Windows(Dataset):
         self.tokens, self.width, self.vocab_size = tokens, sequence_length + 1, vocab_size
         if not len(self):
             raise UsageError(
-                f"--sequence_length={sequence_length}: a text of {len(tokens):,} tokens has no window of "
+                f"--dataset_args.sequence_length={sequence_length}: a text of {len(tokens):,} tokens has no window of "
                 f"{self.width:,}: choose a shorter one"
             )
 
@@ -61,14 +61,15 @@ class Windows(Dataset):
         """Inputs and targets of these samples, int64 (n, L) each.
 
         Raises:
-            RunError: a token is none of the vocabulary.
+            RunError: a token is not in the vocabulary.
         """
         rows = np.empty((len(indices), self.width), dtype=np.int64)
         for row, i in zip(rows, indices.tolist()):
             row[:] = self.tokens[i * self.width : (i + 1) * self.width]
         if rows.max() >= self.vocab_size:
             raise RunError(
-                f"--vocab_size={self.vocab_size}: the text has token {rows.max()}: give its real vocabulary's size"
+                f"--dataset_args.vocab_size={self.vocab_size}: the text has token {rows.max()}: give its real "
+                "vocabulary's size"
             )
         windows = torch.from_numpy(rows)
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
@@ -79,7 +80,7 @@ def read_tokens(folder: Path, vocab_size: int | None = None) -> Text:
 
     Args:
         folder: may have `meta.json` with `vocab_size`, `dtype` ("uint16", "uint32") and `tokenizer` ("bytes", a name).
-        vocab_size: stands for what `meta.json` says. Without a dtype there, tokens are uint16 up to 65,536.
+        vocab_size: overrides `meta.json`. Without a dtype there, tokens are uint16 for up to 65,536.
 
     Raises:
         UsageError: a file is missing or is none of tokens, or nobody says how large the vocabulary is.
@@ -87,7 +88,9 @@ def read_tokens(folder: Path, vocab_size: int | None = None) -> Text:
     meta = _read_meta(folder / "meta.json")
     vocab_size = vocab_size or meta.get("vocab_size")
     if vocab_size is None:
-        raise UsageError(f"--vocab_size is needed: {folder} has no meta.json that says how many tokens there are")
+        raise UsageError(
+            f"--dataset_args.vocab_size=N is needed: {folder} has no meta.json that says how many tokens there are"
+        )
     dtype = np.dtype(meta.get("dtype") or ("uint16" if vocab_size <= 2**16 else "uint32"))
     train, val = (_mapped(folder / f"{split}.bin", dtype) for split in SPLITS)
     return Text(train, val, vocab_size, meta.get("tokenizer") == "bytes")
@@ -124,9 +127,9 @@ def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
 
 
 def standard_library(every: int = 20) -> Text:
-    """The sources of the running Python's standard library as bytes, files apart by a zero byte.
+    """The sources of the running Python's standard library as bytes, files separated by a zero byte.
 
-    In a random order that depends on their names alone, every 20th file is for validation. The machines of a run need
+    In a random order that depends on their names alone, every 20th file is for validation. All machines of a run need
     the same version of Python.
     """
     root = Path(sysconfig.get_paths()["stdlib"])

@@ -6,6 +6,7 @@ What does not fit together is refused here, on all ranks alike, as early as it c
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ import models
 import optim
 import tests
 from adadagrad import gradients
+from adadagrad.control import carry_over
 from launch import fsdp
 from launch.collectives import on_all_ranks
 from launch.processes import naming_long_work
@@ -27,6 +29,8 @@ from options.errors import RunError, UsageError
 from options.names import import_object
 from options.schema import Config
 from runs import checkpoint
+from training.clock import Clock
+from training.metrics import average_over_ranks
 
 
 class Components:
@@ -40,7 +44,8 @@ class Components:
         samples_per_epoch, validation_samples: how many there are of training, and how many an evaluation takes.
         largest_micro_batch: of which it is worth trying whether it is quicker; None: any.
         module: the network as the user knows it; its parameters may be shards.
-        model: the same as it is called: compiled, its gradients averaged over ranks.
+        model: the same in Fabric's wrapper: compiled, its gradients averaged over ranks. It is called by `forward`.
+        optimizer: torch's own; its step is `step`.
         min_micro_batch_size: samples that a training pass needs.
         couples_samples: one sample's outputs depend on the others (BatchNorm).
         test_gradients: where the statistics come from, as asked for or, for the monitor, as BatchNorm needs it.
@@ -71,10 +76,9 @@ class Components:
         """The data set, and what the options come to with it."""
         fabric, requested_precision = self.fabric, os.environ.get("LT_PRECISION", config.precision)
         config, self.resumed = checkpoint.resumption(fabric, config)
-        text_options = {name: getattr(config, name) for name in ("sequence_length", "vocab_size")}
         with naming_long_work(fabric, f"reading {config.dataset} in {config.data_dir}"):
             on_all_ranks(fabric, lambda: fabric.is_global_zero and data.prepare(config.dataset, config.data_dir))
-            data_set = on_all_ranks(fabric, lambda: data.load(config.dataset, config.data_dir, **text_options))
+            data_set = on_all_ranks(fabric, lambda: data.load(config.dataset, config.data_dir, **config.dataset_args))
         self.loss = on_all_ranks(fabric, lambda: import_object("loss", config.loss) if config.loss else data_set.loss)
         self.metrics, self.train_metrics = data_set.metrics, data_set.train_metrics
         self.samples_per_epoch, of_validation = len(data_set.train), len(data_set.val)
@@ -119,21 +123,21 @@ class Components:
         """Network and samples on the device, in the precision of the training."""
         fabric, c = self.fabric, self.config
         torch.manual_seed(c.seed + 1 + fabric.global_rank)  # dropout differs between ranks
-        with out_of_memory_means("the model", "take a smaller --model"):
+        with OutOfMemory("the model", "take a smaller --model"):
             self.module = fabric.strategy.precision.convert_module(self.module).to(fabric.device)
             memory_format = torch.contiguous_format  # which shards need
             if not self.sharded:
                 memory_format = models.choose_memory_format(self.module, data_set.input_shape)
-        dtype, workers = next(self.module.parameters()).dtype, (c.num_workers, c.batch_ahead)
+        dtype, workers = next(self.module.parameters()).dtype, (c.num_workers,)
         arguments = (c.seed, c.shuffle, fabric.device, dtype, *workers, memory_format, c.validation_samples)
-        with out_of_memory_means("the data set", "take one that is read while training goes on (docs/extending.md)"):
+        with OutOfMemory("the data set", "take one that is read while training goes on (docs/extending.md)"):
             self.stream = batches.build(data_set, *arguments)
         if not data_set.num_classes or c.loss:
             on_all_ranks(fabric, self._refuse_loss)
 
     def _build_estimator(self, notify: Callable[[str], None]) -> gradients.Estimator | None:
-        c, test = self.config, tests.test(self.config)
-        if not (c.test or c.monitor_interval):
+        c, rule = self.config, tests.rule(vars(self.config))
+        if not (rule.measures or c.monitor_interval):
             return None
         self.module.train()
         try:
@@ -141,7 +145,7 @@ class Components:
                 self.test_gradients,
                 self.module,
                 self.mean_loss,
-                bool(test and test.needs_inner_products),
+                bool(rule.test and rule.test.needs_inner_products),
                 c.max_test_micro_batch_size,
                 probe=self.stream.read(range(min(gradients.PROBE, self.samples_per_epoch))),
                 autocast=self.fabric.autocast,
@@ -168,11 +172,15 @@ class Components:
     def _build_optimizer(self) -> None:
         """The model as Fabric wraps it, then the optimizer: Adagrad makes its state at once, where parameters are."""
         fabric, c = self.fabric, self.config
-        with out_of_memory_means("the model", "take a smaller --model"):
+        with OutOfMemory("the model", "take a smaller --model"):
             self.model = fabric.setup_module(torch.compile(self.module) if c.compile else self.module)
-        optimizer = on_all_ranks(fabric, lambda: optim.build(self.module.parameters(), c))
-        self.is_adaptive = optim.is_adaptive(optimizer)
-        self.optimizer = fabric.setup_optimizers(optimizer)
+        self.model.train()
+        optimizer = on_all_ranks(fabric, lambda: optim.build(self.module, c))
+        self.is_adaptive, self.family = optim.is_adaptive(optimizer), carry_over.family(optimizer)
+        if c.coupling == "full" and self.family is None:
+            self.notices.append(f"the state of {c.optimizer} does not follow the batch size, its learning rate does")
+        optim.set_training(optimizer, True)
+        self.optimizer = fabric.setup_optimizers(optimizer).optimizer
         if c.strategy == "ddp":
             with naming_long_work(fabric, "looking for parameters that the loss does not use"):
                 on_all_ranks(fabric, self._refuse_unused_parameters)
@@ -196,16 +204,67 @@ class Components:
         dtype = torch.get_default_dtype()
         return self.loss(tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, outputs), targets).mean()
 
+    def forward(self, inputs: Any) -> Any:
+        """The model's outputs, computed and handed back in the precision of the training.
+
+        What Fabric's wrapper does, but for its guard against `loss.backward()`: the wrappers of model, backward pass
+        and optimizer cost a small network half of its step. This and the next two go past them, straight to the
+        strategy.
+        """
+        precision = self.fabric.strategy.precision
+        with precision.forward_context():
+            return precision.convert_output(self.model._forward_module(precision.convert_input(inputs)))
+
+    def backward(self, losses: Tensor, weights: Tensor) -> None:
+        """Add the gradients of the losses' weighted sum, scaled where the precision needs it."""
+        self.fabric.strategy.backward(losses, None, gradient=weights)
+
+    def step(self, max_norm: float = 0.0) -> None:
+        """The optimizer's step, on gradients clipped to `max_norm` (0: as they are), which are gone then."""
+        if max_norm:
+            # A gradient that is not finite is the scaler's business (it skips the step) or shows in the next loss.
+            clip = {"max_norm": max_norm, "error_if_nonfinite": False}
+            self.fabric.clip_gradients(self.model, self.optimizer, **clip)
+        self.fabric.strategy.optimizer_step(self.optimizer)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @contextlib.contextmanager
+    def observing(self, raw: Any, inputs: Any, targets: Any, loss_scale: float, whole: bool, clock: Clock) -> Iterator:
+        """The training pass on a micro-batch, observed by the estimator.
+
+        Args:
+            raw: the inputs before they were normalised.
+            whole: there is no other micro-batch in this step.
+            clock: takes the time of the estimator's own work.
+        """
+        with contextlib.ExitStack() as observation:
+            with clock.measuring(), OutOfMemory(*IN_THE_TEST):
+                again = partial(self.stream.normalise, raw) if batches.smaller(raw, inputs) else None
+                observation.enter_context(self.estimator.observe(inputs, targets, loss_scale, whole, again))
+            yield
+
     def moments(self) -> tests.Moments:
         """Of the gradients that the estimator has observed; they may be scaled, as 16-mixed needs it."""
         scaler = getattr(self.fabric.strategy.precision, "scaler", None)
         # (get_scale would wait for the device.)
         scale = scaler.scale(torch.ones((), dtype=torch.float32, device=self.fabric.device)) if scaler else 1.0
         try:
-            with out_of_memory_means(*IN_THE_TEST):
+            with OutOfMemory(*IN_THE_TEST):
                 return self.estimator.moments(scale)
         except ValueError as error:  # on all ranks alike: the loss was no mean of its samples'
             raise UsageError(f"--test_gradients: {error}") from None
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The model for evaluation: the ranks' buffers are averaged, and it is in training mode again afterwards."""
+        average_over_ranks(self.module.buffers(), self.fabric.world_size)
+        self.model.eval()
+        optim.set_training(self.optimizer, False)
+        memory = OutOfMemory("a validation micro-batch", "lower --eval_micro_batch_size")
+        with memory, fsdp.forward_only(self.module):
+            yield
+        self.model.train()
+        optim.set_training(self.optimizer, True)
 
 
 IN_THE_TEST = (
@@ -214,12 +273,20 @@ IN_THE_TEST = (
 )
 
 
-@contextlib.contextmanager
-def out_of_memory_means(where: str, remedy: str) -> Iterator[None]:
-    """Raises: RunError where the device's memory does not suffice for what is inside."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not gradients.is_out_of_memory(error):
-            raise
-        raise RunError(f"out of memory on the device in {where}: {remedy}") from None
+class OutOfMemory(contextlib.AbstractContextManager):
+    """Says what is inside, and the remedy, where the device's memory does not suffice for it.
+
+    Args:
+        remedy: with a place for the number of samples.
+
+    Raises:
+        RunError: in the place of the device's own error.
+    """
+
+    def __init__(self, where: str, remedy: str, samples: int = 0):
+        self.where, self.remedy, self.samples = where, remedy, samples
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, (RuntimeError, MemoryError)) and gradients.is_out_of_memory(error):
+            remedy = self.remedy.format(self.samples)
+            raise RunError(f"out of memory on the device in {self.where}: {remedy}") from None

@@ -1,10 +1,7 @@
-"""What a run measures of itself: how far it is, training totals since the last log line, the validation metrics."""
+"""What a run measures of itself: training totals since the last row, and the validation metrics."""
 
-import contextlib
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,46 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torchmetrics import MeanMetric, Metric
 
-
-@dataclass
-class Progress:
-    """How far a run has come, and what it has said once and for all."""
-
-    batch_size: int
-    steps: int = 0
-    samples: int = 0
-    best_step: int | None = None  # the checkpoint with the best validation metric
-    undecided: str = ""  # why the last test decided nothing
-    notices: list[str] = field(default_factory=list)
-    cut_off: dict[str, Any] = field(default_factory=dict)  # what `step` gave, where a signal cut the evaluation off
-
-    def results(self) -> dict[str, float]:
-        """As summary.json has it."""
-        return {
-            "steps": self.steps,
-            "samples": self.samples,
-            "mean_batch_size": self.samples / max(self.steps, 1),
-            "final_batch_size": self.batch_size,
-        }
-
-
-class Event:
-    """A moment of the device: when all that is queued on it so far is done. On a CPU that is now."""
-
-    def __init__(self, device: torch.device):
-        self.at, self.event = time.perf_counter(), None
-        if device.type != "cpu":
-            self.event = torch.get_device_module(device).Event(enable_timing=True)
-            self.event.record()
-
-    def wait(self) -> None:
-        """The host waits until it is past."""
-        if self.event is not None:
-            self.event.synchronize()
-
-    def seconds_since(self, earlier: "Event") -> float:
-        """Both are past."""
-        return self.at - earlier.at if self.event is None else earlier.event.elapsed_time(self.event) / 1000
+from training.clock import Clock, Event
 
 
 class Reading:
@@ -76,127 +34,106 @@ class Reading:
         return self.rows.tolist()
 
 
-@dataclass
-class Window:
-    """A stretch of training between two marks: what it holds besides training, and how many steps."""
+def weights_of(losses: Tensor, n: int, scale: float) -> Tensor:
+    """The gradient of scale · Σ ℓ_i by the losses, where the backward pass starts: a few operations less than the sum.
 
-    start: Event
-    seconds_before: float = 0.0  # in an earlier process, without its pauses
-    test_seconds_before: float = 0.0
-    pauses: list[tuple[Event, Event]] = field(default_factory=list)
-    tests: list[tuple[Event, Event]] = field(default_factory=list)
-    steps: set[int] = field(default_factory=set)
-
-    def seconds(self, end: Event) -> float:
-        """Of training; `end` is past."""
-        return self.seconds_before + end.seconds_since(self.start) - _sum(self.pauses)
-
-    def test_seconds(self) -> float:
-        return self.test_seconds_before + _sum(self.tests)
+    Args:
+        losses: of n samples (n,), or their mean ().
+    """
+    weights = torch.full_like(losses, scale)
+    return weights if losses.dim() else weights * n
 
 
-def _sum(pairs: list[tuple[Event, Event]]) -> float:
-    return sum(end.seconds_since(start) for start, end in pairs)
-
-
-def sum_over_samples(losses: Tensor, n: int) -> Tensor:
-    """Σ ℓ_i of n samples, (): from their losses (n,) or the mean of these ()."""
-    return losses.sum() if losses.dim() else losses * n
+BLOCK = 64
+"""Steps whose sums are kept apart; then they are added up at once: small operations would double a small step."""
 
 
 class Totals:
-    """Loss, metrics and time since the last row; kept on the device, so that no step waits for the host.
+    """Loss, metrics and samples since the last row; kept on the device, so that no step waits for the host.
 
     Args:
+        clock: times the same steps.
         metrics: by name, a function of outputs and targets → a number for each sample (n,).
     """
 
-    def __init__(self, device: torch.device, metrics: dict[str, Callable[[Any, Any], Tensor]]):
-        self.device, self.metrics = device, metrics
-        self.span = Window(Event(device))
-        self.timed: tuple[float, float] | None = (
-            None  # mean batch size and seconds a step of the last span that is past
-        )
-        self.is_first = True
+    def __init__(self, clock: Clock, metrics: dict[str, Callable[[Any, Any], Tensor]]):
+        self.clock, self.metrics = clock, metrics
         self._clear()
 
     def _clear(self) -> None:
-        # loss, metrics, samples
-        self.sums = torch.zeros(2 + len(self.metrics), dtype=torch.float64, device=self.device)
-        self.not_finite_at = torch.full((), math.inf, dtype=torch.float64, device=self.device)
-
-    def start_clock(self) -> None:
-        """The training begins; what went before, setting up, does not count."""
-        self.span.start = Event(self.device)
+        like = {"dtype": torch.float64, "device": self.clock.device}
+        self.sums = torch.zeros(1 + len(self.metrics), **like)  # of the loss and of each metric
+        self.not_finite_at = torch.full((), math.inf, **like)  # the first step whose loss was not finite
+        self.block: list[list[Tensor]] = []  # [loss, *metrics] of the steps not yet in `sums`, float64 () each
+        self.last_step, self.samples = -1, 0
 
     def state_dict(self) -> dict[str, Any]:
-        now = Event(self.device)
-        now.wait()
+        """Plain values; adds nothing up, so that a resumed run adds in the same order. Waits for the device."""
         return {
             "sums": self.sums.cpu(),
             "not_finite_at": self.not_finite_at.cpu(),
-            "steps": sorted(self.span.steps),
-            "test_time": self.span.test_seconds(),
-            "seconds": self.span.seconds(now),
+            "block": self._stacked().cpu(),
+            "last_step": self.last_step,
+            "samples": self.samples,
+            "clock": self.clock.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.sums.copy_(state["sums"])
         self.not_finite_at.copy_(state["not_finite_at"])
-        self.span = Window(Event(self.device), state["seconds"], state["test_time"], steps=set(state["steps"]))
+        self.block = [list(step) for step in state["block"].to(self.sums.device)]
+        self.last_step, self.samples = state["last_step"], state["samples"]
+        self.clock.load_state_dict(state["clock"])
 
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """What is inside is no training; its time does not count."""
-        start = Event(self.device)
-        yield
-        self.span.pauses.append((start, Event(self.device)))
-
-    @contextlib.contextmanager
-    def test(self) -> Iterator[None]:
-        """What is inside is the test's own work."""
-        start = Event(self.device)
-        yield
-        self.span.tests.append((start, Event(self.device)))
-
-    @torch.no_grad()
     def add(self, losses: Tensor, outputs: Any, targets: Any, n: int, step: int) -> None:
         """A micro-batch of n samples; their losses (n,), or the mean of these ()."""
-        loss = sum_over_samples(losses.double(), n)
-        measured = [metric(outputs, targets).sum() for metric in self.metrics.values()]
-        self.sums += torch.stack([loss, *measured, torch.full_like(loss, n)])
-        at = torch.where(torch.isfinite(loss), math.inf, float(step))
-        self.not_finite_at = torch.minimum(self.not_finite_at, at)
-        self.span.steps.add(step)
+        with torch.no_grad():
+            sums = [losses.sum(dtype=torch.float64) if losses.dim() else losses.double() * n]
+            sums += [metric(outputs, targets).sum(dtype=torch.float64) for metric in self.metrics.values()]
+        self.samples += n
+        if step == self.last_step:
+            self.block[-1] = [before + own for before, own in zip(self.block[-1], sums)]
+            return
+        if len(self.block) == BLOCK:
+            self._add_up()
+        self.block.append(sums)
+        self.last_step = step
+        self.clock.window.steps += 1
 
-    def read(self) -> Callable[[], tuple[dict[str, float], int | None, tuple[float, float] | None]]:
-        """Start anew. What is given back waits for the device and says what the time since the last call was like:
-        means over all ranks; the first step whose loss was not finite; and, of the stretch before that one, as the
-        times of other ranks come with the next numbers, the mean batch size and the slowest rank's seconds a step."""
-        before, size = self.timed or (math.nan, 0.0), self.timed and self.timed[0]
-        numbers = torch.cat([self.sums, self.not_finite_at[None], torch.full_like(self.sums[:1], before[1])])
-        reading, span, end = Reading(numbers), self.span, Event(self.device)
-        is_first, self.is_first = self.is_first, False
-        self.span = Window(end)
+    def _stacked(self) -> Tensor:
+        """The block as float64 (steps, 1 + metrics)."""
+        flat = [number for step in self.block for number in step]
+        return torch.stack(flat).view(len(self.block), -1) if flat else self.sums.new_zeros(0, len(self.sums))
+
+    def _add_up(self) -> None:
+        """Bring the block into the sums."""
+        if not self.block:
+            return
+        of_steps, end = self._stacked(), self.last_step + 1
+        steps = torch.arange(end - len(self.block), end, dtype=torch.float64, device=self.sums.device)
+        self.sums += of_steps.sum(0)
+        bad = torch.where(torch.isfinite(of_steps[:, 0]), math.inf, steps)
+        self.not_finite_at = torch.minimum(self.not_finite_at, bad.min())
+        self.block = []
+
+    def read(self) -> Callable[[], tuple[dict[str, float], int | None]]:
+        """Close the window and open the next.
+
+        Returns:
+            A function that waits for the device and gives the columns of the row, means over all ranks, and the first
+            step whose loss was not finite, if any.
+        """
+        self._add_up()
+        times = self.clock.turn()
+        own = torch.full_like(self.sums[:1], self.samples)
+        reading = Reading(torch.cat([self.sums, self.not_finite_at[None], own]))
         self._clear()
 
-        def statistics() -> tuple[dict[str, float], int | None, tuple[float, float] | None]:
-            *sums, counts, not_finite, seconds_before = zip(*reading.by_rank())
-            end.wait()
-            seconds, samples, at = span.seconds(end), sum(counts), min(not_finite)
-            if not is_first:  # the first step of a process makes things that later ones find
-                self.timed = samples / len(span.steps), seconds / len(span.steps)
+        def statistics() -> tuple[dict[str, float], int | None]:
+            *sums, not_finite, counts = zip(*reading.by_rank())
+            samples, at = sum(counts), min(not_finite)
             means = {f"train_{name}": sum(of_ranks) / samples for name, of_ranks in zip(("loss", *self.metrics), sums)}
-            return (
-                {
-                    **means,
-                    "step_time": seconds / len(span.steps),
-                    "test_time": span.test_seconds() / len(span.steps),
-                    "samples_per_second": samples / seconds,
-                },
-                None if math.isinf(at) else int(at),
-                (size, max(seconds_before)) if size else None,
-            )
+            return means | times(samples), None if math.isinf(at) else int(at)
 
         return statistics
 
@@ -271,11 +208,14 @@ class Validation:
 
 @torch.no_grad()
 def average_over_ranks(buffers: Iterable[Tensor], world_size: int) -> None:
-    """Replace floating-point buffers (BatchNorm's running statistics) by their mean over the ranks, in one exchange."""
+    """Replace floating-point buffers (BatchNorm's running statistics) by their mean over the ranks, in one exchange.
+
+    In float64: averaged once more, they stay as they are.
+    """
     buffers = [buffer for buffer in buffers if buffer.is_floating_point()]
     if world_size == 1 or not buffers:
         return
-    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    flat = torch.cat([buffer.flatten().double() for buffer in buffers])
     dist.all_reduce(flat)
     for buffer, part in zip(buffers, (flat / world_size).split([buffer.numel() for buffer in buffers])):
         buffer.copy_(part.view_as(buffer))

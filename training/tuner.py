@@ -1,28 +1,34 @@
-"""Before the first step: passes that leave no trace choose the size of micro-batches and find what does not fit.
+"""Before the first step: passes that leave no trace choose the size of micro-batches, find what does not fit, and
+measure how the time of a step depends on its batch.
 
 `parts` are the components of the run (components.py), put together and not used yet.
 """
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
 
 import batches
 import optim
+import tests
 from adadagrad import gradients
 from adadagrad.control.step_time import StepTime
+from adadagrad.gradients.isolation import random_states, set_random_states
 from launch import fsdp
 from launch.collectives import all_gather_object
 from options.errors import RunError
-from training import state
+from options.schema import Config
+from training.clock import Event
 from training.components import Components
-from training.metrics import Event, Validation, sum_over_samples
+from training.metrics import Validation, weights_of
 
-MEASURED = ("max_micro_batch_size", "eval_micro_batch_size")
-"""The options for which `auto` is found out here."""
+MEASURED = ("max_micro_batch_size", "eval_micro_batch_size", "knee")
+"""The options that are found out here where they say nothing."""
 REPETITIONS = 5
 """At most so many timed passes of a size."""
 ENOUGH = 0.2
@@ -31,11 +37,8 @@ LARGEST_OF_EVALUATION = 1024
 """Where nothing is measured [samples]."""
 
 
-def rehearse(parts: Components, step_time: StepTime) -> tuple[int, int, list[str]]:
-    """The most samples of a micro-batch in training, in evaluation, and what the user should be told. On all ranks.
-
-    Args:
-        step_time: learns what was measured.
+def tune(parts: Components) -> tuple[dict[str, Any], list[str]]:
+    """The options in `MEASURED` as they take effect, and lines for the user. On all ranks, which get the same.
 
     Raises:
         RunError: a micro-batch of the size in the options does not fit into the device's memory.
@@ -45,15 +48,23 @@ def rehearse(parts: Components, step_time: StepTime) -> tuple[int, int, list[str
         # DDP puts its buckets into the order in which gradients come after the first pass: without it the first step of
         # a run, and of its continuation, would sum in another order than the steps after it.
         seconds_of_pass(parts, parts.min_micro_batch_size, in_step=False)
-    size, told = _size_of_training(parts, step_time)
-    evaluation_size, told_of_evaluation = _size_of_evaluation(parts, size)
+    size, lines = _size_of_training(parts)
+    evaluation_size, of_evaluation = _size_of_evaluation(parts, size)
+    knee, of_knee = parts.config.knee, []
+    if is_knee_needed(parts.config):
+        knee, of_knee = _knee(parts, size)
     if fabric.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    return size, evaluation_size, told + told_of_evaluation
+    return dict(zip(MEASURED, (size, evaluation_size, knee))), lines + of_evaluation + of_knee
 
 
-def _size_of_training(parts: Components, step_time: StepTime) -> tuple[int, list[str]]:
+def is_knee_needed(config: Config) -> bool:
+    """The batch size depends on the hardware, and the options do not say how."""
+    return tests.rule(vars(config)).timed
+
+
+def _size_of_training(parts: Components) -> tuple[int, list[str]]:
     c, fabric = parts.config, parts.fabric
     largest = -(-c.max_batch_size // fabric.world_size)
     size = c.max_micro_batch_size
@@ -70,10 +81,7 @@ def _size_of_training(parts: Components, step_time: StepTime) -> tuple[int, list
     size, rates = batches.quickest(lambda n: samples_per_second(parts, n, seconds_of_pass), least, largest)
     if not size:
         raise RunError(f"out of memory on the device with {least} samples: take a smaller --model")
-    for n, rate in rates.items():
-        if rate:
-            step_time.probe(n * fabric.world_size, n / rate)
-    return size, [_told("max_micro_batch_size", size, rates)]
+    return size, [_line("max_micro_batch_size", size, rates)]
 
 
 def _size_of_evaluation(parts: Components, size_of_training: int) -> tuple[int, list[str]]:
@@ -92,10 +100,10 @@ def _size_of_evaluation(parts: Components, size_of_training: int) -> tuple[int, 
     largest = min(share, parts.largest_micro_batch or share)
     least = min(size_of_training, largest)
     size, rates = batches.quickest(lambda n: samples_per_second(parts, n, seconds_of_evaluation), least, largest)
-    return size or least, [_told("eval_micro_batch_size", size or least, rates)]
+    return size or least, [_line("eval_micro_batch_size", size or least, rates)]
 
 
-def _told(option: str, size: int, rates: dict[int, float]) -> str:
+def _line(option: str, size: int, rates: dict[int, float]) -> str:
     measured = ", ".join(f"{n}: {rate:,.0f}" for n, rate in rates.items())
     return f"{option}=auto takes {size} (samples/s by size: {measured})"
 
@@ -129,14 +137,88 @@ def seconds_of_pass(parts: Components, size: int, in_step: bool = True) -> float
     def forward_and_backward() -> None:
         observing = parts.estimator.observe(inputs, targets, 1 / size) if testing else contextlib.nullcontext()
         with fabric.no_backward_sync(parts.model, enabled=not exchanged), observing:
-            losses = parts.loss(parts.model(inputs), targets)
-            fabric.backward(sum_over_samples(losses, size) / size)
+            losses = parts.loss(parts.forward(inputs), targets)
+            parts.backward(losses, weights_of(losses, size, 1 / size))
 
     with leaving_no_trace(parts):
         seconds = _slowest(parts, forward_and_backward)
         if testing and not math.isinf(seconds):
             seconds += _slowest(parts, parts.moments)
     return seconds
+
+
+ROUNDS, SECONDS = (4, 8), 2.0
+"""Of the measurement of the knee: least and most, and the time after which no further round begins [s]."""
+LONG_STEP = 1.0
+"""Sizes whose step takes longer are not followed by larger ones [s]."""
+
+
+def _knee(parts: Components, micro_batch_size: int) -> tuple[float, list[str]]:
+    """P = α/β [samples] of a line through the times of whole steps α + βb, at batch sizes b by factors of four.
+
+    Each size counts with its shortest step, on the slowest rank: whatever disturbs a machine makes steps longer. Sizes
+    take turns, so that a disturbance does not meet one alone.
+    """
+    c, world_size = parts.config, parts.fabric.world_size
+    plans, shortest = [], {}
+    with leaving_no_trace(parts), _without_learning(parts):
+        size, largest = max(2, world_size * parts.min_micro_batch_size), 4 * world_size * micro_batch_size
+        largest = max(size, min(largest, c.max_batch_size))
+        while True:  # the first round makes plans and fills caches
+            plans.append(batches.cut(0, size, world_size, micro_batch_size, 1, parts.min_micro_batch_size, even=True))
+            _slowest(parts, lambda: _whole_step(parts, plans[-1]))
+            if _slowest(parts, lambda: _whole_step(parts, plans[-1])) > LONG_STEP or size == largest:
+                break
+            size = min(4 * size, largest)
+        spent, rounds = 0.0, 0
+        while rounds < ROUNDS[0] or (rounds < ROUNDS[1] and spent < SECONDS):
+            for plan in plans:
+                seconds = _slowest(parts, lambda plan=plan: _whole_step(parts, plan))
+                shortest[plan.batch_size] = min(seconds, shortest.get(plan.batch_size, math.inf))
+                spent += seconds
+            rounds += 1
+    step_time = StepTime()
+    for size, seconds in shortest.items():
+        step_time.add(size, seconds)
+    if (line := step_time.fit()) is None:
+        return float(largest), [f"knee: taken to be {largest:,}, as there are no two batch sizes to compare here"]
+    fixed, per_sample = line
+    knee = float(f"{max(fixed / per_sample, 1.0):.3g}")
+    times = f"{1000 * fixed:.3g} ms and {1000 * per_sample:.3g} ms a sample"
+    return knee, [f"knee={knee:g}: a step takes {times} here, measured once (config.yaml keeps it)"]
+
+
+def _whole_step(parts: Components, plan: batches.Plan) -> None:
+    """Reading, forward and backward passes, exchange of gradients, optimizer step."""
+    micro_batches = plan.micro_batches(parts.fabric.global_rank)
+    if isinstance(parts.stream, batches.InMemoryStream):
+        taken = parts.stream.take(micro_batches)
+    else:  # what worker processes read ahead takes no time of a step
+        taken = (_samples(parts, len(positions)) for positions in micro_batches)
+    for i, (inputs, targets) in enumerate(taken, start=1):
+        n = len(micro_batches[i - 1])
+        with parts.fabric.no_backward_sync(parts.model, enabled=i < len(micro_batches)):
+            losses = parts.loss(parts.forward(inputs), targets)
+            parts.backward(losses, weights_of(losses, n, parts.fabric.world_size / plan.batch_size))
+    parts.step()
+
+
+@contextlib.contextmanager
+def _without_learning(parts: Components) -> Iterator[None]:
+    """Optimizer steps inside change nothing: their rate is 0, and what they make of the optimizer's state is undone."""
+    optimizer, precision = parts.optimizer, parts.fabric.strategy.precision
+    scaler = copy.deepcopy(precision.state_dict())
+    groups = [{name: copy.deepcopy(v) for name, v in g.items() if name != "params"} for g in optimizer.param_groups]
+    state = {parameter: copy.deepcopy(own) for parameter, own in optimizer.state.items()}
+    optim.set_learning_rate(optimizer, 0.0)
+    try:
+        yield
+    finally:
+        optimizer.state.clear()
+        optimizer.state.update(state)
+        for group, before in zip(optimizer.param_groups, groups):
+            group.update(before)
+        precision.load_state_dict(scaler)
 
 
 def seconds_of_evaluation(parts: Components, size: int) -> float:
@@ -146,7 +228,7 @@ def seconds_of_evaluation(parts: Components, size: int) -> float:
     with leaving_no_trace(parts), torch.no_grad(), fsdp.forward_only(parts.module):
         parts.model.eval()
         try:
-            return _slowest(parts, lambda: validation.update(parts.model(inputs), targets))
+            return _slowest(parts, lambda: validation.update(parts.forward(inputs), targets))
         finally:
             validation.forget()
 
@@ -181,10 +263,10 @@ def leaving_no_trace(parts: Components) -> Iterator[None]:
     On a GPU it has no more memory than a step will have: the optimizer's state is made by the first step only.
     """
     device = parts.fabric.device
-    to_come = 0 if device.type == "cpu" else optim.bytes_of_state_to_come(parts.optimizer.optimizer, parts.config)
+    to_come = 0 if device.type == "cpu" else optim.bytes_of_state_to_come(parts.optimizer, parts.config)
     room = torch.empty(to_come, dtype=torch.uint8, device=device)
     buffers = [buffer.clone() for buffer in parts.module.buffers()]
-    random_states = state.random_states(device)
+    states = random_states(device)
     parts.model.train()
     try:
         yield
@@ -194,7 +276,7 @@ def leaving_no_trace(parts: Components) -> Iterator[None]:
         with torch.no_grad():
             for buffer, before in zip(parts.module.buffers(), buffers):
                 buffer.copy_(before)
-        state.set_random_states(random_states, device)
+        set_random_states(states, device)
         parts.model.train()
         if parts.estimator:
             parts.estimator.forget()

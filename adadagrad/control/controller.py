@@ -1,24 +1,15 @@
 """The one object that a training loop holds: test, statistics, growth, step time, learning-rate factor."""
 
+import math
 from dataclasses import dataclass
 
 from ..tests import Decision, Moments, Statistics, Test
 from .learning_rate import CRITICAL, LearningRateScaling
-from .rules import (
-    Adaptive,
-    Constant,
-    Goodput,
-    Limits,
-    Linear,
-    Observation,
-    Seesaw,
-    Stagewise,
-    quickest_batch,
-)
+from .limits import Limits
+from .rules import Adaptive, Goodput, Observation, Rule, quickest_batch
 from .smoothing import Smoothing
 from .step_time import StepTime
-
-Rule = Adaptive | Constant | Goodput | Linear | Seesaw | Stagewise
+from .transition import Transition
 
 
 @dataclass(frozen=True)
@@ -29,11 +20,20 @@ class Update:
         batch_size: of the next batch [samples].
         lr_factor: on the learning rate of the next step.
         decision: the test's, None where none was made.
+        transition: what the optimizer's state has to follow (carry_over.apply), None where it has not.
     """
 
     batch_size: int
     lr_factor: float
     decision: Decision | None
+    transition: Transition | None = None
+
+
+OFTEN, SELDOM = 8, 16
+"""Steps between two measurements: while the noise scale is not known well, and afterwards."""
+NUMBERS = ("batch_size", "steps", "measurements", "samples", "samples_measured", "samples_watched")
+STATISTICS = ("statistics", "reported")
+PARTS = ("decided_by", "of_noise", "watched", "limits", "step_time")
 
 
 class Controller:
@@ -48,8 +48,8 @@ class Controller:
 
     Args:
         batch_size: b₀, of the first batch [samples].
-        test: tests.NormTest and so on; None where the rule needs none.
-        rule: what asks for a size (rules.py); default: the size that the test asks for.
+        test: the size that it asks for is taken where it fails: short for rule=Adaptive(test).
+        rule: what asks for a size (rules.py).
         limits: on changes of the batch size; default: none.
         unbiased: decide by ‖ḡ‖² − V/b and leave-one-out products (docs/statistics.md), not the published form.
         smoothing: half-life of the averages [samples]; 0: the last batch alone.
@@ -66,48 +66,106 @@ class Controller:
         smoothing: float = 0.0,
         scaling: LearningRateScaling | None = None,
     ):
-        self.batch_size, self.test = batch_size, test
-        self.rule, self.limits = rule or Adaptive(), limits or Limits()
+        self.batch_size = batch_size
+        self.rule, self.limits = rule or Adaptive(test), limits or Limits()
         self.scaling = scaling or LearningRateScaling("none", batch_size)
         self.step_time = StepTime()
         self.decided_by = Smoothing(smoothing, unbiased)
         self.of_noise = self.decided_by if unbiased else Smoothing(smoothing, unbiased=True)
-        self.samples, self.samples_measured = 0, 0
-        self.statistics: Statistics | None = None  # of the last measurement, unbiased and averaged
+        self.watched = Smoothing(smoothing, unbiased=True)  # of all measurements; nothing is decided by them
+        self.steps, self.measurements = 0, 0
+        self.samples, self.samples_measured, self.samples_watched = 0, 0, 0
+        self.statistics: Statistics | None = None  # unbiased and averaged, of the last measurement to decide by
+        self.reported: Statistics | None = None  # likewise, of the last measurement
 
-    def update(self, moments: Moments | None = None, samples: int | None = None) -> Update:
+    def update(
+        self, moments: Moments | None = None, samples: int | None = None, watched: Moments | None = None
+    ) -> Update:
         """What follows from the step that was taken.
 
         Args:
             moments: of the step's batch; None where it was not measured.
             samples: that the step really used, where a loop ends a batch early.
+            watched: of the step's batch, where it was measured only to be reported.
         """
-        self.samples += samples or (moments.batch_size if moments else self.batch_size)
+        measured = moments or watched
+        self.samples += samples or (measured.batch_size if measured else self.batch_size)
+        if measured:
+            self._report(measured)
+        self.steps += 1
         decision = self._measure(moments) if moments else None
         step_time = self.step_time.fit() if moments and self.rule.timed else None
-        observation = Observation(decision, self.noise_scale if moments else None, step_time)
+        known = self._known
+        noise_scale = known.noise_scale if moments and known else None
+        observation = Observation(decision, noise_scale, step_time)
         wanted = self.rule(self.batch_size, self.samples, observation)
-        self.batch_size = self.limits(self.batch_size, wanted, moments is not None or not self.rule.measures)
-        return Update(self.batch_size, self.lr_factor, decision)
+        before = self.batch_size
+        self.batch_size = self.limits(before, wanted, moments is not None or not self.rule.measures)
+        transition = self.scaling.transition(before, self.batch_size, self._known)
+        return Update(self.batch_size, self.lr_factor, decision, transition)
 
     def _measure(self, moments: Moments) -> Decision | None:
         """Add a batch to the averages; gives the test's decision on them, where there is a test."""
         passed = self.samples - self.samples_measured
-        self.samples_measured = self.samples
+        self.samples_measured, self.measurements = self.samples, self.measurements + 1
         decided_by = self.decided_by.add(moments, passed)
         unbiased = decided_by if self.of_noise is self.decided_by else self.of_noise.add(moments, passed)
         self.statistics = unbiased if unbiased.is_usable else self.statistics
-        return self.test(decided_by) if self.test else None
+        return self.rule.test(decided_by.safe) if self.rule.test else None
+
+    @property
+    def _known(self) -> Statistics | None:
+        """What growth and learning rate may go by: ‖G‖² at the safe end of its interval, once there is one."""
+        if self.statistics is None or (self.of_noise.half_life and self.statistics.margin is None):
+            return None
+        return self.statistics.safe
+
+    def is_due(self, interval: int | None) -> bool:
+        """Whether the next step is to be measured.
+
+        Args:
+            interval: every so many steps; None: at every step until the noise scale is known to a half, as far as
+                these are at most 16 steps and an eighth of all (with a test that takes half of a step's time, 6 % of
+                the run), then at every sixteenth.
+        """
+        if interval is not None:
+            return self.steps % interval == 0
+        if self.statistics is not None and self.statistics.is_narrow:
+            return self.steps % SELDOM == 0
+        return self.measurements < SELDOM + self.steps // OFTEN
+
+    def _report(self, moments: Moments) -> None:
+        passed, self.samples_watched = self.samples - self.samples_watched, self.samples
+        statistics = self.watched.add(moments, passed)
+        self.reported = statistics if statistics.is_usable else self.reported
+
+    @property
+    def needs_moments(self) -> bool:
+        """A measurement can still change something: the learning rate, or a batch that is not yet at its largest."""
+        limits = self.limits
+        is_largest = limits.max_batch_size is not None and self.batch_size >= limits.max_batch_size
+        return self.scaling.measures or (self.rule.measures and (limits.may_shrink or not is_largest))
 
     @property
     def lr_factor(self) -> float:
         """On the learning rate of a step of the present batch size."""
-        return self.scaling(self.batch_size, self.statistics)
+        return self.scaling(self.batch_size, self._known)
+
+    @property
+    def decay_factor(self) -> float:
+        """On a decoupled weight decay, of a step of the present batch size."""
+        return self.scaling.decay(self.batch_size, self._known)
 
     @property
     def noise_scale(self) -> float | None:
         """V/‖G‖² of the averaged, unbiased statistics [samples]; None where ‖G‖² is not positive or not known."""
-        return self.statistics.noise_scale if self.statistics else None
+        return self.reported.noise_scale if self.reported else None
+
+    def known_noise(self) -> dict[str, float | None]:
+        """`noise_scale`, and the ends of its two-sided 90 % interval [samples]; None where they are not known."""
+        low, high = (self.reported.noise_scale_interval if self.reported else None) or (None, None)
+        high = None if high == math.inf else high
+        return {"noise_scale": self.noise_scale, "noise_scale_low": low, "noise_scale_high": high}
 
     @property
     def knee(self) -> float | None:
@@ -125,28 +183,45 @@ class Controller:
         known = self.noise_scale is not None and self.knee is not None
         critical = self.rule.critical if isinstance(self.rule, Goodput) else CRITICAL
         return {
-            "noise_scale": self.noise_scale,
+            **self.known_noise(),
             "knee": self.knee,
             "quickest_batch_size": quickest_batch(critical * self.noise_scale, self._step_time()) if known else None,
         }
 
     def state_dict(self) -> dict:
         """Plain numbers, lists and dicts, for a checkpoint."""
-        statistics = self.statistics
         return {
-            "batch_size": self.batch_size,
-            "samples": self.samples,
-            "samples_measured": self.samples_measured,
-            "statistics": None if statistics is None else vars(statistics),
-            "decided_by": self.decided_by.state_dict(),
-            "of_noise": self.of_noise.state_dict(),
-            "limits": self.limits.state_dict(),
-            "step_time": self.step_time.state_dict(),
+            **{name: getattr(self, name) for name in NUMBERS},
+            **{name: own and vars(own) for name in STATISTICS for own in [getattr(self, name)]},
+            **{name: getattr(self, name).state_dict() for name in PARTS},
         }
 
     def load_state_dict(self, state: dict) -> None:
-        for name in ("batch_size", "samples", "samples_measured"):
+        for name in NUMBERS:
             setattr(self, name, state[name])
-        self.statistics = None if state["statistics"] is None else Statistics(**state["statistics"])
-        for name in ("decided_by", "of_noise", "limits", "step_time"):
+        for name in STATISTICS:
+            setattr(self, name, state[name] and Statistics(**state[name]))
+        for name in PARTS:
             getattr(self, name).load_state_dict(state[name])
+
+
+STEADY = {"smoothing": 5_000.0, "max_growth": 4.0, "max_waste": 1.0}
+"""Of the default recipe."""
+
+
+def steady(batch_size: int, max_batch_size: int | None = None, adaptive_optimizer: bool = False) -> Controller:
+    """The program's default recipe: the batch with the most progress a second, and a learning rate that follows.
+
+    Args:
+        batch_size: b₀, of the first batch, for which the learning rate was chosen [samples].
+        max_batch_size: largest size [samples]; None: no bound.
+        adaptive_optimizer: the optimizer divides by the gradient's size.
+    """
+    return Controller(
+        batch_size,
+        rule=Goodput(max_waste=STEADY["max_waste"]),
+        limits=Limits(max_batch_size, STEADY["max_growth"]),
+        unbiased=True,
+        smoothing=STEADY["smoothing"],
+        scaling=LearningRateScaling("critical", batch_size, adaptive_optimizer),
+    )

@@ -4,12 +4,16 @@ import math
 from dataclasses import dataclass
 
 from ..tests import Statistics
+from .transition import Family, Transition
 
 CRITICAL = 2.0
 """Critical batch size over noise scale V/‖G‖². They are the same where the curvature is the same in all directions
 (McCandlish et al., section 2.2); where it is not, steps have left little of the gradient in the steep directions, in
 which the noise remains, and the critical batch size is larger: 1 to 4 noise scales on the problems of docs/results.md,
 by the samples that constant batches needed to a target."""
+
+MEASURED = {"adascale": 1.0, "critical": CRITICAL}
+"""Rules that read the statistics: the critical batch size that they count with, in noise scales."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +31,19 @@ class LearningRateScaling:
         rule: none, sqrt, linear, adascale or critical.
         initial_batch_size: b₀ [samples].
         adaptive_optimizer: the optimizer divides by the gradient's size.
+        family: of an optimizer whose state follows, too, where the rule reads the statistics: then the factor is that
+            of `Transition.rate`; None: the rate alone follows.
     """
 
     rule: str
     initial_batch_size: int
     adaptive_optimizer: bool = False
+    family: Family | None = None
+
+    @property
+    def measures(self) -> bool:
+        """The factor depends on the statistics."""
+        return self.rule in ("adascale", "critical")
 
     def __call__(self, batch_size: int, statistics: Statistics | None) -> float:
         """
@@ -44,12 +56,23 @@ class LearningRateScaling:
             return math.sqrt(ratio)
         if self.rule == "linear":
             return ratio
-        if self.rule == "none" or statistics is None:
+        change = self._change(self.initial_batch_size, batch_size, statistics)
+        if change is None:
             return 1.0
-        variance, signal = statistics.variance, max(statistics.grad_norm_sq, 0.0)
-        if self.rule == "critical":
-            variance *= CRITICAL
-        if not variance + signal > 0:
-            return 1.0
-        gain = (variance / self.initial_batch_size + signal) / (variance / batch_size + signal)
-        return math.sqrt(gain) if self.adaptive_optimizer else gain
+        if self.family:
+            return change.rate(self.family)
+        return math.sqrt(change.gain) if self.adaptive_optimizer else change.gain
+
+    def decay(self, batch_size: int, statistics: Statistics | None) -> float:
+        """The factor on a decoupled weight decay, relative to the initial one; 1 where the rate alone follows."""
+        change = self._change(self.initial_batch_size, batch_size, statistics)
+        return change.decay(self.family) if change and self.family else 1.0
+
+    def transition(self, before: int, after: int, statistics: Statistics | None) -> Transition | None:
+        """What the optimizer's state has to follow; None where it has not, or where it is not known by how much."""
+        return self._change(before, after, statistics) if self.family and before != after else None
+
+    def _change(self, before: int, after: int, statistics: Statistics | None) -> Transition | None:
+        if self.rule not in MEASURED or statistics is None:
+            return None
+        return Transition.of(statistics, before, after, self.initial_batch_size, MEASURED[self.rule])

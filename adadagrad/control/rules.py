@@ -1,23 +1,23 @@
-"""How large the next batch is to be: rules that ask for a size, and the bounds within which a size may change.
+"""How large the next batch is to be: the rules that ask for a size.
 
-A rule is called with the present size, the samples so far and what the step has found; it gives the size it asks for.
-`measures` says whether it can ask only after a step that was measured, `timed` whether it looks at the steps' times.
-Arithmetic on integers; nothing is random and nothing knows of devices.
+A rule is called with the present size, the samples so far and what the step has shown; it gives the size it asks for.
+Arithmetic on plain numbers; nothing is random and nothing knows of devices. To add one: a class here, and its options.
 """
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any, ClassVar
 
-from ..tests import Decision
+from ..tests import Decision, Test
 from .learning_rate import CRITICAL
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What a step has found out, for the rules.
+    """What a step has shown, for the rules.
 
     Args:
         decision: the test's, None where none was made.
@@ -30,56 +30,172 @@ class Observation:
     step_time: tuple[float, float] | None = None
 
 
+RULES: dict[str, type["Rule"]] = {}
+"""By name; every class that is made is in it."""
+
+
+class Rule:
+    """What asks for the next batch size.
+
+    Attributes:
+        name: of the rule; in the names of folders, too.
+        options: the options of main.py that it reads.
+        described: those of them that `describe` tells of.
+        chosen_by: what asks for it on the command line; default: --ramp_up_type with its name.
+        measures: it can ask only after a step that was measured.
+        timed: it looks at the steps' times.
+        may_shrink: it asks for smaller sizes, too.
+        test: the statistical test that it goes by, if any.
+    """
+
+    name: ClassVar[str]
+    options: ClassVar[tuple[str, ...]] = ()
+    described: ClassVar[tuple[str, ...]] = ()
+    chosen_by: ClassVar[str]
+    measures: ClassVar[bool] = False
+    timed = False
+    may_shrink = False
+    test: Test | None = None
+
+    def __init_subclass__(cls):
+        RULES[cls.name] = cls
+        if "chosen_by" not in cls.__dict__:
+            cls.chosen_by = f"--ramp_up_type={cls.name}"
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any], test: Test | None, decay: Callable[[int], float]) -> "Rule":
+        """
+        Args:
+            options: of main.py, by name.
+            test: that the options name.
+            decay: samples so far → learning rate over its peak.
+        """
+        return cls()
+
+    def __call__(self, batch_size: int, samples: int, observation: Observation) -> int:
+        """The size it asks for.
+
+        Args:
+            batch_size: the present one.
+            samples: used so far, those of the present step included.
+            observation: what the step has shown.
+        """
+        raise NotImplementedError
+
+    def describe(self, batch_size: int, max_batch_size: int) -> str:
+        """In words, from the first and the largest batch size."""
+        return self.name
+
+    def label(self, batch_size: int) -> str:
+        """For the name of a folder."""
+        return self.name
+
+
 @dataclass(frozen=True)
-class Constant:
+class Constant(Rule):
     """The batch stays as it is."""
 
-    measures = timed = False
+    name, chosen_by = "constant", "--test=False"
+    options = described = ("batch_size",)
 
-    def __call__(self, batch_size: int, samples: int, found: Observation) -> int:
+    def __call__(self, batch_size: int, samples: int, observation: Observation) -> int:
         return batch_size
 
+    def describe(self, batch_size: int, max_batch_size: int) -> str:
+        return f"constant {batch_size}"
+
+    def label(self, batch_size: int) -> str:
+        return f"constant{batch_size}"
+
 
 @dataclass(frozen=True)
-class Adaptive:
+class Adaptive(Rule):
     """Where the test fails, the size that it asks for, or `factor` times the present one where a factor is given."""
 
+    name = "test"
+    options = described = ("test_type",)
+    measures = True
+    test: Test | None = None
     factor: float | None = None
-    measures, timed = True, False
 
-    def __call__(self, batch_size: int, samples: int, found: Observation) -> int:
-        if found.decision is None or found.decision.passed is not False:
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any], test: Test | None, decay: Callable[[int], float]) -> "Rule":
+        return cls(test)
+
+    def __call__(self, batch_size: int, samples: int, observation: Observation) -> int:
+        if observation.decision is None or observation.decision.passed is not False:
             return batch_size
-        asked = found.decision.next_batch_size if self.factor is None else int(batch_size * self.factor)
+        asked = observation.decision.next_batch_size if self.factor is None else int(batch_size * self.factor)
         return max(asked, batch_size + 1)
+
+    def describe(self, batch_size: int, max_batch_size: int) -> str:
+        return str(self.test)
+
+    def label(self, batch_size: int) -> str:
+        return self.test.label
 
 
 @dataclass(frozen=True)
-class Stagewise:
+class AdaptiveByFactor(Adaptive):
+    """`Adaptive` with a factor."""
+
+    name = "factor"
+    options, described = ("test_type", "ramp_up_factor"), ("test_type",)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any], test: Test | None, decay: Callable[[int], float]) -> "Rule":
+        return cls(test, options["ramp_up_factor"])
+
+
+@dataclass(frozen=True)
+class Stagewise(Rule):
     """`batch_sizes[i]` during stage i; stage i lasts `samples_stages[i]` samples, the last one to the end."""
 
-    batch_sizes: Sequence[int]
-    samples_stages: Sequence[int]
-    measures = timed = False
+    name, chosen_by = "stagewise", "--stagewise_ramp_up=True"
+    options, described = ("global_batch_sizes", "samples_stages"), ("global_batch_sizes",)
+    may_shrink = True
+    batch_sizes: Sequence[int] = ()
+    samples_stages: Sequence[int] = ()
 
-    def __call__(self, batch_size: int, samples: int, found: Observation) -> int:
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any], test: Test | None, decay: Callable[[int], float]) -> "Rule":
+        return cls(options["global_batch_sizes"], options["samples_stages"])
+
+    def __call__(self, batch_size: int, samples: int, observation: Observation) -> int:
         ends = list(accumulate(self.samples_stages))
         return self.batch_sizes[min(bisect_right(ends, samples), len(self.batch_sizes) - 1)]
 
+    def describe(self, batch_size: int, max_batch_size: int) -> str:
+        return f"stagewise {', '.join(map(str, self.batch_sizes))}"
+
+    def label(self, batch_size: int) -> str:
+        return "stagewise" + "-".join(map(str, self.batch_sizes))
+
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(Rule):
     """Every step adds `increment` samples."""
 
-    increment: int
-    measures = timed = False
+    name, chosen_by = "linear", "--linear_ramp_up=True"
+    options = described = ("linear_ramp_up_increment", "max_batch_size")
+    increment: int = 256
 
-    def __call__(self, batch_size: int, samples: int, found: Observation) -> int:
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any], test: Test | None, decay: Callable[[int], float]) -> "Rule":
+        return cls(options["linear_ramp_up_increment"])
+
+    def __call__(self, batch_size: int, samples: int, observation: Observation) -> int:
         return batch_size + self.increment
+
+    def describe(self, batch_size: int, max_batch_size: int) -> str:
+        return f"linear to {max_batch_size}, {self.increment} a step"
+
+    def label(self, batch_size: int) -> str:
+        return f"linear{self.increment}"
 
 
 @dataclass(frozen=True)
-class Seesaw:
+class Seesaw(Rule):
     """Where the schedule lowers the learning rate by a factor, the batch grows by it (arXiv:2510.14717).
 
     In its continuous form, b = b₀ · (peak of the learning rate) / (learning rate); with `sqrt` scaling the learning
@@ -90,60 +206,91 @@ class Seesaw:
         decay: samples so far → learning rate over its peak, in [0, 1]; 1 before the decay begins.
     """
 
+    name, chosen_by = "seesaw", "--seesaw_ramp_up=True"
+    options, described = ("batch_size",), ("batch_size", "lr_scaling")
     initial_batch_size: int
     decay: Callable[[int], float]
-    measures = timed = False
 
-    def __call__(self, batch_size: int, samples: int, found: Observation) -> int:
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any], test: Test | None, decay: Callable[[int], float]) -> "Rule":
+        return cls(options["batch_size"], decay)
+
+    def __call__(self, batch_size: int, samples: int, observation: Observation) -> int:
         left = self.decay(samples)
         return max(batch_size, round(self.initial_batch_size / left)) if left > 1e-9 else 10**18
 
+    def describe(self, batch_size: int, max_batch_size: int) -> str:
+        return f"seesaw from {batch_size}"
+
+    def label(self, batch_size: int) -> str:
+        return f"seesaw{batch_size}"
+
+
+SETTLED = 16
+"""Steps of a size that a run has behind it, by its samples, before it takes that size."""
+
 
 @dataclass(frozen=True)
-class Goodput:
+class Goodput(Rule):
     """The batch with the most progress a second on this hardware.
 
     A step of b samples takes α + βb seconds and makes progress in proportion to b/(b + C), C the critical batch size,
     `critical` noise scales. The most progress a second is at b* = √(C · α/β), the geometric mean of the critical batch
     size and the hardware's knee P = α/β. The batch moves there where that gains more than `least_gain`; it becomes
-    smaller only with `may_shrink`. Above `most_critical` · C it does not go: a step of 10 C makes 10/11 of the progress
-    of the largest there can be, and the estimate of the knee is not to decide over more samples than that.
+    smaller only with `may_shrink`. Samples have a price, too: a run by batches of b takes 1 + b/C times the least
+    possible samples, so that "at most 1 + W times the least" is b ≤ W·C. (With a price of λ seconds a sample the least
+    of (α + βb)(1 + C/b) + λ(b + C) is at √(C·α/(β + λ)).) Without a bound, W is 10: a step of 10 C makes 10/11 of the
+    progress of the largest there can be, and the estimate of the knee is not to decide over more samples than that.
+    Nor does a batch become larger than a sixteenth of the samples so far: at its start a run changes faster than an
+    average follows, and a noise scale measured exactly then is not that of the next steps.
 
     Args:
         knee: P [samples], where it is known; default: what the steps' times say.
         least_gain: of progress a second, over the present batch, below which nothing changes.
         may_shrink: move to smaller batches, too.
         critical: the batch of which a step makes half the progress of the largest there can be, in noise scales.
-        most_critical: bound on the batch, in critical batch sizes.
+        max_waste: W [of the least possible samples]; default: 10.
     """
 
+    name = "goodput"
+    options = ("knee", "may_shrink", "max_waste", "free_start")
+    measures = True
     knee: float | None = None
     least_gain: float = 0.05
     may_shrink: bool = False
     critical: float = CRITICAL
-    most_critical: float = 10.0
-    measures = True
+    max_waste: float | None = None
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any], test: Test | None, decay: Callable[[int], float]) -> "Rule":
+        return cls(options["knee"], may_shrink=options["may_shrink"], max_waste=options["max_waste"])
 
     @property
     def timed(self) -> bool:
         return self.knee is None
 
-    def step_time(self, found: tuple[float, float] | None) -> tuple[float, float] | None:
+    def step_time(self, measured: tuple[float, float] | None) -> tuple[float, float] | None:
         """α and β by which it decides; by the knee in units of β."""
-        return found if self.knee is None else (self.knee, 1.0)
+        return measured if self.knee is None else (self.knee, 1.0)
 
-    def __call__(self, batch_size: int, samples: int, found: Observation) -> int:
-        if found.noise_scale is None:
+    def __call__(self, batch_size: int, samples: int, observation: Observation) -> int:
+        if observation.noise_scale is None:
             return batch_size
-        step_time = self.step_time(found.step_time)
+        step_time = self.step_time(observation.step_time)
         if step_time is None:  # one other size tells what sizes cost here
             return 2 * batch_size
-        critical = self.critical * found.noise_scale
-        best = min(quickest_batch(critical, step_time), max(round(self.most_critical * critical), 1))
+        critical = self.critical * observation.noise_scale
+        best = min(quickest_batch(critical, step_time), max(round((self.max_waste or 10.0) * critical), 1))
+        best = min(best, max(samples // SETTLED, batch_size))
         if best < batch_size and not self.may_shrink:
             return batch_size
         gain = progress_rate(best, critical, step_time) / progress_rate(batch_size, critical, step_time)
         return best if gain > 1 + self.least_gain else batch_size
+
+
+def free_batch_size(knee: float) -> int:
+    """Below an eighth of the knee a smaller batch saves at most an eighth of a step's time [samples]."""
+    return round(knee / 8)
 
 
 def quickest_batch(critical: float, step_time: tuple[float, float]) -> int:
@@ -156,62 +303,3 @@ def progress_rate(batch_size: float, critical: float, step_time: tuple[float, fl
     """Progress a second, b/(b + C) / (α + βb), in the units of a step of an infinite batch."""
     fixed, per_sample = step_time
     return batch_size / (batch_size + critical) / (fixed + per_sample * batch_size)
-
-
-@dataclass
-class Limits:
-    """The bounds within which a rule's wish comes true, and how far it has come.
-
-    Args:
-        max_batch_size: largest size [samples].
-        max_growth: largest factor at a time.
-        interval: least number of steps between two changes.
-        patience: the rule has to ask for more so many times in a row.
-        multiple: sizes are rounded up to a multiple of it; the largest size stands above this.
-        may_shrink: smaller sizes are taken, too.
-    """
-
-    max_batch_size: int | None = None
-    max_growth: float = math.inf
-    interval: int = 1
-    patience: int = 1
-    multiple: int = 1
-    may_shrink: bool = False
-    asked: int = 0  # times in a row that the rule has asked for another size
-    since_change: int | None = None  # steps; None before the first change
-
-    def __call__(self, batch_size: int, wanted: int, could_ask: bool = True) -> int:
-        """The size of the next batch.
-
-        Args:
-            batch_size: of the present one.
-            wanted: by the rule.
-            could_ask: False where the rule needed a measurement that this step did not have: no row is broken by it.
-        """
-        if self.since_change is not None:
-            self.since_change += 1
-        if could_ask:
-            self.asked = self.asked + 1 if wanted != batch_size else 0
-        waited = self.since_change is None or self.since_change >= self.interval
-        if wanted == batch_size or self.asked < self.patience or not waited:
-            return batch_size
-        size = self._bounded(batch_size, wanted)
-        if size != batch_size:
-            self.asked, self.since_change = 0, 0
-        return size
-
-    def _bounded(self, batch_size: int, wanted: int) -> int:
-        size = -(-wanted // self.multiple) * self.multiple
-        if size > batch_size * self.max_growth:  # the largest multiple below; where there is none, the batch stays
-            size = int(batch_size * self.max_growth) // self.multiple * self.multiple
-        if self.max_batch_size is not None:
-            size = min(size, self.max_batch_size)
-        if wanted > batch_size:
-            return max(size, batch_size)
-        return max(min(size, batch_size), 1) if self.may_shrink else batch_size
-
-    def state_dict(self) -> dict:
-        return {"asked": self.asked, "since_change": self.since_change}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.asked, self.since_change = state["asked"], state["since_change"]

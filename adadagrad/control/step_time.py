@@ -19,32 +19,22 @@ class StepTime:
 
     def __init__(self):
         self.bins: dict[int, deque[tuple[float, float]]] = {}
-        self.probes: list[tuple[float, float]] = []
 
     def add(self, batch_size: float, seconds: float) -> None:
         """A step (or the mean of several) took so long. All ranks must be given the same numbers."""
         own = self.bins.setdefault(round(2 * math.log2(batch_size)), deque(maxlen=PER_BIN))
         own.append((float(batch_size), float(seconds)))
 
-    def probe(self, batch_size: float, seconds: float) -> None:
-        """A pass that was made to see how long it takes; looked at until real steps of different sizes are there."""
-        self.probes.append((float(batch_size), float(seconds)))
-
     def fit(self) -> tuple[float, float] | None:
         """α [s], β [s/sample]; None where the sizes do not differ enough to tell (by a half of the smallest)."""
-        steps = [tuple(_median(values) for values in zip(*own)) for own in self.bins.values()]
-        for points in (sorted(steps), sorted(self.probes)):
-            if points and points[-1][0] >= 1.5 * points[0][0]:
-                return _line_through(points)
-        return None
+        points = sorted(tuple(_median(values) for values in zip(*own)) for own in self.bins.values())
+        return _line_through(points) if points and points[-1][0] >= 1.5 * points[0][0] else None
 
     def state_dict(self) -> dict:
-        bins = [[key, [list(pair) for pair in own]] for key, own in self.bins.items()]
-        return {"bins": bins, "probes": [list(pair) for pair in self.probes]}
+        return {"bins": [[key, [list(pair) for pair in own]] for key, own in self.bins.items()]}
 
     def load_state_dict(self, state: dict) -> None:
         self.bins = {key: deque(map(tuple, own), maxlen=PER_BIN) for key, own in state["bins"]}
-        self.probes = [tuple(pair) for pair in state["probes"]]
 
 
 def _line_through(points: Sequence[tuple[float, float]]) -> tuple[float, float]:

@@ -11,10 +11,8 @@ from collections.abc import Iterator
 from functools import partial
 from types import MethodType
 
-import numpy
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -32,8 +30,8 @@ def _takes_batch_statistics(module: _BatchNorm) -> bool:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """A part of it is compiled by torch.compile."""
-    return any(hasattr(module, "_orig_mod") for module in model.modules())
+    """A part of it is compiled, by torch.compile or in place."""
+    return any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in model.modules())
 
 
 def _batch_norm(self: _BatchNorm, x: Tensor) -> Tensor:
@@ -50,7 +48,13 @@ def _instance_norm(self: _InstanceNorm, x: Tensor) -> Tensor:
     return F.instance_norm(x, None, None, self.weight, self.bias, True, self.momentum or 0.0, self.eps)
 
 
-def _stochastic_depth(self: torchvision.ops.StochasticDepth, x: Tensor) -> Tensor:
+def _is_stochastic_depth(module: nn.Module) -> bool:
+    """torchvision's layer; a model that has one has imported it."""
+    ops = sys.modules.get("torchvision.ops")
+    return ops is not None and isinstance(module, ops.StochasticDepth)
+
+
+def _stochastic_depth(self: nn.Module, x: Tensor) -> Tensor:
     """By samples, and its noise is drawn out of place, as vmap needs."""
     if not self.training or self.p == 0:
         return x
@@ -66,7 +70,7 @@ def _changes(module: nn.Module, under_vmap: bool) -> dict:
         return {"forward": MethodType(_batch_norm, module)}
     if isinstance(module, _InstanceNorm) and module.training and module.running_mean is not None:
         return {"_apply_instance_norm": partial(_instance_norm, module)}
-    if isinstance(module, torchvision.ops.StochasticDepth) and under_vmap:
+    if under_vmap and _is_stochastic_depth(module):
         return {"forward": MethodType(_stochastic_depth, module)}
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and under_vmap:
         return {"sparse": False}
@@ -164,17 +168,23 @@ def _without_fast_attention() -> Iterator[None]:
 
 
 def random_states(device: torch.device) -> list:
-    """Of all generators that a model may draw from: torch's (host, device), Python's, NumPy's."""
-    states = [torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None]
-    return [*states, random.getstate(), numpy.random.get_state()]
+    """Of all generators that a model may draw from, as plain values: torch's (host, device), Python's, NumPy's where it
+    is loaded."""
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    states = [torch.get_rng_state(), on_device, random.getstate()]
+    if (numpy := sys.modules.get("numpy")) is None:
+        return [*states, None]
+    name, key, *rest = numpy.random.get_state()
+    return [*states, (name, key.tolist(), *rest)]
 
 
 def set_random_states(states: list, device: torch.device) -> None:
     torch.set_rng_state(states[0])
-    if states[1] is not None:
+    if device.type == "cuda" and states[1] is not None:
         torch.cuda.set_rng_state(states[1], device)
     random.setstate(states[2])
-    numpy.random.set_state(states[3])
+    if states[3] is not None:
+        sys.modules["numpy"].random.set_state(states[3])
 
 
 @contextlib.contextmanager

@@ -1,0 +1,111 @@
+"""A `Transition` applied to an optimizer of torch.optim's kind: its state in place, the values of its groups.
+
+What was changed is part of the optimizer's own state dict, so that a run that goes on from a checkpoint is the same.
+Shards are multiplied where they are; nothing is exchanged between processes.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .transition import Family, Transition
+
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(("SGD", "ASGD"), Family.GRADIENT),
+    **dict.fromkeys(("Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adafactor"), Family.AVERAGE),
+    **dict.fromkeys(("Adagrad", "AdaGradNorm"), Family.SUM),
+    **dict.fromkeys(("Muon", "Lion"), Family.SIGN),
+}
+"""By the name of the class, or of one that it is derived from."""
+DECOUPLED = {"AdamW", "Adafactor", "Muon", "Lion"}
+"""Classes whose weight decay is no part of the gradient, beside groups that say so (`decoupled_weight_decay`)."""
+
+
+def parts(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """The optimizers that it is made of, or itself."""
+    return getattr(optimizer, "optimizers", [optimizer])
+
+
+def family(optimizer: torch.optim.Optimizer) -> Family | None:
+    """What an optimizer does with gradients; None where it is not known: then its rate alone can follow.
+
+    Of several that are one (`optimizers`), the family that a rate for all of them follows: the first one's.
+    """
+    names = _names(parts(optimizer)[0])
+    return next((FAMILIES[name] for name in names if name in FAMILIES), None)
+
+
+def decays_apart(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The groups whose weight decay is decoupled from the gradient (`Transition.decay`)."""
+    return [
+        group
+        for part in parts(optimizer)
+        for group in part.param_groups
+        if group.get("decoupled_weight_decay") or DECOUPLED & set(_names(part))
+    ]
+
+
+@torch.no_grad()
+def apply(transition: Transition, optimizer: torch.optim.Optimizer) -> None:
+    """The state as if the batch had had its new size before; ε and β₂ along. Rate and decay are set at every step.
+
+    An optimizer of no known family is left as it is. On all ranks alike.
+    """
+    for part in parts(optimizer):
+        kind = family(part)
+        if kind is None:
+            continue
+        factors = transition.states(kind)
+        for group in part.param_groups:
+            for parameter in group["params"]:
+                _follow(part.state.get(parameter, {}), factors, transition.growth)
+            if "sum_of_squares" in group:  # AdaGrad-Norm's, one for all parameters
+                group["sum_of_squares"] = group["sum_of_squares"] * factors["sum"]
+            if isinstance(group.get("eps"), float):
+                group["eps"] *= transition.eps(kind)
+            if kind is Family.AVERAGE:
+                _change_second_beta(part, group, transition)
+
+
+def _follow(state: dict[str, Any], factors: dict[str, float], growth: float) -> None:
+    for name, value in state.items():
+        if name == "square_avg" and "grad_avg" in state:  # centred: squares stay above the square of the mean
+            mean, squares = _local(state["grad_avg"]), _local(value)
+            squares.addcmul_(mean, mean, value=-1).div_(growth).addcmul_(mean, mean)
+        elif name in factors and isinstance(value, Tensor):
+            _local(value).mul_(factors[name])
+
+
+def _change_second_beta(optimizer: torch.optim.Optimizer, group: dict[str, Any], transition: Transition) -> None:
+    """β₂ for the new size, from its initial value, which the group keeps."""
+    if "betas" not in group:
+        if "alpha" in group:  # RMSprop's, which corrects no bias
+            initial = group.setdefault("initial_alpha", group["alpha"])
+            group["alpha"] = transition.second_beta(initial)
+        return
+    first, old = group["betas"]
+    _, initial = group.setdefault("initial_betas", tuple(group["betas"]))
+    if isinstance(old, Tensor):
+        return
+    new = transition.second_beta(initial)
+    group["betas"] = (first, new)
+    if new == old:
+        return
+    for parameter in group["params"]:
+        state = optimizer.state.get(parameter, {})
+        # The sum of the weights of all squares so far is 1 − β₂^step, and steps will go on to divide by that of the
+        # new β₂. (A step that a gradient scaler left out is counted back to 0.)
+        step = torch.as_tensor(_local(state["step"])).double().clamp(min=1) if "step" in state else None
+        for name in ("exp_avg_sq", "max_exp_avg_sq"):
+            if name in state:
+                _local(state[name]).mul_((1 - new**step) / (1 - old**step))
+
+
+def _names(optimizer: torch.optim.Optimizer) -> list[str]:
+    return [kind.__name__ for kind in type(optimizer).__mro__]
+
+
+def _local(value: Any) -> Any:
+    """A rank's own part of a sharded tensor."""
+    return value.to_local() if hasattr(value, "to_local") else value
