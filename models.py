@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
 from adadagrad.gradients import Loss, couples_samples, drawing_from, listed, preserving_state, random_states
+from adadagrad.gradients.samples import some
 from options.errors import UsageError, in_one_line
 from options.names import import_object, unknown
 from options.schema import Config
@@ -164,13 +165,15 @@ def refuse_loss(model: nn.Module, loss: Loss, inputs: Any, targets: Any, config:
     """Try the loss on two samples.
 
     Raises:
-        UsageError: it fails on the model's outputs, or returns neither one loss per sample nor their mean.
+        UsageError: it fails on the model's outputs, returns neither one loss per sample nor their mean, or returns
+            their sum, with which the step would depend on how a batch is cut.
     """
     name = f"--loss={config.loss}" if config.loss else f"--dataset={config.dataset}: its loss"
     training = model.training
     try:
         with torch.no_grad():
-            losses = loss(model.eval()(inputs), targets)
+            outputs = model.eval()(inputs)
+            losses = loss(outputs, targets)
     except Exception as error:  # a user's loss raises what it likes
         raise UsageError(f"{name} does not work on what {config.model} gives: {in_one_line(error)}") from None
     finally:
@@ -178,6 +181,21 @@ def refuse_loss(model: nn.Module, loss: Loss, inputs: Any, targets: Any, config:
     if not isinstance(losses, Tensor) or tuple(losses.shape) not in ((), (2,)):
         given = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise UsageError(f"{name} gives {given} for 2 samples: give their losses (2,), or the mean of these ()")
+    if losses.dim() == 0 and _adds_up(loss, outputs, targets, losses):
+        raise UsageError(
+            f"{name} gives the sum of the samples' losses: give their losses (2,), or the mean of these ()"
+        )
+
+
+@torch.no_grad()
+def _adds_up(loss: Loss, outputs: Any, targets: Any, of_both: Tensor) -> bool:
+    """The loss of two samples is the sum of their losses, and not the mean."""
+    try:
+        singles = [loss(*(some(tree, slice(i, i + 1)) for tree in (outputs, targets))) for i in range(2)]
+    except Exception:  # a user's loss raises what it likes, as of a single sample
+        return False
+    total = sum(float(single) for single in singles)
+    return abs(float(of_both) - total) < 0.1 * abs(float(of_both) - total / 2)
 
 
 def refuse_unused_parameters(model: nn.Module, loss: Loss, inputs: Any, targets: Any, config: Config) -> None:
@@ -187,8 +205,10 @@ def refuse_unused_parameters(model: nn.Module, loss: Loss, inputs: Any, targets:
         UsageError: the loss of these samples does not depend on some.
     """
     names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
-    model.eval()  # running statistics stay as they are
-    of_loss = torch.autograd.grad(loss(model(inputs), targets), parameters, allow_unused=True)
+    device = parameters[0].device
+    with preserving_state(model), drawing_from(random_states(device), device):
+        outputs = model.train()(inputs)  # some heads are there in training only
+        of_loss = torch.autograd.grad(loss(outputs, targets), parameters, allow_unused=True)
     unused = [name for name, gradient in zip(names, of_loss) if gradient is None]
     if unused:
         raise UsageError(

@@ -248,8 +248,11 @@ class Components:
         scaler = getattr(self.fabric.strategy.precision, "scaler", None)
         # (get_scale would wait for the device.)
         scale = scaler.scale(torch.ones((), dtype=torch.float32, device=self.fabric.device)) if scaler else 1.0
-        with OutOfMemory(*IN_THE_TEST):
-            return self.estimator.moments(scale)
+        try:
+            with OutOfMemory(*IN_THE_TEST):
+                return self.estimator.moments(scale)
+        except ValueError as error:  # on all ranks alike: the loss was no mean of its samples'
+            raise UsageError(f"--test_gradients: {error}") from None
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -120,7 +120,6 @@ class GhostNorms(OwnPass):
         if everything <= self.uncovered and len(self.references) > 1:
             self.references.pop(0)
         self.uncovered, self.forward_mode = everything, False
-        self.why_not_forward = "its products are not those of single samples"
 
     @property
     def works_on_shards(self) -> bool:
@@ -226,7 +225,10 @@ class GhostNorms(OwnPass):
                 if is_out_of_memory(error):
                     raise
                 self.forward_mode, self.why_not_forward = False, first_line(error)
-        self.notify(f"inner products take per-sample gradients: no forward-mode derivative ({self.why_not_forward})")
+        if not self.is_doubtful:
+            self.notify(
+                f"inner products take per-sample gradients: no forward-mode derivative ({self.why_not_forward})"
+            )
         return self._inner_products_by_reference(mean)
 
     def _by_gathering(self, mean: dict[str, Tensor], grad_scale: float | Tensor) -> Tensor:

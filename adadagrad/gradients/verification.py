@@ -29,7 +29,8 @@ from .samples import Batch, chunks, converted, count, some
 PROBE = 7
 """Samples that the check can make use of."""
 SIZES = (5, 7, 3, 4, 6, 2)
-"""Numbers of samples, the best first; one that no dimension of the model's tensors has is taken."""
+"""Numbers of samples, the best first; if there is one of which no dimension of the model's tensors is a multiple, that
+is taken, else one that no dimension is."""
 TINY = 1e-300
 MOST_NUMBERS = 2**26
 """In the gradients of a chunk of samples."""
@@ -108,7 +109,7 @@ class Check:
             self.seconds = time.perf_counter() - started
         self.lowest = draws.lowest
         self.moving = self._find_moving(some(inputs, slice(0, 1)))
-        self.n = next((n for n in SIZES if n <= self.most and n not in draws.sizes), min(self.most, SIZES[0]))
+        self.n = self._number(draws.sizes)
         self.inputs, self.targets = (some(batch, slice(0, self.n)) for batch in (inputs, targets))
         for _ in range(self.n - 1):
             with self._drawing():
@@ -116,6 +117,12 @@ class Check:
         self.norms_sq = {name: torch.cat(rows) for name, rows in self.reference.norms_sq.items()}
         self.along = {name: torch.cat(rows) for name, rows in self.reference.along.items()}
         self.total = torch.stack([norms_sq.max() for norms_sq in self.norms_sq.values()]).sum().sqrt()
+
+    def _number(self, sizes: set[int]) -> int:
+        candidates = [n for n in SIZES if n <= self.most]
+        fits_none = [n for n in candidates if all(size % n for size in sizes if size)]
+        is_none = [n for n in candidates if n not in sizes]
+        return next(iter([*fits_none, *is_none, min(self.most, SIZES[0])]))
 
     def _add_single(self, x: Batch, y: Batch) -> None:
         for name, gradient in self.loop.per_sample_gradients(x, y, self.buffers).items():
