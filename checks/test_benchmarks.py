@@ -22,6 +22,7 @@ def digits(tmp_path_factory):
     return out
 
 
+@pytest.mark.long
 def test_calibration_in_small(digits):
     """Digits, b = 128: per-sample estimates are right without BatchNorm alone, micro_batch is right with both."""
     rows = json.loads((digits / "calibration.json").read_text())["rows"]

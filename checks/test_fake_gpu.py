@@ -140,7 +140,7 @@ def test_kernels_of_a_step(tmp_path, dataset, model, test_gradients, test_type, 
         assert counts[1] <= most * counts[0], (counts, watch.kernels.most_common(20))
 
 
-@pytest.mark.parametrize("test_type, most", [("norm", 1.15), ("ip+orth", 1.3)])
+@pytest.mark.parametrize("test_type, most", [("norm", 1.15), pytest.param("ip+orth", 1.3, marks=pytest.mark.long)])
 def test_memory_of_a_step(tmp_path, test_type, most):
     """The peak of a tested step of four micro-batches over that of a plain one; the bounds are the promise."""
     options = {"dataset": "checks.test_fake_gpu:photos", "model": "benchmarks.cases:resnet18_group_norm"}

@@ -141,7 +141,7 @@ def test_refused_once_on_two_ranks(tmp_path, options, words):
     ],
 )
 def test_refused_in_one_line(tmp_path, options, words):
-    done = run(f"--out_dir={tmp_path}", *options)
+    done = run(f"--out_dir={tmp_path}", *options, clocks={"launch.processes.LONG": 60.0})
     assert done.returncode == 2 and words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
 
