@@ -66,7 +66,9 @@ class Trainer:
         self.measured_options = [name for name in measured if getattr(config, name) != measured[name]]
         self.config = parts.config = replace(parts.config, **measured)
         self.learning_rate = optim.LearningRate(parts.config, parts.config.max_samples)
-        self.controller = tests.controller(parts.config, self.learning_rate.decay, parts.is_adaptive, parts.family)
+        self.controller = tests.controller(
+            parts.config, self.learning_rate.decay, parts.is_adaptive, parts.family, parts.least_batch_size
+        )
         self.clock = Clock(fabric.device)
         self.totals = Totals(self.clock, parts.train_metrics)
         self.validation = Validation(parts.loss, parts.metrics, fabric.device)

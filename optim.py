@@ -159,6 +159,7 @@ def build(model: nn.Module | Iterable[Tensor], config: Config) -> torch.optim.Op
     optimizer = optimizers[0] if len(optimizers) == 1 else Joined(optimizers)
     for group in optimizer.param_groups:
         group["lr_factor"] = float(group["lr"]) / config.learning_rate
+    carry_over.prepare(optimizer)
     return optimizer
 
 

@@ -52,7 +52,11 @@ def rule(options: Mapping[str, Any], decay: Callable[[int], float] = lambda samp
 
 
 def controller(
-    config: Config, decay: Callable[[int], float], adaptive_optimizer: bool, family: control.Family | None = None
+    config: Config,
+    decay: Callable[[int], float],
+    adaptive_optimizer: bool,
+    family: control.Family | None = None,
+    least: int = 2,
 ) -> control.Controller:
     """The controller that the options describe.
 
@@ -61,6 +65,7 @@ def controller(
         decay: as in `rule`.
         adaptive_optimizer: the optimizer divides by the gradient's size.
         family: of the optimizer, whose state can follow; None where it is not known.
+        least: samples of the smallest batch that can be trained on and measured.
     """
     chosen = rule(vars(config), decay)
     first = config.batch_size
@@ -74,6 +79,7 @@ def controller(
             config.max_growth or float("inf"),
             multiple=config.batch_size_multiple,
             may_shrink=chosen.may_shrink,
+            min_batch_size=least,
         ),
         unbiased=config.statistics == "unbiased",
         smoothing=config.smoothing,

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import ASGD, SGD, Optimizer
 
-from .control import Controller, Limits, Update, steady
+from .control import Controller, Limits, Update, carry_over, steady
 from .gradients import PROBE, Estimator, Loss, build
 from .gradients.samples import Batch, count, some
 from .tests import Moments, Test
@@ -81,7 +81,9 @@ class BatchScaler:
             controller = Controller(batch_size, test, limits=Limits(max_batch_size))
             measure_interval = measure_interval or 1
         if controller is None:
-            controller = steady(batch_size, max_batch_size, not isinstance(optimizer, (SGD, ASGD)))
+            controller = steady(
+                batch_size, max_batch_size, not isinstance(optimizer, (SGD, ASGD)), carry_over.family(optimizer)
+            )
         self.module, self.is_compiled = _unwrapped(model)
         self.loss, self.optimizer, self.controller = loss, optimizer, controller
         self.measure_interval = measure_interval
@@ -190,7 +192,8 @@ class BatchScaler:
                 self.optimizer.step()
         self.optimizer.zero_grad()
         update = self.controller.update(self.moments if self._measured else None)
-        # (What a change of the batch does to the optimizer's state belongs here.)
+        if update.transition:
+            carry_over.apply(update.transition, self.optimizer)
         self._begin_step()
         return update
 
@@ -257,16 +260,18 @@ class BatchScaler:
 
     @contextlib.contextmanager
     def _rates_for_batch(self) -> Iterator[None]:
-        """Inside, learning rates are those for the present batch size; schedulers meet them as they were."""
-        groups, factor = self.optimizer.param_groups, self.controller.lr_factor
-        rates = [group["lr"] for group in groups]
-        for group in groups:
-            group["lr"] = group["lr"] * factor
+        """Inside, learning rates and decoupled decays are for the present batch size; a scheduler sees the others."""
+        changes = [(group, "lr", self.controller.lr_factor) for group in self.optimizer.param_groups]
+        if (factor := self.controller.decay_factor) != 1:
+            changes += [(group, "weight_decay", factor) for group in carry_over.decays_apart(self.optimizer)]
+        before = [group[name] for group, name, _ in changes]
+        for group, name, factor in changes:
+            group[name] = group[name] * factor
         try:
             yield
         finally:
-            for group, rate in zip(groups, rates):
-                group["lr"] = rate
+            for (group, name, _), value in zip(changes, before):
+                group[name] = value
 
     def _time_steps(self) -> None:
         """Add the mean time of the steps since the last measurement, on the slowest process, to the controller's.

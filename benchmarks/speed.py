@@ -113,7 +113,7 @@ def measure(case: Case, method: str, test_type: str, budget: float) -> dict:
         def step(measured: bool, cut: bool) -> None:
             moments = trainer.train_step(trainer.plan(measured=cut), measured)
             if moments:
-                trainer.controller.test(moments)
+                trainer.controller.rule.test(moments)
 
         steps = {"plain": lambda: step(measured=False, cut=False)}
         if method in OURS:

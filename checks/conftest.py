@@ -13,6 +13,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -60,6 +61,7 @@ def _as_main(
     arguments: Sequence[str], environment: dict[str, str], cwd: Path, outputs: Sequence[str], clocks: dict[str, float]
 ) -> None:
     """In a process of `forks`: what `python main.py` does."""
+    multiprocessing.set_start_method(None, force=True)  # a data loader's workers are forked, not off the server
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
@@ -74,6 +76,24 @@ def _as_main(
         setattr(importlib.import_module(module), constant, seconds)
     matplotlib.figure.Figure.savefig = lambda *_, **__: None  # it takes longer than a short run itself
     runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+begun: list[multiprocessing.Process | subprocess.Popen] = []
+"""Processes to be ended with the test, where it has failed before it has come to that; of Popen, the whole session."""
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_on():
+    yield
+    while begun:
+        process = begun.pop()
+        if isinstance(process, subprocess.Popen):
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        elif process.is_alive():
+            process.kill()
+            process.join()
 
 
 class Started:
@@ -105,6 +125,7 @@ class Started:
         ]
         for process in self.ranks:
             process.start()
+        begun.extend(self.ranks)
 
     def says(self, words: str, timeout: float = 120) -> str:
         """Wait for a line on standard error that has these words; gives it."""

@@ -93,7 +93,7 @@ def make_malicious(path: Path) -> None:
 
 
 DAMAGES = {
-    truncate: "is no whole checkpoint (File is not a zip file)",
+    truncate: "is no whole checkpoint (BadZipFile: File is not a zip file)",
     flip_a_bit_of_the_weights: "is no whole checkpoint (archive/data/0 in it is damaged)",
     make_malicious: "holds more than weights and plain values: not loaded",
 }
@@ -249,7 +249,7 @@ def test_what_may_differ(copy, capsys):
 def test_a_second_interrupt_ends_at_once():
     """Also while the main thread is inside a call that never returns; copies of the first one do not count."""
     program = (
-        "import ctypes; from launch.interrupts import Interrupts\n"
+        "import ctypes; from launch.signals import Interrupts\n"
         "mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock\n"
         "with Interrupts():\n    lock(mutex); print('ready', flush=True); lock(mutex)"
     )

@@ -36,6 +36,7 @@ from adadagrad import (
     gradients,
     steady,
 )
+from adadagrad.control import Family
 from batches.augment import Normalise
 from batches.order import SampleOrder
 from checks.conftest import ROOT, column, forks, launch, train
@@ -322,8 +323,8 @@ def test_defaults_are_those_of_the_program():
     """`steady` and the published rule, by the command lines that ask for them; the two are written down apart."""
     for words, test in (([], None), (["--eta=0.1"], NormTest(0.1))):
         config = command_line.parse([*words, "--batch_size=16", "--max_batch_size=500"])
-        for optimizer in (torch.optim.SGD, torch.optim.Adagrad):
-            ours = tests.controller(config, lambda samples: 1.0, adaptive_optimizer=optimizer is torch.optim.Adagrad)
+        for optimizer, family in ((torch.optim.SGD, Family.GRADIENT), (torch.optim.Adagrad, Family.SUM)):
+            ours = tests.controller(config, lambda samples: 1.0, optimizer is torch.optim.Adagrad, family)
             model = torch.nn.Linear(5, 3)
             scaler = BatchScaler(model, cross_entropy, optimizer(model.parameters()), 16, 500, test)
             for name in ("rule", "limits", "decided_by", "of_noise"):

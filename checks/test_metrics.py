@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torchmetrics
 
 import data
 from training.metrics import Validation
@@ -43,3 +44,29 @@ def test_a_loss_that_is_not_a_number_shows():
     validation.update(torch.full((1, 3), torch.nan), torch.zeros(1, dtype=torch.int64))
     assert math.isnan(validation.compute()["val_loss"])
     assert validation.results()["best_val_loss"] == finite
+
+
+class Unsure(torchmetrics.MeanMetric):
+    """Says nothing of which way is better."""
+
+    higher_is_better = None
+
+    def update(self, outputs, targets):
+        super().update(outputs)
+
+
+@pytest.mark.parametrize("direction, best_of", [(None, min), (False, min), (True, max)])
+def test_the_best_evaluation_by_what_the_metric_says(direction, best_of):
+    """One that says nothing is an error; an evaluation that is no number is never the best, and blocks none."""
+    kind = type("Judging", (Unsure,), {"higher_is_better": direction})
+    metric = kind(nan_strategy="disable")
+    loss = torch.nn.functional.mse_loss
+    validation, values, best = Validation(loss, {"error": metric}, torch.device("cpu")), [], []
+    for value in (math.nan, 3.0, 2.0, 4.0, 1.0):
+        validation.update(torch.full((2,), value), torch.zeros(2))
+        validation.compute()
+        values.append(value)
+        best.append(validation.is_best())
+    finite = values[1:]
+    assert best == [False] + [value == best_of(finite[: i + 1]) for i, value in enumerate(finite)]
+    assert validation.results()["best_val_error"] == best_of(finite)

@@ -8,6 +8,7 @@ from torch import nn
 
 import models
 from options.errors import UsageError
+from options.schema import Config
 
 
 def count(model: nn.Module) -> int:
@@ -115,3 +116,42 @@ def test_order_in_memory(build, expected):
 
 def wrong_output(image_shape, num_classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, num_classes + 1))
+
+
+class TrainingHead(nn.Module):
+    """A second head that is there in training only; and what a pass leaves behind."""
+
+    def __init__(self, used: bool = True):
+        super().__init__()
+        self.body, self.head, self.second = nn.BatchNorm1d(6), nn.Linear(6, 3), nn.Linear(6, 3)
+        self.used, self.calls = used, 0
+
+    def forward(self, x):
+        self.calls += 1
+        x = self.body(x)
+        return (self.head(x), self.second(x)) if self.training and self.used else self.head(x)
+
+
+def loss_of_both(outputs, targets):
+    outputs = sum(outputs) if isinstance(outputs, tuple) else outputs
+    return nn.functional.cross_entropy(outputs, targets)
+
+
+def test_unused_parameters_are_looked_for_in_training():
+    inputs, targets, config = torch.randn(2, 6), torch.arange(2), Config(model="own:Net")
+    model = TrainingHead().eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    models.refuse_unused_parameters(model, loss_of_both, inputs, targets, config)
+    assert model.calls == 0 and not model.training and not model.body.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(UsageError, match="does not use second.weight, second.bias"):
+        models.refuse_unused_parameters(TrainingHead(used=False), loss_of_both, inputs, targets, config)
+
+
+def test_a_loss_that_sums_is_refused():
+    """The step would depend on how a batch is cut into micro-batches."""
+    model, inputs, targets, config = nn.Linear(6, 3), torch.randn(2, 6), torch.arange(2), Config(loss="own:loss")
+    for reduction in ("mean", "none"):
+        models.refuse_loss(model, nn.CrossEntropyLoss(reduction=reduction), inputs, targets, config)
+    with pytest.raises(UsageError, match="--loss=own:loss gives the sum of the samples' losses"):
+        models.refuse_loss(model, nn.CrossEntropyLoss(reduction="sum"), inputs, targets, config)

@@ -111,6 +111,46 @@ TOKENS = {
 COMMON = ["linear", "residual", "layer norm", "view, in place", "scale", "positions", "convolution", "used twice"]
 
 
+class Sequences(nn.Module):
+    """Blocks on (N, T, E) or (T, N, E), of which some are left out of the check and take part later."""
+
+    def __init__(self, blocks: list[str], width: int, first: bool, taken: list[bool]):
+        super().__init__()
+        self.first, self.taken, self.later = first, taken, False
+        self.blocks = nn.ModuleList(SEQUENCES[name](width) for name in blocks)
+        self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1) if self.first else x
+        for block, taken in zip(self.blocks, self.taken):
+            if taken or self.later:
+                x = block(x)
+        return self.head((x.mean(0) if self.first else x.mean(1)).sin())
+
+
+def attention(first: bool):
+    def make(W: int) -> Step:
+        part = nn.MultiheadAttention(W, 1, batch_first=not first)
+        return Step(lambda m, x: x + m.part(x, x, x, need_weights=False)[0], part=part)
+
+    return make
+
+
+# On sequences, whichever dimension is which: all give what they are given.
+SEQUENCES = {
+    "residual": lambda W: Step(lambda m, x: x + m.layer(x).tanh(), layer=nn.Linear(W, W)),
+    "layer norm": lambda W: nn.LayerNorm(W),
+    "scale": lambda W: Step(lambda m, x: x * m.s + m.b, s=(W,), b=(1, 1, W)),
+    "flattened": lambda W: Step(lambda m, x: x + m.layer(x.flatten(0, 1)).view(x.shape), layer=nn.Linear(W, W)),
+    "product": lambda W: Step(lambda m, x: x + torch.addmm(m.b, x.reshape(-1, W), m.w).view(x.shape), w=(W, W), b=(W,)),
+    "expanded": lambda W: Step(lambda m, x: x + m.p.expand(len(x), 1, W), p=(1, 1, W)),
+    "other dimension expanded": lambda W: Step(lambda m, x: x + m.p.expand(x.shape[1], W), p=(1, W)),
+    "attention": attention(False),
+    "attention, sequence first": attention(True),
+    "transposed": lambda W: Step(sequence_first, layer=nn.Linear(W, W)),
+}
+
+
 class Network(nn.Sequential):
     def __init__(self, names: list[str], tokens: int, width: int):
         super().__init__()
@@ -164,3 +204,42 @@ def test_random_networks(names, tokens, width, n, size, mean, in_training_pass, 
     for name, value in expected.items():
         scale = largest**2 if name == "variance_inner_product" else largest
         assert abs(found[name] - value) <= 1e-9 * max(abs(value), 1e-4 * scale) + 1e-25, (name, found[name], value)
+
+
+@settings(max_examples=NETWORKS // 3, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    blocks=st.lists(st.tuples(st.sampled_from([*SEQUENCES]), st.booleans()), min_size=1, max_size=4),
+    first=st.booleans(),
+    tokens=st.sampled_from([2, 4, 6, 8]),
+    n=st.sampled_from([2, 4, 6, 8]),
+    in_training_pass=st.booleans(),
+    name=st.sampled_from(["auto", "auto", "ghost"]),
+    seed=st.integers(0, 10**6),
+)
+def test_random_sequence_models(blocks, first, tokens, n, in_training_pass, name, seed):
+    """Sizes that are equal, multiples, or neither; a later step takes what the check has left out."""
+    torch.manual_seed(seed)
+    names, taken = zip(*blocks)
+    # Attention over what are the samples couples them.
+    names = [own for own in names if own != ("attention" if first else "attention, sequence first")]
+    model = Sequences(names, 3, first, taken).double()
+    probe = torch.randn(7, tokens, 3, dtype=torch.float64), torch.arange(7) % CLASSES
+    inputs, targets = torch.randn(n, tokens, 3, dtype=torch.float64), torch.arange(n) % CLASSES
+    try:
+        estimator, _ = gradients.build(
+            name, model, cross_entropy, True, n, probe, in_training_pass=in_training_pass, recheck=False
+        )
+    except ValueError:
+        assert name == "ghost"
+        return
+    for model.later in (False, True):
+        vectors = oracle.gradient_vectors(model, cross_entropy, inputs, targets)
+        expected, largest = oracle.statistics(vectors), float(vectors.square().sum(1).max())
+        model.zero_grad()
+        with estimator.observe(inputs, targets, 1 / n):
+            if getattr(estimator, "in_training_pass", False):
+                cross_entropy(model(inputs), targets).backward()
+        found = five(estimator.moments())
+        for statistic, value in expected.items():
+            scale = largest**2 if statistic == "variance_inner_product" else largest
+            assert abs(found[statistic] - value) <= 1e-9 * max(abs(value), 1e-4 * scale) + 1e-25, statistic

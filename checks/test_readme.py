@@ -70,6 +70,17 @@ def test_every_command_can_be_typed():
     assert {language for language, _ in FENCES} <= {"bash", "python", "bibtex", "text"}
 
 
+def test_tables_of_what_to_type():
+    """ "you want, you type": the program knows every option in the second column, and its value."""
+    tables = re.findall(r"^\| you want \| you type \|\n\|[-|]+\n((?:\|.*\n)+)", "\n".join(PAGES.values()), re.M)
+    cells = [cell for table in tables for cell in re.findall(r"^\|.*?\| (.*) \|$", table, re.M)]
+    typed = [words for cell in cells for words in re.findall(r"`([^`]+)`", cell) if "--" in words]
+    assert len(tables) == 2 and len(typed) > 15
+    for words in typed:
+        if "report.py" not in words:
+            command_line.parse(of_the_program(words.removeprefix("python main.py").replace("…", "").split()))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_names_lead_somewhere(page):
     for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", PAGES[page]):

@@ -66,7 +66,7 @@ def test_monitor_of_a_network_with_batch_norm(tmp_path, capsys):
     rows = run(tmp_path, "norm", *options, "--monitor_interval=2", "--test_groups=4")
     assert [row["gradient_accumulation_steps"] for row in rows] == ["4", "1", "4", "1"]
     assert [bool(row["variance"]) for row in rows] == [True, False, True, False]
-    assert "the monitor takes test_gradients=micro_batch" in capsys.readouterr().out
+    assert "its statistics come from test_gradients=micro_batch" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("test_gradients", ["ghost", "micro_batch"])

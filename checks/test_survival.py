@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from checks import fault_drill
-from checks.conftest import FIXED_CUT, ROOT, Started, launch, process_of_rank, run, train
+from checks.conftest import FIXED_CUT, ROOT, Started, begun, launch, process_of_rank, run, train
 from runs import checkpoint
 
 BIN = Path(sys.executable).parent
@@ -33,7 +33,8 @@ def begin(launcher: str, port: int, *options: str) -> subprocess.Popen:
     command = [str(word).replace("PORT", str(port)) for word in LAUNCHERS[launcher]] + list(options)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, **output, cwd=ROOT, env=env, start_new_session=True)
+    begun.append(subprocess.Popen(command, **output, cwd=ROOT, env=env, start_new_session=True))
+    return begun[-1]
 
 
 def wait_for_rows(folder: Path, rows: int) -> None:

@@ -86,7 +86,7 @@ def losses(
     return found
 
 
-MATRICES = Quadratic(noise=20.0, copies=8, shape=(6, 4))
+MATRICES = Quadratic(noise=20.0, copies=12, shape=(6, 4))
 PULLED = Quadratic(noise=1.0, start=0.0, optimum=1.0)  # weight decay and gradient pull in opposite directions
 OPTIMIZERS = {
     "sgd": lambda w: torch.optim.SGD(w, lr=0.1),
@@ -103,7 +103,8 @@ OPTIMIZERS = {
     "adagradnorm": lambda w: optim.AdaGradNorm(w, lr=8.0),
     "muon": lambda w: torch.optim.Muon(w, lr=0.01, weight_decay=0.0),
 }
-WRONG_BY_RATE = [name for name in OPTIMIZERS if name not in ("sgd", "sgd, L2", "momentum")]
+FREE = [name for name in OPTIMIZERS if name != "sgd, L2"]  # of a penalty that acts
+WRONG_BY_RATE = [name for name in FREE if name not in ("sgd", "momentum")]
 
 
 @lru_cache
@@ -122,7 +123,7 @@ def mean(values: list[float]) -> float:
 
 
 @pytest.mark.parametrize("sizes", [JUMP, GRADUAL], ids=["jump", "gradual"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", FREE)
 def test_where_noise_dominates(name, sizes):
     """At equal samples."""
     assert mean(ratios(name, MATRICES if name == "muon" else NOISE, sizes)) < 1.1
@@ -135,11 +136,10 @@ def test_the_rate_alone_is_not_enough(name):
     assert max(found) > (2.2 if name == "adam, 0.999" else 1.15)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [name for name in FREE if name != "muon"])
 def test_where_the_signal_dominates(name):
-    """After as many steps as the steps were worth; AdaGrad's may be a little too long, until it has forgotten."""
-    if name != "muon":
-        assert mean(ratios(name, SIGNAL, JUMP)) < (1.25 if name == "adagrad" else 1.1)
+    """After as many steps as the steps were worth; AdaGrad's are too long until its sum has grown."""
+    assert mean(ratios(name, SIGNAL, JUMP)) < (1.25 if name == "adagrad" else 1.1)
 
 
 @pytest.mark.parametrize("name", ["sgd, L2", "adamw"])
@@ -257,6 +257,7 @@ def test_state_keeps_its_place(name):
 
 def test_an_optimizer_of_no_known_family_is_left_alone():
     optimizer = stepped(lambda w: torch.optim.Adadelta(w))
+    carry_over.prepare(optimizer)
     before = copy.deepcopy(optimizer.state_dict())
     carry_over.apply(CHANGE, optimizer)
     assert carry_over.family(optimizer) is None

@@ -36,6 +36,11 @@ def resolve(
         sizes = config.global_batch_sizes
         effective["batch_size"] = sizes[0]
         length = effective.get("max_samples", config.max_samples)
+        if config.training_type == "iter" and any(isinstance(stage, str) for stage in config.samples_stages):
+            raise UsageError(
+                "--samples_stages: shares such as 25% are of max_samples, and --training_type=iter ends by steps: give "
+                "numbers of samples"
+            )
         stages = config.samples_stages or [length // len(sizes)] * len(sizes)
         effective["samples_stages"] = [
             round(float(stage[:-1]) / 100 * length) if isinstance(stage, str) else stage for stage in stages

@@ -20,6 +20,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         **STEADY,
     },
 }
+EARLIER = {"max_growth": 2.0, "test_interval": 8, "max_waste": None, "free_start": False, "coupling": "rate"}
+"""What options of `steady` were in runs of November 2026, which are read again under its name."""
 PUBLISHED = {"test_type", "ramp_up_type", *(entry.name for test in TESTS.values() for entry in fields(test))}
 """Whoever gives one of these asks for the published rule."""
 

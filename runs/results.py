@@ -17,7 +17,7 @@ import yaml
 import tests
 from options.errors import UsageError
 from options.names import nearest
-from options.recipes import RECIPES
+from options.recipes import EARLIER, RECIPES
 from options.schema import MEASURED_SCALINGS, PARAMETERS_OF_TESTS, CheckpointOptions, Config
 
 FILES = ("config.yaml", "metrics.csv", "summary.json")
@@ -292,6 +292,8 @@ def schedule(options: dict[str, Any]) -> tuple[str, set[str]]:
         said |= set(tests.test_parameters(options))
     if rule.measures:
         otherwise = {name for name, value in steady.items() if options[name] != value} - without_effect(options)
+        if options["recipe"] == "steady":
+            otherwise -= {name for name, value in EARLIER.items() if options[name] == value}
         if not otherwise:
             return "steady", said | set(steady)
         if otherwise == {"ramp_up_type"}:  # a test in the recipe's place of goodput

@@ -48,8 +48,10 @@ class Components:
         model: that in Fabric's wrapper.
         optimizer: torch's own; its step is `step`.
         min_micro_batch_size: samples that a training pass needs.
+        least_batch_size: samples of the smallest batch, over all ranks, that can be trained on and measured.
         couples_samples: one sample's outputs depend on the others (BatchNorm).
-        test_gradients: where the statistics come from, as asked for or, for the monitor, as BatchNorm needs it.
+        test_gradients: where the statistics come from, as asked for or, unless it is the published rule that asks, as
+            BatchNorm needs it.
         estimator: gives them; None: nobody asks for any.
         notices: what the user should be told once.
 
@@ -106,13 +108,17 @@ class Components:
         self.module = on_all_ranks(fabric, lambda: models.build(c.model, shape, outputs, c.model_args, example))
         self.min_micro_batch_size = models.smallest_micro_batch(self.module, shape, example)
         self.couples_samples = gradients.couples_samples(self.module)
+        self.least_batch_size = max(2, fabric.world_size * self.min_micro_batch_size)
         self.test_gradients = c.test_gradients
-        if self.couples_samples and c.monitor_interval and not c.test and c.test_gradients == "auto":
-            self.test_gradients = "micro_batch"  # of the training pass; ghost would make a pass of its own
-            self.notices.append(
-                f"the model has BatchNorm: the monitor takes test_gradients=micro_batch, which cuts every measured "
-                f"batch into {c.test_groups} micro-batches, each normalised by itself"
-            )
+        is_published = tests.rule(vars(c)).measures and c.statistics == "batch"
+        if self.couples_samples and c.test_gradients == "auto" and not is_published:
+            # Per sample it would be another function, and its noise scale another one (docs/statistics.md, BatchNorm).
+            self.test_gradients = "micro_batch"
+            if tests.rule(vars(c)).measures or c.monitor_interval:
+                self.notices.append(
+                    "the model has BatchNorm: its statistics come from test_gradients=micro_batch, which cuts every "
+                    f"measured batch into {c.test_groups} micro-batches, each normalised by itself"
+                )
         if c.compile:
             self.notices.append("--compile: the first steps wait for the compiler, minutes for a large network")
         on_all_ranks(fabric, lambda: effective.refuse_single_samples(c, fabric.world_size, self.min_micro_batch_size))

@@ -161,8 +161,8 @@ class Validation:
         self.of_loss = {name: function for name, function in named.items() if name not in self.metrics}
         self.names = ("val_loss", *named)
         self.objective = next(iter(named), "val_loss")
-        first = self.metrics.get(self.objective)
-        self.larger_is_better = first is not None and first.higher_is_better is not False
+        # A metric that does not say which way is better is taken for an error, as the loss is.
+        self.larger_is_better = bool(getattr(self.metrics.get(self.objective), "higher_is_better", False))
         self.history: list[dict[str, float]] = []
 
     def update(self, outputs: Any, targets: Any) -> None:
@@ -188,10 +188,9 @@ class Validation:
 
     def is_best(self) -> bool:
         """The last evaluation is better than all before it."""
-        *before, last = (evaluation[self.objective] for evaluation in self.history)
-        if self.larger_is_better:
-            return last > max(before, default=-math.inf)
-        return last < min((value for value in before if not math.isnan(value)), default=math.inf)
+        sign = 1 if self.larger_is_better else -1
+        *before, last = (sign * evaluation[self.objective] for evaluation in self.history)
+        return last > max((value for value in before if not math.isnan(value)), default=-math.inf)
 
     def results(self) -> dict[str, Any]:
         """Last and best values, as summary.json has them; None where nothing was evaluated."""

@@ -46,12 +46,25 @@ def decays_apart(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     ]
 
 
+def prepare(optimizer: torch.optim.Optimizer) -> None:
+    """Every group keeps the values at b₀ from which those for other sizes are computed.
+
+    `apply` does it, too; before a state dict is loaded into shards, torch wants the groups to have the same names.
+    """
+    for group in optimizer.param_groups:
+        if "weight_decay" in group:
+            group.setdefault("initial_weight_decay", group["weight_decay"])
+        if "betas" in group or "alpha" in group:
+            group.setdefault("initial_beta2", group["betas"][1] if "betas" in group else group["alpha"])
+
+
 @torch.no_grad()
 def apply(transition: Transition, optimizer: torch.optim.Optimizer) -> None:
     """The state as if the batch had had its new size before; ε and β₂ along. Rate and decay are set at every step.
 
     An optimizer of no known family is left as it is. On all ranks alike.
     """
+    prepare(optimizer)
     for part in parts(optimizer):
         kind = family(part)
         if kind is None:
@@ -78,17 +91,15 @@ def _follow(state: dict[str, Any], factors: dict[str, float], growth: float) -> 
 
 
 def _change_second_beta(optimizer: torch.optim.Optimizer, group: dict[str, Any], transition: Transition) -> None:
-    """β₂ for the new size, from its initial value, which the group keeps."""
+    """β₂ for the new size, and a second moment that has no bias with it."""
     if "betas" not in group:
         if "alpha" in group:  # RMSprop's, which corrects no bias
-            initial = group.setdefault("initial_alpha", group["alpha"])
-            group["alpha"] = transition.second_beta(initial)
+            group["alpha"] = transition.second_beta(group["initial_beta2"])
         return
     first, old = group["betas"]
-    _, initial = group.setdefault("initial_betas", tuple(group["betas"]))
     if isinstance(old, Tensor):
         return
-    new = transition.second_beta(initial)
+    new = transition.second_beta(group["initial_beta2"])
     group["betas"] = (first, new)
     if new == old:
         return

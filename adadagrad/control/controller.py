@@ -9,7 +9,7 @@ from .limits import Limits
 from .rules import Adaptive, Goodput, Observation, Rule, quickest_batch
 from .smoothing import Smoothing
 from .step_time import StepTime
-from .transition import Transition
+from .transition import Family, Transition
 
 
 @dataclass(frozen=True)
@@ -209,13 +209,19 @@ STEADY = {"smoothing": 5_000.0, "max_growth": 4.0, "max_waste": 1.0}
 """Of the default recipe."""
 
 
-def steady(batch_size: int, max_batch_size: int | None = None, adaptive_optimizer: bool = False) -> Controller:
+def steady(
+    batch_size: int,
+    max_batch_size: int | None = None,
+    adaptive_optimizer: bool = False,
+    family: Family | None = None,
+) -> Controller:
     """The program's default recipe: the batch with the most progress a second, and a learning rate that follows.
 
     Args:
         batch_size: b₀, of the first batch, for which the learning rate was chosen [samples].
         max_batch_size: largest size [samples]; None: no bound.
         adaptive_optimizer: the optimizer divides by the gradient's size.
+        family: of an optimizer whose state follows, too (carry_over.py).
     """
     return Controller(
         batch_size,
@@ -223,5 +229,5 @@ def steady(batch_size: int, max_batch_size: int | None = None, adaptive_optimize
         limits=Limits(max_batch_size, STEADY["max_growth"]),
         unbiased=True,
         smoothing=STEADY["smoothing"],
-        scaling=LearningRateScaling("critical", batch_size, adaptive_optimizer),
+        scaling=LearningRateScaling("critical", batch_size, adaptive_optimizer, family),
     )

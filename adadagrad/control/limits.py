@@ -14,6 +14,7 @@ class Limits:
         patience: the rule has to ask for more so many times in a row.
         multiple: sizes are rounded up to a multiple of it; the largest size stands above this.
         may_shrink: smaller sizes are taken, too.
+        min_batch_size: smallest size that it shrinks to [samples].
     """
 
     max_batch_size: int | None = None
@@ -21,6 +22,7 @@ class Limits:
     patience: int = 1
     multiple: int = 1
     may_shrink: bool = False
+    min_batch_size: int = 1
     asked: int = 0  # times in a row that the rule has asked for another size
 
     def __call__(self, batch_size: int, wanted: int, could_ask: bool = True) -> int:
@@ -49,7 +51,7 @@ class Limits:
             size = min(size, self.max_batch_size)
         if wanted > batch_size:
             return max(size, batch_size)
-        return max(min(size, batch_size), 1) if self.may_shrink else batch_size
+        return max(min(size, batch_size), self.min_batch_size) if self.may_shrink else batch_size
 
     def state_dict(self) -> dict:
         return {"asked": self.asked}

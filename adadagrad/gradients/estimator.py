@@ -61,6 +61,10 @@ class Estimator:
         measured: how often `moments` was called.
     """
 
+    adds_up: bool | None = None
+    """The loss is the sum of its samples' losses, not their mean; None: it is not held against them."""
+    recheck = False
+    """A few later steps are compared with single samples again."""
     tells_parameters_apart = False
     works_on_shards = False
     """It needs no pass of its own and no whole gradients, but for a layer at a time."""
@@ -142,9 +146,9 @@ class Estimator:
         numbers = torch.cat(numbers).tolist()  # the only wait
         samples, groups, sum_norm_sq, losses_off, norms_off, grad_norm_sq, *rest = numbers
         self.measured += 1
-        if losses_off:
+        if losses_off and self.adds_up is not None:
             raise ValueError(NO_MEAN)
-        if norms_off:  # the numbers of this step are wrong, then
+        if norms_off and self.recheck:  # the numbers of this step are wrong, then
             self._give_way()
             sum_norm_sq = math.nan
         sum_inner, sum_inner_sq, sum_apart_sq = rest[:3] if self.inner_products else (None, None, None)

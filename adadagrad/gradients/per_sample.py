@@ -30,9 +30,7 @@ class OwnPass(Estimator):
 
     Attributes:
         moving: names of the buffers that a forward pass changes (the check at the start finds them).
-        adds_up: the loss is the sum of its samples' losses, not their mean; None: it is not held against them.
         hooks: of parameters, those that change the samples' gradients (hooks.py).
-        recheck: a few later steps are compared with single samples again.
     """
 
     def __init__(self, *arguments, notify: Callable[[str], None] = lambda line: None):
@@ -40,9 +38,8 @@ class OwnPass(Estimator):
         self.notify = notify
         self.moving: set[str] = {name for name, _ in self.model.named_buffers()}
         self.device = next(self.model.parameters()).device
-        self.adds_up: bool | None = None
         self.hooks: dict[str, Hook] = {}
-        self.recheck, self.is_doubtful = False, False
+        self.is_doubtful, self.loss_fails = False, False
 
     def _start(self) -> None:
         super()._start()
@@ -71,14 +68,14 @@ class OwnPass(Estimator):
 
         Class weights, padding and missing labels may be such that the check's samples had nothing of them.
         """
-        if self.adds_up is None:
+        if self.adds_up is None or self.loss_fails:
             return
         try:
             with torch.no_grad(), torch._C.DisableTorchFunction(), self._loss_as_it_was():
                 whole = self.loss(outputs, targets).detach().double()
                 losses = self._losses(outputs, targets) if losses is None else losses
         except Exception:  # a user's loss raises what it likes, as where its outputs are others than the model's
-            self.adds_up = None
+            self.loss_fails = True
             return
         most, losses = {torch.float64: 1e-6, torch.float32: 1e-3}.get(losses.dtype, 0.1), losses.detach().double()
         whole = whole if self.adds_up else whole * len(losses)
