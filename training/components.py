@@ -44,7 +44,8 @@ class Components:
         samples_per_epoch, validation_samples: how many there are of training, and how many an evaluation takes.
         largest_micro_batch: of which it is worth trying whether it is quicker; None: any.
         module: the network as the user knows it; its parameters may be shards.
-        model: the same in Fabric's wrapper: compiled, its gradients averaged over ranks. It is called by `forward`.
+        called: the same as `forward` calls it: compiled, its gradients averaged over ranks.
+        model: that in Fabric's wrapper.
         optimizer: torch's own; its step is `step`.
         min_micro_batch_size: samples that a training pass needs.
         least_batch_size: samples of the smallest batch, over all ranks, that can be trained on and measured.
@@ -180,6 +181,7 @@ class Components:
         fabric, c = self.fabric, self.config
         with OutOfMemory("the model", "take a smaller --model"):
             self.model = fabric.setup_module(torch.compile(self.module) if c.compile else self.module)
+        self.called = self.model._forward_module
         self.model.train()
         optimizer = on_all_ranks(fabric, lambda: optim.build(self.module, c))
         self.is_adaptive, self.family = optim.is_adaptive(optimizer), carry_over.family(optimizer)
@@ -219,7 +221,7 @@ class Components:
         """
         precision = self.fabric.strategy.precision
         with precision.forward_context():
-            return precision.convert_output(self.model._forward_module(precision.convert_input(inputs)))
+            return precision.convert_output(self.called(precision.convert_input(inputs)))
 
     def backward(self, losses: Tensor, weights: Tensor) -> None:
         """Add the gradients of the losses' weighted sum, scaled where the precision needs it."""
