@@ -7,9 +7,9 @@ One process or several on this machine:
 On a cluster:
     srun --kill-on-bad-exit=1 python main.py …
 
-Exit status: 0 finished, 1 failed, 2 refused (bad options or data), 3 diverged, 75 interrupted by SIGTERM or SIGINT, 85
-by SIGUSR1 (time is up: start it again), both after a checkpoint was saved (--resume=auto goes on), 130 ended at once by
-a second SIGINT.
+Exit status: 0 finished, 1 failed, 2 refused (bad options or data), 3 diverged, 75 interrupted by SIGTERM, SIGINT or
+SIGHUP, 85 by SIGUSR1 (time is up: start it again), both after a checkpoint was saved (--resume=auto goes on), 130 ended
+at once by a second SIGINT.
 """
 
 from launch import entry
@@ -39,7 +39,7 @@ from launch import ending, fsdp, processes
 from launch.collectives import on_all_ranks
 from launch.signals import Interrupts
 from options import command_line
-from options.errors import REFUSED, UsageError
+from options.errors import REFUSED, RunError, UsageError
 from options.schema import Config
 from training import tuner
 from training.clock import Clock
@@ -103,8 +103,6 @@ class Trainer:
                 return "diverged"
             if self.stop_signal and not self.finished():
                 return self.interrupted()
-        if state.checkpoints.saved_step != self.controller.steps:
-            state.save()
         return "finished"
 
     def interrupted(self) -> str:
@@ -260,9 +258,19 @@ class Trainer:
         self.reporter.add(self.totals.read(), row | evaluation)
 
     def conclude(self, status: str) -> None:
-        """The end of the run, on all ranks."""
+        """The end of the run, on all ranks: the last checkpoint and what the log writes, all of it that can be written.
+
+        Raises:
+            RunError, UsageError: something could not.
+        """
         parts, log = self.parts, self.reporter.log
         found = {"device": processes.device_name(self.fabric.device), "measured_options": self.measured_options}
+        problem = None
+        try:
+            if status == "finished" and self.state.checkpoints.saved_step != self.controller.steps:
+                self.state.save()
+        except (RunError, UsageError) as error:  # on all ranks alike
+            problem = error
         optim.set_training(parts.optimizer, False)
         weights = parts.module.state_dict()
         if parts.sharded and status == "finished":
@@ -270,6 +278,8 @@ class Trainer:
         on_all_ranks(
             self.fabric, lambda: log and log.conclude(status, self.state.results() | found, weights, self.stop_signal)
         )
+        if problem:
+            raise problem
 
 
 def run(config: Config) -> int:
@@ -281,13 +291,12 @@ def run(config: Config) -> int:
     """
     processes.set_up_devices(config)
     fabric = processes.start_fabric(config)
-    if fabric._precision.precision == "64-true":
-        torch.set_default_dtype(torch.float64)  # else Fabric hands the model's outputs back in float32
     interrupts = Interrupts()
-    trainer = Trainer(fabric, config, interrupts)
-    with interrupts:  # until here there is nothing to save: a signal ends the program at once
-        status = trainer.fit()
-        trainer.conclude(status)
+    with processes.default_dtype(fabric):
+        trainer = Trainer(fabric, config, interrupts)
+        with interrupts:  # until here there is nothing to save: a signal ends the program at once
+            status = trainer.fit()
+            trainer.conclude(status)
     if status == "interrupted" and trainer.stop_signal == signal.SIGUSR1:
         return TIME_IS_UP
     return EXIT_STATUS[status]

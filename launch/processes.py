@@ -191,6 +191,18 @@ def set_up_devices(config: Config) -> None:
         torch.backends.cudnn.benchmark = False
 
 
+@contextlib.contextmanager
+def default_dtype(fabric: Fabric) -> Iterator[None]:
+    """With `--precision=64-true` it is float64 inside: else Fabric hands the model's outputs back in float32."""
+    before = torch.get_default_dtype()
+    if fabric._precision.precision == "64-true":
+        torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def device_name(device: torch.device) -> str:
     """What one process computes on."""
     if device.type == "cuda":

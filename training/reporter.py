@@ -22,6 +22,7 @@ class Reporter:
     def __init__(self):
         self.log: RunLog | None = None
         self.notices: list[str] = []  # what was said once and for all
+        self.early: list[str] | None = []  # what is to be said once there is a log
         self.undecided = ""  # why the last test made no decision
         self.unwritten: tuple[Callable, dict[str, Any]] | None = None  # a row, but for what the device still computes
         self.diverged = False
@@ -42,7 +43,8 @@ class Reporter:
         parameters = sum(parameter.numel() for parameter in parts.module.parameters())
         devices = (parts.fabric.world_size, parts.fabric.device.type)
         self.say(texts.introduction(parts.config, parameters, parts.samples_per_epoch, *devices))
-        for line in notices:
+        early, self.early = self.early, None
+        for line in [*early, *notices]:
             self.notify(line)
 
     def add(self, statistics: Callable, row: dict[str, Any]) -> None:
@@ -80,7 +82,9 @@ class Reporter:
 
     def notify(self, line: str) -> None:
         """Say it once in the whole run."""
-        if line not in self.notices:
+        if self.early is not None:
+            self.early.append(line)
+        elif line not in self.notices:
             self.notices.append(line)
             self.say(line)
 
