@@ -60,6 +60,8 @@ class Trainer:
     def __init__(self, fabric: Fabric, config: Config, interrupts: Interrupts):
         self.fabric, self.interrupts, self.stop_signal = fabric, interrupts, 0
         self.reporter = Reporter()
+        self.unseen: dict[int, range] = {}  # positions of the steps whose losses nobody has looked at yet
+        self.seen = 0  # steps before the row that is not yet written
         self.parts = parts = Components(fabric, config, self.reporter.notify)
         with processes.naming_long_work(fabric, "measuring how long steps of different sizes take"):
             measured, lines = tuner.tune(parts)
@@ -71,6 +73,7 @@ class Trainer:
         self.totals = Totals(self.clock, parts.train_metrics)
         self.validation = Validation(parts.loss, parts.metrics, fabric.device)
         self.state = State(parts, self.controller, self.totals, self.validation, self.reporter)
+        self.reporter.find_bad_sample = self.find_bad_sample
         marks = self.state.restore(parts.resumed) if parts.resumed else None
         on_all_ranks(fabric, lambda: fabric.is_global_zero and self.open_log(marks))
         self.state.open(self.reporter.log and self.reporter.log.folder)
@@ -125,6 +128,7 @@ class Trainer:
         plan, lr_factor = self.plan(measured), self.controller.lr_factor
         learning_rate = self.learning_rate(plan.start, self.controller.steps, lr_factor)
         optim.set_learning_rate(self.parts.optimizer, learning_rate, self.controller.decay_factor)
+        self.unseen[self.controller.steps] = range(plan.start, plan.start + plan.batch_size)
         moments = self.train_step(plan, measured)
         # Here the paper's test is made (adadagrad/tests.py), where the rule has one, and the next batch gets its size.
         update = self.controller.update(moments if decisive else None, plan.batch_size, watched=moments)
@@ -256,6 +260,12 @@ class Trainer:
             "world_size": self.fabric.world_size,
         }
         self.reporter.add(self.totals.read(), row | evaluation)
+        self.unseen = {step: positions for step, positions in self.unseen.items() if step >= self.seen}
+        self.seen = self.controller.steps
+
+    def find_bad_sample(self, step: int) -> int | None:
+        """Of the batch after so many steps, which has diverged: a training sample whose numbers are not finite."""
+        return self.parts.stream.not_finite(self.unseen.get(step, range(0)))
 
     def conclude(self, status: str) -> None:
         """The end of the run, on all ranks: the last checkpoint and what the log writes, all of it that can be written.

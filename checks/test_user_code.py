@@ -2,23 +2,39 @@
 
 import errno
 import json
+import math
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
+import batches
 import main
+from adadagrad.gradients.isolation import random_states, set_random_states
+from batches.augment import Normalise
 from checks.conftest import FIXED_CUT, ROOT, Started, run
+from data import DataSet
+from launch import processes
 from launch.signals import Interrupts
 from launch.terminals import Unheard
+from options.effective import refuse_unequal_numbers
+from options.errors import UsageError
+from options.schema import Config
+from runs.lock import locked
+from training import tuner
+from training.components import Components, draw_by_rank
 from training.reporter import Reporter
+from training.state import State
 
 OWN = """
 import collections, math
@@ -201,3 +217,166 @@ def test_what_is_said_before_there_is_a_log(monkeypatch):
     )
     reporter.notify("early")
     assert said == ["the run", "early", "late"]
+
+
+def test_a_sample_that_is_no_number_is_named(tmp_path, own):
+    (tmp_path / "bad.py").write_text(
+        OWN
+        + "def bad(folder):\n    found = regression(lambda loss: loss)\n    found.train.tensors[0][77, 2] = math.nan\n"
+        "    return found\n"
+    )
+    words = options(tmp_path, dataset="bad:bad", max_iters="40", eval_interval="40")
+    done = run(*words, "--log_interval=20", **own)
+    assert done.returncode == 3 and "sample 77 of the training set has NaN or infinite numbers" in done.stdout
+
+
+def test_a_rate_that_is_too_large_is_not_blamed_on_the_data(tmp_path, own):
+    done = run(*options(tmp_path, learning_rate="1e30", optimizer="sgd", max_iters="40"), **own)
+    assert done.returncode == 3 and "lower --learning_rate" in done.stdout
+
+
+class Turns:
+    """Ranks of two nodes with a disk each."""
+
+    def __init__(self, local_rank: int, first: bool):
+        self.local_rank, self.is_global_zero, self.world_size = local_rank, first, 1
+
+
+@pytest.mark.parametrize("local_rank, first, prepares", [(0, True, 1), (0, False, 1), (1, False, 0)])
+def test_data_are_prepared_once_on_every_node(monkeypatch, local_rank, first, prepares):
+    class Enough(Exception):
+        pass
+
+    prepared = []
+    monkeypatch.setattr("data.prepare", lambda *_: prepared.append(1))
+    monkeypatch.setattr("data.load", mock.Mock(side_effect=Enough))
+    monkeypatch.setattr("runs.checkpoint.resumption", lambda fabric, config: (config, None))
+    with pytest.raises(Enough):
+        Components._read_data(SimpleNamespace(fabric=Turns(local_rank, first)), Config())
+    assert len(prepared) == prepares
+
+
+def test_the_best_checkpoint_is_one_that_is_there(tmp_path):
+    state = SimpleNamespace(
+        controller=mock.Mock(samples=1, steps=1, findings=dict),
+        best_step=4,
+        checkpoints=mock.Mock(path=lambda step: tmp_path / f"{step}.pt"),
+        validation=mock.Mock(results=dict),
+        fabric=mock.Mock(),
+    )
+    assert State.results(state)["best_checkpoint"] is None
+    (tmp_path / "4.pt").touch()
+    assert State.results(state)["best_checkpoint"] == "4.pt"
+
+
+@pytest.mark.parametrize("number, works", [(errno.EPERM, False), (errno.ENOLCK, False), (errno.EACCES, True)])
+def test_locks_where_there_are_none(tmp_path, monkeypatch, number, works):
+    monkeypatch.setattr("fcntl.lockf", mock.Mock(side_effect=OSError(number, os.strerror(number))))
+    if works:
+        with pytest.raises(UsageError, match="another process"):
+            locked(tmp_path)
+    else:
+        assert locked(tmp_path) is None
+
+
+def test_outputs_without_a_tensor_somewhere():
+    parts = SimpleNamespace(loss=lambda outputs, targets: outputs["logits"] - targets)
+    outputs = {"logits": torch.ones(2), "cache": None, "layers": 3}
+    assert Components.mean_loss(parts, outputs, torch.zeros(2)) == 1
+
+
+def test_ranks_draw_other_numbers_whoever_draws():
+    outer = random_states(torch.device("cpu"))
+    drawn = []
+    for rank in (0, 1):
+        draw_by_rank(1 + rank)
+        drawn.append((torch.rand(()).item(), random.random(), np.random.rand()))
+    set_random_states(outer, torch.device("cpu"))
+    assert all(a != b for a, b in zip(*drawn))
+
+
+def test_pixels_are_normalised_before_they_are_rounded():
+    images = SimpleNamespace(mean=(0.4914,), std=(0.2470,))
+    pixels = torch.arange(256, dtype=torch.uint8).view(-1, 1, 1, 1)
+    exact = Normalise(images, torch.device("cpu"), torch.float64)(pixels)
+    rounded = Normalise(images, torch.device("cpu"), torch.bfloat16)(pixels)
+    assert rounded.dtype == torch.bfloat16 and torch.equal(rounded, exact.bfloat16())
+
+
+def test_as_many_micro_batches_on_every_rank():
+    synchronised = torch.nn.Sequential(torch.nn.SyncBatchNorm(1))
+    for least in (1, 2):
+        too_small = 2 * least - 1
+        with pytest.raises(UsageError, match="SyncBatchNorm needs as many"):
+            refuse_unequal_numbers(Config(max_micro_batch_size=too_small), synchronised, least)
+        refuse_unequal_numbers(Config(max_micro_batch_size=too_small + 1), synchronised, least)
+        for size in range(2 * least, 80):
+            plan = batches.cut(0, size, 2, too_small + 1, 1, least, even=True)
+            assert len(plan.micro_batches(0)) == len(plan.micro_batches(1))
+    refuse_unequal_numbers(Config(), synchronised, 2)
+
+
+class FullDevice:
+    """Components on a device that has room for seven samples."""
+
+    samples_per_epoch, fabric = 100, SimpleNamespace(device=torch.device("cpu"), world_size=1)
+
+    def __init__(self):
+        self.stream = mock.Mock(read=lambda positions: (self.made(len(positions)),) * 2)
+
+    def made(self, count: int) -> torch.Tensor:
+        if count > 7:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.zeros(count)
+
+
+def test_out_of_memory_where_the_tuner_makes_its_samples():
+    assert math.isinf(tuner._slowest(FullDevice(), lambda *_: None, 8))
+    assert tuner._slowest(FullDevice(), lambda inputs, targets: inputs + targets, 7) < 10
+
+
+@pytest.mark.parametrize("available, found", [(False, "cpu"), (True, "cuda")])
+def test_auto_is_no_accelerator_without_float64(monkeypatch, available, found):
+    class Enough(Exception):
+        pass
+
+    asked = mock.Mock(side_effect=Enough)
+    monkeypatch.setattr("launch.processes.Fabric", asked)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: available)
+    with pytest.raises(Enough):
+        processes.start_fabric(Config(devices=1))
+    assert asked.call_args.kwargs["accelerator"] == found
+
+
+class Drawing(torch.utils.data.Dataset):
+    """Draws by generators of its own, and reads a file that it has opened."""
+
+    def __init__(self, path: Path):
+        self.file = open(path, "rb", buffering=0)  # noqa: SIM115
+        self.numpy = np.random.default_rng(0)
+        self.transforms = [SimpleNamespace(own=random.Random(0)), {"torch": torch.Generator()}]
+
+    def __len__(self) -> int:
+        return 256
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self.file.seek(4 * i)
+        time.sleep(0.0005)
+        read = int.from_bytes(self.file.read(4), "little")
+        draws = [self.numpy.random(), self.transforms[0].own.random()]
+        draws.append(torch.rand((), generator=self.transforms[1]["torch"], dtype=torch.float64).item())
+        return torch.tensor(draws), torch.tensor([float(read)])
+
+
+def test_generators_and_files_of_a_data_set(tmp_path):
+    """The same by worker processes as without; no two samples draw alike, and none is another one's record."""
+    (tmp_path / "records").write_bytes(b"".join(i.to_bytes(4, "little") for i in range(256)))
+    samples = Drawing(tmp_path / "records")
+    whole = DataSet(samples, samples, loss=lambda outputs, targets: outputs, num_outputs=1)
+    taken = []
+    for workers in (0, 2):
+        stream = batches.build(whole, 0, False, torch.device("cpu"), torch.float64, workers)
+        taken.append(next(iter(stream.take([range(256)]))))
+    (draws, records), (of_workers, also) = taken
+    assert torch.equal(draws, of_workers) and len(draws.unique()) == 3 * 256
+    assert torch.equal(records, also) and records.flatten().tolist() == list(range(256))

@@ -51,6 +51,10 @@ def start_fabric(config: Config) -> Fabric:
                 f"--num_nodes={config.num_nodes}: start one `fabric run` or torchrun on every node, or use srun "
                 "(docs/running.md, Launching)"
             )
+    # Fabric would take a Mac's GPU, which has no float64.
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    if by_fabric_run and os.environ.get("LT_ACCELERATOR", "auto") == "auto":
+        os.environ["LT_ACCELERATOR"] = found
     environments = {"torchrun": TorchElasticEnvironment, "srun": SLURMEnvironment, None: LightningEnvironment}
     try:
         if by_fabric_run:
@@ -63,7 +67,7 @@ def start_fabric(config: Config) -> Fabric:
             if not isinstance(strategy, str) and precision.startswith("64"):  # shards know it, Fabric's list does not
                 plugins, precision = [*plugins, DoublePrecision()], None
             fabric = Fabric(
-                accelerator=config.accelerator,
+                accelerator={"auto": found, "gpu": "cuda"}.get(config.accelerator, config.accelerator),
                 strategy=strategy,
                 devices=devices,
                 num_nodes=num_nodes,

@@ -17,6 +17,7 @@ class Reporter:
 
     Attributes:
         diverged: a row has shown a loss that was not finite.
+        find_bad_sample: the training sample that is to blame for it, if any; called with the steps before that one.
     """
 
     def __init__(self):
@@ -26,6 +27,7 @@ class Reporter:
         self.undecided = ""  # why the last test made no decision
         self.unwritten: tuple[Callable, dict[str, Any]] | None = None  # a row, but for what the device still computes
         self.diverged = False
+        self.find_bad_sample: Callable[[int], int | None] = lambda step: None
 
     def open(
         self,
@@ -72,9 +74,14 @@ class Reporter:
             self.say(texts.evaluation_text(row))
         if diverged_at is not None:
             self.diverged = True
-            self.say(
-                f"diverged: the loss was not finite at step {diverged_at + 1}: lower --learning_rate or set --grad_clip"
-            )
+            if self.log:
+                self.say(f"diverged: the loss was not finite at step {diverged_at + 1}: {self._remedy(diverged_at)}")
+
+    def _remedy(self, step: int) -> str:
+        sample = self.find_bad_sample(step)
+        if sample is None:
+            return "lower --learning_rate or set --grad_clip"
+        return f"sample {sample} of the training set has NaN or infinite numbers: repair it or leave it out"
 
     def say(self, line: str) -> None:
         if self.log:
