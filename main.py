@@ -7,9 +7,9 @@ One process or several on this machine:
 On a cluster:
     srun --kill-on-bad-exit=1 python main.py …
 
-Exit status: 0 finished, 1 failed, 2 refused (bad options or data), 3 diverged, 75 interrupted by SIGTERM or SIGINT, 85
-by SIGUSR1 (time is up: start it again), both after a checkpoint was saved (--resume=auto goes on), 130 ended at once by
-a second SIGINT.
+Exit status: 0 finished, 1 failed, 2 refused (bad options or data), 3 diverged, 75 interrupted by SIGTERM, SIGINT or
+SIGHUP, 85 by SIGUSR1 (time is up: start it again), both after a checkpoint was saved (--resume=auto goes on), 130 ended
+at once by a second SIGINT.
 """
 
 from launch import entry
@@ -39,7 +39,7 @@ from launch import ending, fsdp, processes
 from launch.collectives import on_all_ranks
 from launch.signals import Interrupts
 from options import command_line
-from options.errors import REFUSED, UsageError
+from options.errors import REFUSED, RunError, UsageError
 from options.schema import Config
 from training import tuner
 from training.clock import Clock
@@ -60,6 +60,8 @@ class Trainer:
     def __init__(self, fabric: Fabric, config: Config, interrupts: Interrupts):
         self.fabric, self.interrupts, self.stop_signal = fabric, interrupts, 0
         self.reporter = Reporter()
+        self.unseen: dict[int, range] = {}  # positions of the steps whose losses nobody has looked at yet
+        self.seen = 0  # steps before the row that is not yet written
         self.parts = parts = Components(fabric, config, self.reporter.notify)
         with processes.naming_long_work(fabric, "measuring how long steps of different sizes take"):
             measured, lines = tuner.tune(parts)
@@ -73,6 +75,7 @@ class Trainer:
         self.totals = Totals(self.clock, parts.train_metrics)
         self.validation = Validation(parts.loss, parts.metrics, fabric.device)
         self.state = State(parts, self.controller, self.totals, self.validation, self.reporter)
+        self.reporter.find_bad_sample = self.find_bad_sample
         marks = self.state.restore(parts.resumed) if parts.resumed else None
         on_all_ranks(fabric, lambda: fabric.is_global_zero and self.open_log(marks))
         self.state.open(self.reporter.log and self.reporter.log.folder)
@@ -105,8 +108,6 @@ class Trainer:
                 return "diverged"
             if self.stop_signal and not self.finished():
                 return self.interrupted()
-        if state.checkpoints.saved_step != self.controller.steps:
-            state.save()
         return "finished"
 
     def interrupted(self) -> str:
@@ -129,6 +130,7 @@ class Trainer:
         plan, lr_factor = self.plan(measured), self.controller.lr_factor
         learning_rate = self.learning_rate(plan.start, self.controller.steps, lr_factor)
         optim.set_learning_rate(self.parts.optimizer, learning_rate, self.controller.decay_factor)
+        self.unseen[self.controller.steps] = range(plan.start, plan.start + plan.batch_size)
         moments = self.train_step(plan, measured)
         # Here the paper's test is made (adadagrad/tests.py), where the rule has one, and the next batch gets its size.
         update = self.controller.update(moments if decisive else None, plan.batch_size, watched=moments)
@@ -260,11 +262,27 @@ class Trainer:
             "world_size": self.fabric.world_size,
         }
         self.reporter.add(self.totals.read(), row | evaluation)
+        self.unseen = {step: positions for step, positions in self.unseen.items() if step >= self.seen}
+        self.seen = self.controller.steps
+
+    def find_bad_sample(self, step: int) -> int | None:
+        """Of the batch after so many steps, which has diverged: a training sample whose numbers are not finite."""
+        return self.parts.stream.not_finite(self.unseen.get(step, range(0)))
 
     def conclude(self, status: str) -> None:
-        """The end of the run, on all ranks."""
+        """The end of the run, on all ranks: the last checkpoint and what the log writes, all of it that can be written.
+
+        Raises:
+            RunError, UsageError: something could not.
+        """
         parts, log = self.parts, self.reporter.log
         found = {"device": processes.device_name(self.fabric.device), "measured_options": self.measured_options}
+        problem = None
+        try:
+            if status == "finished" and self.state.checkpoints.saved_step != self.controller.steps:
+                self.state.save()
+        except (RunError, UsageError) as error:  # on all ranks alike
+            problem = error
         optim.set_training(parts.optimizer, False)
         weights = parts.module.state_dict()
         if parts.sharded and status == "finished":
@@ -272,6 +290,8 @@ class Trainer:
         on_all_ranks(
             self.fabric, lambda: log and log.conclude(status, self.state.results() | found, weights, self.stop_signal)
         )
+        if problem:
+            raise problem
 
 
 def run(config: Config) -> int:
@@ -283,13 +303,12 @@ def run(config: Config) -> int:
     """
     processes.set_up_devices(config)
     fabric = processes.start_fabric(config)
-    if fabric._precision.precision == "64-true":
-        torch.set_default_dtype(torch.float64)  # else Fabric hands the model's outputs back in float32
     interrupts = Interrupts()
-    trainer = Trainer(fabric, config, interrupts)
-    with interrupts:  # until here there is nothing to save: a signal ends the program at once
-        status = trainer.fit()
-        trainer.conclude(status)
+    with processes.default_dtype(fabric):
+        trainer = Trainer(fabric, config, interrupts)
+        with interrupts:  # until here there is nothing to save: a signal ends the program at once
+            status = trainer.fit()
+            trainer.conclude(status)
     if status == "interrupted" and trainer.stop_signal == signal.SIGUSR1:
         return TIME_IS_UP
     return EXIT_STATUS[status]

@@ -44,8 +44,9 @@ class Normalise:
         memory_format: torch.memory_format = torch.contiguous_format,
     ):
         self.dtype, self.memory_format = dtype, memory_format
+        self.exact = torch.promote_types(dtype, torch.float32)  # 16 bits are few for neighbouring shades
         self.mean, self.std = (
-            torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)
+            torch.tensor(values, dtype=self.exact, device=device).view(1, -1, 1, 1)
             for values in (data_set.mean, data_set.std)
         )
 
@@ -54,8 +55,8 @@ class Normalise:
 
     def _one(self, tensor: Tensor) -> Tensor:
         if tensor.dtype == torch.uint8 and tensor.dim() == 4:
-            pixels = tensor.to(self.dtype, memory_format=self.memory_format)
-            return pixels.div_(255).sub_(self.mean).div_(self.std)
+            pixels = tensor.to(self.exact, memory_format=self.memory_format)
+            return pixels.div_(255).sub_(self.mean).div_(self.std).to(self.dtype)
         cast = self._cast(tensor)
         return cast.contiguous(memory_format=self.memory_format) if cast.dim() == 4 else cast
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset, TensorDataset
 
 from batches.augment import Normalise, crop_and_flip
@@ -15,6 +15,8 @@ from batches.order import Orders, as_tensor
 from batches.plan import positions_of_rank
 from data import DataSet
 
+LOOKED_AT = 64
+"""Samples at a time, where one is looked for."""
 Batch = tuple[Any, Any]
 """Inputs and targets: tensors (n, …), or nested tuples, lists and dicts of them."""
 
@@ -30,6 +32,18 @@ class Stream:
     def read(self, positions: range) -> Batch:
         """The training samples at these positions, by themselves: images (n, C, H, W), labels (n,)."""
         return self.normalise.batch(self._augmented(self._read(positions), positions))
+
+    def not_finite(self, positions: range) -> int | None:
+        """The first of the training samples at these positions that has a NaN or an infinite number; waits for it."""
+        for first in range(0, len(positions), LOOKED_AT):
+            some = positions[first : first + LOOKED_AT]
+            for leaf in tree_leaves(self.read(some)):
+                if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                    finite = torch.isfinite(leaf).reshape(len(some), -1).all(1)
+                    if not finite.all():
+                        at = some[int(finite.int().argmin())]
+                        return int(self.order.samples(range(at, at + 1)))
+        return None
 
     def take(self, micro_batches: Iterable[range]) -> Iterator[Batch]:
         """Micro-batches of training samples at these positions."""
@@ -79,8 +93,8 @@ class InMemoryStream(Stream):
 
 
 def _by_number(samples: Dataset, device: torch.device) -> Callable[[Tensor], Batch]:
-    """A function: numbers of samples, int64 (n,) on the device → the samples, there."""
+    """A function: numbers of samples, int64 (n,), on the device where the samples lie there → the samples, there."""
     if isinstance(samples, TensorDataset):
         inputs, targets = (tensor.to(device) for tensor in samples.tensors)
         return lambda chosen: (inputs[chosen], targets[chosen])
-    return lambda chosen: tree_map(lambda tensor: tensor.to(device, non_blocking=True), samples.gather(chosen.cpu()))
+    return lambda chosen: tree_map(lambda tensor: tensor.to(device, non_blocking=True), samples.gather(chosen))

@@ -1,10 +1,15 @@
 """Micro-batches of exactly the size that is asked for, from a data set that is read while training goes on."""
 
 import contextlib
+import fcntl
 import itertools
+import os
 import random
+import stat
 import sys
 from collections.abc import Iterable, Iterator
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -155,8 +160,26 @@ def _begin_worker(worker: int) -> None:
     When that one is killed, a broken pipe is no news and needs no traceback.
     """
     heed_the_parent_alone()
+    _read_files_by_itself()
     report = sys.excepthook
     sys.excepthook = lambda kind, *rest: None if issubclass(kind, (OSError, EOFError)) else report(kind, *rest)
+
+
+def _read_files_by_itself() -> None:
+    """In a forked process: files that were open for reading are opened anew under the numbers that they have.
+
+    Else all processes share one position in each of them, and where one seeks the others read. (On Linux.)
+    """
+    with contextlib.suppress(OSError):
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):  # that of the listing itself is closed already
+                number = int(name)
+                read_only = fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+                if read_only and stat.S_ISREG(os.fstat(number).st_mode):
+                    position, own = os.lseek(number, 0, os.SEEK_CUR), os.open(f"/proc/self/fd/{name}", os.O_RDONLY)
+                    os.lseek(own, position, os.SEEK_SET)
+                    os.dup2(own, number)
+                    os.close(own)
 
 
 def _unchanged(chunk):
@@ -181,7 +204,8 @@ def _checked(chunk: Batch | str) -> Batch:
 
 
 class SeededReader(Dataset):
-    """Reads a chunk of samples; Python's, NumPy's and torch's random generators are seeded for each of them.
+    """Reads a chunk of samples; Python's, NumPy's and torch's random generators are seeded for each of them, and those
+    that the data set keeps itself.
 
     So whatever the data set draws (crop, flip, …) is the same on any rank, in any process, before and after a resume.
 
@@ -194,13 +218,14 @@ class SeededReader(Dataset):
     def __init__(self, samples: Dataset, name: str, data_set: DataSet):
         self.samples, self.name = samples, name
         self.input_shape, self.num_classes = data_set.input_shape, data_set.num_classes
+        self.generators = own_generators(samples)
 
     def __getitems__(self, requests: list[tuple[int, int]]) -> Batch | str:
         """Inputs (n, …) and targets (n, …) of these (sample, seed); one line where a sample cannot be read."""
         chunk = []
         with _generators_restored():
             for index, seed in requests:
-                _seed_generators(seed)
+                _seed_generators(seed, self.generators)
                 try:
                     chunk.append(self._sample(index))
                 except Exception as error:  # a user's data set raises what it likes; the run ends with this line
@@ -228,10 +253,42 @@ class SeededReader(Dataset):
         return image, int(label)
 
 
-def _seed_generators(seed: int) -> None:
+MANY = 1000
+"""Longer lists hold samples, not what draws for them."""
+
+
+def own_generators(holder: Any) -> list[Any]:
+    """The random generators of NumPy, torch and Python in an object's attributes, and in what lies in these.
+
+    (One that is made anew for a sample, or hidden in a closure, is not found: docs/extending.md.)
+    """
+    found, seen, to_look_at = [], set(), [holder]
+    while to_look_at:
+        value = to_look_at.pop()
+        if id(value) in seen or isinstance(value, (type, ModuleType)):
+            continue
+        seen.add(id(value))
+        if isinstance(value, (np.random.Generator, np.random.RandomState, torch.Generator, random.Random)):
+            found.append(value)
+        elif isinstance(value, (dict, list, tuple)):
+            to_look_at += [] if len(value) > MANY else value.values() if isinstance(value, dict) else value
+        else:
+            to_look_at += getattr(value, "__dict__", {}).values()
+    return found
+
+
+def _seed_generators(seed: int, own: Iterable[Any]) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs, too
+    for generator in own:
+        if isinstance(generator, np.random.Generator):
+            bits = generator.bit_generator
+            bits.state = type(bits)(seed).state
+        elif isinstance(generator, torch.Generator):
+            generator.manual_seed(seed)
+        else:
+            generator.seed(seed % 2**32)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The stream of a data set: by number where its samples are at hand, else by worker processes."""
 
 import torch
+from torch.utils.data import TensorDataset
 
 from batches.augment import Normalise
 from batches.in_memory import InMemoryStream
@@ -27,11 +28,15 @@ def build(
         validation_samples: of the validation set so many, spread evenly over it; default: all.
     """
     normalise = Normalise(data_set, device, dtype, memory_format)
-    where = device if data_set.at_hand else "cpu"  # of the numbers of samples
+    # The numbers of samples are where samples are chosen by them: on the device, or by the host.
+    train_on, val_on = (
+        device if isinstance(samples, TensorDataset) and data_set.at_hand else "cpu"
+        for samples in (data_set.train, data_set.val)
+    )
     available = len(data_set.val)
     orders = (
-        SampleOrder(len(data_set.train), seed, shuffle, where),
-        EvenlySpread(available, validation_samples or available, where),
+        SampleOrder(len(data_set.train), seed, shuffle, train_on),
+        EvenlySpread(available, validation_samples or available, val_on),
     )
     if data_set.at_hand:
         return InMemoryStream(data_set, orders, seed, device, normalise)

@@ -95,7 +95,7 @@ def make_malicious(path: Path) -> None:
 DAMAGES = {
     truncate: "is no whole checkpoint (BadZipFile: File is not a zip file)",
     flip_a_bit_of_the_weights: "is no whole checkpoint (archive/data/0 in it is damaged)",
-    make_malicious: "holds more than weights and plain values: not loaded",
+    make_malicious: "holds more than weights and plain values (posix.mkdir): not loaded",
 }
 
 

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -14,9 +15,10 @@ from torch.utils.data import TensorDataset
 import main
 from adadagrad import gradients
 from checks.fake_gpu import DEVICE, fake_gpu
-from data import DataSet
+from data import DataSet, _text
 from launch.signals import Interrupts
 from options.schema import Config
+from text.windows import Text
 
 
 def _split(count: int, *shape: int) -> TensorDataset:
@@ -46,6 +48,10 @@ def cropped_photos(data_dir: Path) -> DataSet:
 
 def large_photos(data_dir: Path) -> DataSet:
     return LARGE_PHOTOS
+
+
+def text(data_dir: Path) -> DataSet:
+    return _text(Text(*(np.arange(n, dtype=np.uint8) % 50 for n in (2700, 270)), 50), sequence_length=8)
 
 
 def resnet18_group_norm(image_shape, num_classes) -> nn.Module:
@@ -213,6 +219,17 @@ def test_waits_of_evaluation_and_row(tmp_path):
         watch.forget()
         run.evaluate()
         assert watch.waits.total() <= 2, watch.waits
+
+
+def test_text_does_not_wait(tmp_path):
+    """Its tokens are gathered by the host, by numbers that the host knows."""
+    with fake_gpu() as (fabric, watch):
+        text = {"dataset": "checks.test_fake_gpu:text", "model": "gpt", "model_args": {"layers": 1, "width": 16}}
+        run = trainer(fabric, tmp_path, test=False, batch_size=24, gradient_accumulation_steps=3, **text)
+        run.step()
+        watch.forget()
+        run.step()
+        assert not watch.waits and not watch.trailing
 
 
 def test_a_tensor_left_on_the_host_is_found():

@@ -70,6 +70,19 @@ def test_hidden_copies_are_named(root, place):
     assert f"({place}): remove them" in refused(root)
 
 
+@pytest.mark.parametrize("place", ["train/owl", "train/cat/more", "val/dog/9.jpg"])
+def test_links_that_lead_nowhere_are_named(root, place):
+    (root / place).symlink_to("/not/mounted/here")
+    assert f"lead nowhere ({root / place} to /not/mounted/here)" in refused(root)
+
+
+def test_links_are_followed_but_not_round_in_a_circle(root):
+    (root / "train" / "cat" / "dogs").symlink_to(root / "val" / "dog")
+    assert len(sources.load(root)[0]) == 8
+    (root / "train" / "cat" / "up").symlink_to("..")
+    assert f"{root}/train/cat/up is a link to a folder that it lies in" in refused(root)
+
+
 def test_layouts_that_are_refused(root):
     (root / "val" / "eel").mkdir()
     assert "(eel only in val)" in refused(root)

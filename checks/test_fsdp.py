@@ -117,12 +117,11 @@ def test_blocks_are_the_outermost_that_a_model_repeats():
 
 def test_what_needs_whole_tensors_is_refused():
     net, normalised = residual_net((1, 8, 8), 10), nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    refuse_what_needs_whole_tensors(net, "adam", "bf16-mixed", compiled=False)
+    refuse_what_needs_whole_tensors(net, "bf16-mixed", compiled=False)
     for arguments in [
-        (normalised, "adam", "32-true", False),
-        (net, "adagradnorm", "32-true", False),
-        (net, "adam", "16-mixed", False),
-        (net, "adam", "32-true", True),
+        (normalised, "32-true", False),
+        (net, "16-mixed", False),
+        (net, "32-true", True),
     ]:
         with pytest.raises(UsageError, match="--strategy=fsdp: "):
             refuse_what_needs_whole_tensors(*arguments)
@@ -135,6 +134,7 @@ def test_what_needs_whole_tensors_is_refused():
     [
         (["--test_gradients=worker", "--test_type=ip"], "need whole tensors here"),
         (["--max_micro_batch_size=1"], "--max_micro_batch_size=1: shards need as many"),
+        (["--optimizer=optim:AdaGradNorm", "--test=False"], "--optimizer=optim:AdaGradNorm needs the whole gradient's"),
     ],
 )
 def test_refusals_of_two_processes(tmp_path, options, said):

@@ -116,6 +116,13 @@ def test_tokens_outside_the_vocabulary_are_named(tmp_path):
     assert data.load("tokens", tmp_path, sequence_length=9, vocab_size=300).num_outputs == 300
 
 
+def test_the_home_folder_is_meant_as_a_shell_means_it(tmp_path, monkeypatch):
+    (tmp_path / "words.txt").write_bytes(b"word\n" * 300)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert prepare.main(["~/words.txt", "--out_dir=~/tokens"]) == 0
+    assert (tmp_path / "tokens" / "train.bin").exists()
+
+
 def test_the_standard_library_is_the_same_text_every_time():
     first, second = standard_library(), standard_library()
     assert first.vocab_size == 256 and first.is_bytes and np.array_equal(first.val, second.val)

@@ -78,23 +78,61 @@ def find(folder: Path) -> dict[str, ImageFiles]:
 
 
 def _in_class_folders(root: Path) -> tuple[ImageFiles, list[str]]:
-    """The images below the class folders of a split, and the names of hidden files there."""
-    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    """The images below the class folders of a split, and the names of hidden files there.
+
+    Raises:
+        UsageError: a link leads nowhere, or back to a folder that it lies in.
+    """
+    entries = _entries(root)
+    folders = [entry.name for entry in entries if entry.is_dir()]
     classes = [name for name in folders if not name.startswith(HIDDEN)]
     names, labels, hidden = [], [], [name for name in folders if name.startswith(HIDDEN)]
     for label, name in enumerate(classes):
-        before = len(os.path.join(root, name, ""))
-        for place, below, files in os.walk(root / name, followlinks=True):
-            below.sort()
-            images = sorted(file for file in files if file.lower().endswith(IMG_EXTENSIONS))
-            for file in [file for file in (*below, *images) if file.startswith(HIDDEN)]:
-                hidden.append(os.path.join(name, place[before:], file))
-            below[:] = [folder for folder in below if not folder.startswith(HIDDEN)]
-            found = [os.fsencode(os.path.join(place, file)[before:]) for file in images if not file.startswith(HIDDEN)]
-            names += found
-            labels += [label] * len(found)
+        before, number = len(os.path.join(root, name, "")), len(names)
+        for path in _images(os.path.join(root, name), (_identity(root),)):
+            if os.path.basename(path).startswith(HIDDEN):
+                hidden.append(os.path.join(name, path[before:]))
+            else:
+                names.append(os.fsencode(path[before:]))
+        labels += [label] * (len(names) - number)
     files = ImageFiles(root, classes, np.array(names, dtype=np.bytes_), np.array(labels, dtype=np.int32))
     return files, [os.path.join(root.name, name) for name in hidden]
+
+
+def _images(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    """The images below a folder, in the order of their names; hidden ones, and hidden folders, are among them.
+
+    Args:
+        above: identities of the folders that it lies in; links are followed, but not round in a circle.
+    """
+    if (own := _identity(folder)) in above:
+        raise UsageError(f"{folder} is a link to a folder that it lies in: remove it")
+    entries = _entries(folder)
+    below = [entry for entry in entries if entry.is_dir()]
+    for entry in entries:
+        if entry.name.lower().endswith(IMG_EXTENSIONS) and not entry.is_dir():
+            yield entry.path
+    for entry in below:
+        if entry.name.startswith(HIDDEN):
+            yield entry.path
+        else:
+            yield from _images(entry.path, (*above, own))
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry]:
+    """What lies in a folder, by name."""
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    if lost := [entry.path for entry in entries if entry.is_symlink() and not os.path.exists(entry.path)]:
+        raise UsageError(
+            f"{len(lost)} links in {folder} lead nowhere ({lost[0]} to {os.readlink(lost[0])}): make what they lead to "
+            "accessible here (in a container: mount it), or remove them"
+        )
+    return entries
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def _refuse_without_classes(files: ImageFiles) -> None:

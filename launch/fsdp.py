@@ -93,7 +93,7 @@ def forward_only(module: nn.Module) -> Iterator[None]:
                 part.reshard()
 
 
-def refuse_what_needs_whole_tensors(module: nn.Module, optimizer: str, precision: str, compiled: bool) -> None:
+def refuse_what_needs_whole_tensors(module: nn.Module, precision: str, compiled: bool) -> None:
     """
     Raises:
         UsageError: the options do not go with shards.
@@ -101,8 +101,6 @@ def refuse_what_needs_whole_tensors(module: nn.Module, optimizer: str, precision
     reason = ""
     if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in module.modules()):
         reason = "the model has BatchNorm, whose statistics need a pass of the test's own: take --strategy=ddp"
-    elif optimizer == "adagradnorm":
-        reason = "--optimizer=adagradnorm needs the whole gradient's norm: take another one, or --strategy=ddp"
     elif precision == "16-mixed":
         reason = "--precision=16-mixed scales the loss: take bf16-mixed, or --strategy=ddp"
     elif compiled:

@@ -51,6 +51,10 @@ def start_fabric(config: Config) -> Fabric:
                 f"--num_nodes={config.num_nodes}: start one `fabric run` or torchrun on every node, or use srun "
                 "(docs/running.md, Launching)"
             )
+    # Fabric would take a Mac's GPU, which has no float64.
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    if by_fabric_run and os.environ.get("LT_ACCELERATOR", "auto") == "auto":
+        os.environ["LT_ACCELERATOR"] = found
     environments = {"torchrun": TorchElasticEnvironment, "srun": SLURMEnvironment, None: LightningEnvironment}
     try:
         if by_fabric_run:
@@ -63,7 +67,7 @@ def start_fabric(config: Config) -> Fabric:
             if not isinstance(strategy, str) and precision.startswith("64"):  # shards know it, Fabric's list does not
                 plugins, precision = [*plugins, DoublePrecision()], None
             fabric = Fabric(
-                accelerator=config.accelerator,
+                accelerator={"auto": found, "gpu": "cuda"}.get(config.accelerator, config.accelerator),
                 strategy=strategy,
                 devices=devices,
                 num_nodes=num_nodes,
@@ -189,6 +193,18 @@ def set_up_devices(config: Config) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
+
+
+@contextlib.contextmanager
+def default_dtype(fabric: Fabric) -> Iterator[None]:
+    """With `--precision=64-true` it is float64 inside: else Fabric hands the model's outputs back in float32."""
+    before = torch.get_default_dtype()
+    if fabric._precision.precision == "64-true":
+        torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def device_name(device: torch.device) -> str:

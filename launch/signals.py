@@ -1,4 +1,4 @@
-"""Signals: SIGTERM, SIGINT and SIGUSR1 ask for an end after the current step; a second SIGINT is obeyed at once."""
+"""Signals: SIGTERM, SIGINT, SIGHUP, SIGUSR1 ask for an end after the current step; a second SIGINT is obeyed now."""
 
 import contextlib
 import os
@@ -8,13 +8,13 @@ import threading
 import time
 from types import TracebackType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 SAME_KEY = 1.0
 """Seconds within which a second SIGINT is the first one again: a terminal and a launcher both hand it on."""
 
 
 class Interrupts(contextlib.AbstractContextManager):
-    """Notes signals while the context lasts.
+    """Notes signals while the context lasts. In a thread that is not the main one, where Python lets nobody: none.
 
     The signals are read by a thread: the main thread may be inside an exchange whose other side does not answer, and
     Python calls its handlers only between two of its own instructions.
@@ -26,15 +26,22 @@ class Interrupts(contextlib.AbstractContextManager):
         self._interrupted_at: float | None = None
 
     def __enter__(self) -> "Interrupts":
+        self._handlers = {}
+        if threading.current_thread() is not threading.main_thread():
+            return self
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
-        self._handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        for number in SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish
+                self._handlers[number] = signal.signal(number, lambda *_: None)
         self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=self._forget)
         threading.Thread(target=self._read, name="signals", daemon=True).start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if not self._handlers:
+            return
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._handlers.items():
             # A launcher may hand a signal on once more while this process ends, whose exit status is to stand.

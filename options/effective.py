@@ -114,14 +114,19 @@ def refuse_a_single_worker(config: Config, world_size: int) -> None:
         )
 
 
-def refuse_unequal_numbers(config: Config, module: torch.nn.Module) -> None:
+def refuse_unequal_numbers(config: Config, module: torch.nn.Module, least: int) -> None:
     """SyncBatchNorm exchanges statistics in every micro-batch, shards are gathered: ranks need the same number of them.
 
+    Args:
+        least: samples that a training pass of the model needs.
+
     Raises:
-        UsageError: micro-batches of one sample are as many as a rank has samples.
+        UsageError: micro-batches are so small that a rank with a sample less may have one less of them.
     """
     synchronised = any(isinstance(layer, torch.nn.SyncBatchNorm) for layer in module.modules())
-    if synchronised and config.max_micro_batch_size == 1:
-        raise UsageError("--max_micro_batch_size=1: SyncBatchNorm needs as many micro-batches on every rank: raise it")
-    if config.strategy == "fsdp" and config.max_micro_batch_size == 1:
-        raise UsageError("--max_micro_batch_size=1: shards need as many micro-batches on every rank: raise it")
+    who = "SyncBatchNorm needs" if synchronised else "shards need"
+    size = config.max_micro_batch_size
+    if (synchronised or config.strategy == "fsdp") and size != "auto" and size < 2 * least:
+        raise UsageError(
+            f"--max_micro_batch_size={size}: {who} as many micro-batches on every rank: take {2 * least} or more"
+        )

@@ -7,8 +7,10 @@ the last row of metrics.csv. Which sample comes next follows from the progress a
 """
 
 import contextlib
+import copy
 import os
 import pickle
+import re
 import sys
 import time
 import zipfile
@@ -18,6 +20,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.io import TorchCheckpointIO
@@ -76,9 +79,20 @@ class DurableIO(TorchCheckpointIO):
         self.problem = None
         try:
             with replacing(Path(path)) as file:
-                torch.save(checkpoint, file)
+                torch.save(plain(checkpoint), file)
         except (OSError, RuntimeError) as error:  # torch's writer stumbles over what the file's own error leaves behind
             self.problem = error.__context__ if isinstance(error.__context__, OSError) else error
+
+
+def plain(value: Any) -> Any:
+    """The same with Python's numbers in the place of NumPy's, which are not read; containers are copied."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        copied = copy.copy(value)  # with what torch has attached to it
+        copied.update((name, plain(part)) for name, part in value.items())
+        return copied
+    return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
 
 
 class Checkpoints:
@@ -124,6 +138,7 @@ class Checkpoints:
 
         Raises:
             RunError: it cannot be written. The ones before it stand.
+            UsageError: it is the first one, and cannot be read.
         """
         ranks = all_gather_object(self.fabric, own)
         state = {**state, "ranks": ranks, "options": plain_options(self.config)}
@@ -138,9 +153,21 @@ class Checkpoints:
         if self.io.problem:
             raise unwritable(self.path(step), self.io.problem)
         if self.fabric.is_global_zero:
+            if self.saved_step is None:
+                self._refuse_unreadable(self.path(step))
             steps = sorted(steps_of(self.folder))
             for old in set(steps[: -self.config.keep_checkpoints]) - {best_step}:
                 self.path(old).unlink(missing_ok=True)
+
+    def _refuse_unreadable(self, path: Path) -> None:
+        """Rather now than when the run is to go on: what models and optimizers keep is a user's own."""
+        if problem := problem_of(path):
+            path.unlink()
+            raise UsageError(
+                f"what was saved cannot be read again (it {problem}): state_dict() and get_extra_state() of "
+                f"--model={self.config.model} and --optimizer={self.config.optimizer} may hold tensors, numbers, "
+                "words, lists and dicts of them"
+            )
 
 
 def unwritable(path: Path, error: Exception) -> RunError:
@@ -178,8 +205,9 @@ def problem_of(path: Path) -> str:
         options_of(path)
     except (OSError, MemoryError) as error:
         raise UsageError(f"--resume: {path} cannot be read ({in_one_line(error)}): try again when it can be") from None
-    except pickle.UnpicklingError:  # its words advise to load it all the same
-        return "holds more than weights and plain values: not loaded"
+    except pickle.UnpicklingError as error:  # its words advise to load it all the same
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        return f"holds more than weights and plain values{f' ({found[1]})' if found else ''}: not loaded"
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         return f"is no whole checkpoint ({in_one_line(error)})"
     except Exception:  # a foreign file raises whatever its readers run into

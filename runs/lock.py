@@ -1,5 +1,7 @@
 """A lock on a run's folder: one process writes there at a time, rank 0 of a run."""
 
+import contextlib
+import errno
 import fcntl
 import os
 import socket
@@ -25,16 +27,18 @@ def locked(folder: Path) -> IO | None:
         return None
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        lock.truncate(0)
-        lock.write(f"pid {os.getpid()} on {socket.gethostname()}".encode())
-    except (BlockingIOError, PermissionError):  # POSIX allows either
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):  # POSIX allows either; all else: there are no locks here
+            lock.close()
+            return None
         lock.seek(0)
         raise UsageError(
             f"--run_name={folder.name}: another process ({lock.read().decode()}) writes into {folder}: "
             "wait until it has ended, or choose another name"
         ) from None
-    except OSError:  # no locks here, or no room for these words
-        pass
+    with contextlib.suppress(OSError):  # no room for these words
+        lock.truncate(0)
+        lock.write(f"pid {os.getpid()} on {socket.gethostname()}".encode())
     return lock
 
 

@@ -21,6 +21,7 @@ import torch
 import yaml
 from lightning.fabric.loggers import TensorBoardLogger
 from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import tests
@@ -29,7 +30,7 @@ from launch.environments import resume_command
 from options.errors import UsageError
 from options.schema import PARAMETERS_OF_TESTS, Config
 from runs import figures, results
-from runs.checkpoint import plain_options, remove_left_overs, replacing, unwritable
+from runs.checkpoint import plain, plain_options, remove_left_overs, replacing, unwritable
 from runs.lock import locked
 
 COLUMNS = (
@@ -225,16 +226,18 @@ class RunLog:
 
     def save_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """model.pt: the plain weights, for `module.load_state_dict(torch.load("model.pt"))` on any device."""
+        on_the_host = tree_map(lambda value: value.cpu() if isinstance(value, torch.Tensor) else value, dict(weights))
         with self._writing(), replacing(self.folder / "model.pt") as file:
-            torch.save({name: value.cpu() for name, value in weights.items()}, file)
+            torch.save(plain(on_the_host), file)
 
-    def finish(self, status: str, results: dict[str, Any]) -> dict[str, Any]:
-        """Close the files; write summary.json, TensorBoard's hyper-parameters and curves.png. Returns the summary."""
+    def _close(self) -> None:
         self._bar.close()
         with self._writing():
             self._csv.close()
             if self._modules:
                 self._modules.file.close()
+
+    def _summary(self, status: str, results: dict[str, Any]) -> dict[str, Any]:
         summary = {
             "status": status,
             **results,
@@ -245,28 +248,52 @@ class RunLog:
             "git_commit": git_commit(),
             "command": sys.argv,
         }
-        finite = {  # JSON has no NaN
+        return {  # JSON has no NaN
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in summary.items()
         }
+
+    def _write_summary(self, summary: dict[str, Any]) -> None:
+        with self._writing(), replacing(self.folder / "summary.json", "w") as file:
+            file.write(json.dumps(summary, indent=2, allow_nan=False) + "\n")
+
+    def _finish_tensorboard(self, summary: dict[str, Any]) -> None:
         with self._writing():
-            with replacing(self.folder / "summary.json", "w") as file:
-                file.write(json.dumps(finite, indent=2, allow_nan=False) + "\n")
-            self._log_hyperparameters(finite)
-            self._tensorboard.finalize(status)
+            self._log_hyperparameters(summary)
+            self._tensorboard.finalize(summary["status"])
+
+    def _draw(self) -> None:
+        with self._writing():
             figures.curves(self.folder)
-        return summary
 
     def conclude(
         self, status: str, results: dict[str, Any], weights: dict[str, torch.Tensor], stop_signal: int
     ) -> None:
-        """The end of a run: weights, summary, and how to go on."""
+        """The end of a run: weights, summary.json, TensorBoard's hyper-parameters, curves.png, and how to go on.
+
+        Raises:
+            RunError, or whatever was the first error: after all that can be written was written.
+        """
+        problems: list[Exception] = []
+
+        def attempt(write: Callable, *arguments: Any) -> None:
+            try:
+                write(*arguments)
+            except Exception as error:
+                problems.append(error)
+
+        attempt(self._close)
         if status == "finished":
-            self.save_weights(weights)
-        self.say(summary_text(self.finish(status, results), self.folder))
+            attempt(self.save_weights, weights)
+        summary = self._summary(status, results)
+        for write, *arguments in ((self._write_summary, summary), (self._finish_tensorboard, summary), (self._draw,)):
+            attempt(write, *arguments)
+        self.say(summary_text(summary, self.folder))
         if status == "interrupted":
             command = resume_command(self.folder.parent, self.folder.name)
             self.say(f"interrupted by {signal.Signals(stop_signal).name}; go on with:\n  {command}")
+        if problems:
+            raise problems[0]
 
     def _training_results(self) -> dict[str, float | None]:
         """What the rows say of the training as a whole; a run of no steps says nothing."""

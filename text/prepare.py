@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from options.errors import UsageError, in_one_line
+from options.names import expanded
 from text.windows import BYTES
 
 BLOCK = 2**20
@@ -143,10 +144,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     before: Callable | int | None = signal.signal(signal.SIGTERM, terminated)
     try:
-        refuse(options.files, options.out_dir, options.val_share)
-        encode = Tokenizer(options.tokenizer) if options.tokenizer else Bytes()
-        options.out_dir.mkdir(parents=True, exist_ok=True)
-        written = prepare(options.files, options.out_dir, encode, options.val_share)
+        files, out_dir = [expanded("files", path) for path in options.files], expanded("out_dir", options.out_dir)
+        refuse(files, out_dir, options.val_share)
+        encode = Tokenizer(expanded("tokenizer", options.tokenizer)) if options.tokenizer else Bytes()
+        out_dir.mkdir(parents=True, exist_ok=True)
+        written = prepare(files, out_dir, encode, options.val_share)
     except UsageError as error:
         print(f"text.prepare: error: {error}", file=sys.stderr)
         return 2
@@ -157,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     finally:
         signal.signal(signal.SIGTERM, before)
-    print(f"{options.out_dir}: {written['train']:,} tokens for training, {written['val']:,} for validation")
+    print(f"{out_dir}: {written['train']:,} tokens for training, {written['val']:,} for validation")
     return 0
 
 

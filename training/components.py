@@ -5,10 +5,12 @@ What does not fit together is refused here, on all ranks alike, as early as it c
 
 import contextlib
 import os
+import random
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
@@ -80,7 +82,9 @@ class Components:
         fabric, requested_precision = self.fabric, os.environ.get("LT_PRECISION", config.precision)
         config, self.resumed = checkpoint.resumption(fabric, config)
         with naming_long_work(fabric, f"reading {config.dataset} in {config.data_dir}"):
-            on_all_ranks(fabric, lambda: fabric.is_global_zero and data.prepare(config.dataset, config.data_dir))
+            # Nodes may have disks of their own, or one in common: then the others find the files there.
+            for its_turn in (fabric.is_global_zero, fabric.local_rank == 0 and not fabric.is_global_zero):
+                on_all_ranks(fabric, lambda own=its_turn: own and data.prepare(config.dataset, config.data_dir))
             data_set = on_all_ranks(fabric, lambda: data.load(config.dataset, config.data_dir, **config.dataset_args))
         self.loss = on_all_ranks(fabric, lambda: import_object("loss", config.loss) if config.loss else data_set.loss)
         self.metrics, self.train_metrics = data_set.metrics, data_set.train_metrics
@@ -129,7 +133,7 @@ class Components:
     def _place_on_device(self, data_set: data.DataSet) -> None:
         """Network and samples on the device, in the precision of the training."""
         fabric, c = self.fabric, self.config
-        torch.manual_seed(c.seed + 1 + fabric.global_rank)  # dropout differs between ranks
+        draw_by_rank(c.seed + 1 + fabric.global_rank)
         with OutOfMemory("the model", "take a smaller --model"):
             self.module = fabric.strategy.precision.convert_module(self.module).to(fabric.device)
             memory_format = torch.contiguous_format  # which shards need
@@ -184,6 +188,11 @@ class Components:
         self.called = self.model._forward_module
         self.model.train()
         optimizer = on_all_ranks(fabric, lambda: optim.build(self.module, c))
+        if self.sharded and isinstance(optimizer, optim.AdaGradNorm):
+            raise UsageError(
+                f"--strategy=fsdp: --optimizer={c.optimizer} needs the whole gradient's norm: take another one, or "
+                "--strategy=ddp"
+            )
         self.is_adaptive, self.family = optim.is_adaptive(optimizer), carry_over.family(optimizer)
         if c.coupling == "full" and self.family is None:
             self.notices.append(f"the state of {c.optimizer} does not follow the batch size, its learning rate does")
@@ -192,12 +201,12 @@ class Components:
         if c.strategy == "ddp":
             with naming_long_work(fabric, "looking for parameters that the loss does not use"):
                 on_all_ranks(fabric, self._refuse_unused_parameters)
-        on_all_ranks(fabric, lambda: effective.refuse_unequal_numbers(c, self.module))
+        on_all_ranks(fabric, lambda: effective.refuse_unequal_numbers(c, self.module, self.min_micro_batch_size))
 
     def _refuse_sharding(self) -> None:
         c = self.config
         fsdp.blocks(self.module, c.shard_modules)
-        fsdp.refuse_what_needs_whole_tensors(self.module, c.optimizer, c.precision, c.compile)
+        fsdp.refuse_what_needs_whole_tensors(self.module, c.precision, c.compile)
 
     def _refuse_loss(self) -> None:
         with self.fabric.autocast():
@@ -210,7 +219,11 @@ class Components:
     def mean_loss(self, outputs: Any, targets: Any) -> Tensor:
         """The loss that is differentiated, in the default dtype as in the training pass."""
         dtype = torch.get_default_dtype()
-        return self.loss(tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, outputs), targets).mean()
+
+        def cast(leaf: Any) -> Any:
+            return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+        return self.loss(tree_map(cast, outputs), targets).mean()
 
     def forward(self, inputs: Any) -> Any:
         """The model's outputs, computed and handed back in the precision of the training.
@@ -273,6 +286,13 @@ class Components:
             yield
         self.model.train()
         optim.set_training(self.optimizer, True)
+
+
+def draw_by_rank(seed: int) -> None:
+    """Seed all generators that a model may draw from: dropout differs between ranks, whoever draws for it."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 IN_THE_TEST = (

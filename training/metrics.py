@@ -176,7 +176,7 @@ class Validation:
         measured = {
             name: float(metric.compute()) for name, metric in {"val_loss": self.mean_loss, **self.metrics}.items()
         }
-        measured |= {name: of(measured["val_loss"]) for name, of in self.of_loss.items()}
+        measured |= {name: float(of(measured["val_loss"])) for name, of in self.of_loss.items()}
         self.forget()
         self.history.append({name: measured[name] for name in self.names})
         return self.history[-1]

@@ -17,14 +17,17 @@ class Reporter:
 
     Attributes:
         diverged: a row has shown a loss that was not finite.
+        find_bad_sample: the training sample that is to blame for it, if any; called with the steps before that one.
     """
 
     def __init__(self):
         self.log: RunLog | None = None
         self.notices: list[str] = []  # what was said once and for all
+        self.early: list[str] | None = []  # what is to be said once there is a log
         self.undecided = ""  # why the last test made no decision
         self.unwritten: tuple[Callable, dict[str, Any]] | None = None  # a row, but for what the device still computes
         self.diverged = False
+        self.find_bad_sample: Callable[[int], int | None] = lambda step: None
 
     def open(
         self,
@@ -42,7 +45,8 @@ class Reporter:
         parameters = sum(parameter.numel() for parameter in parts.module.parameters())
         devices = (parts.fabric.world_size, parts.fabric.device.type)
         self.say(texts.introduction(parts.config, parameters, parts.samples_per_epoch, *devices))
-        for line in notices:
+        early, self.early = self.early, None
+        for line in [*early, *notices]:
             self.notify(line)
 
     def add(self, statistics: Callable, row: dict[str, Any]) -> None:
@@ -70,9 +74,14 @@ class Reporter:
             self.say(texts.evaluation_text(row))
         if diverged_at is not None:
             self.diverged = True
-            self.say(
-                f"diverged: the loss was not finite at step {diverged_at + 1}: lower --learning_rate or set --grad_clip"
-            )
+            if self.log:
+                self.say(f"diverged: the loss was not finite at step {diverged_at + 1}: {self._remedy(diverged_at)}")
+
+    def _remedy(self, step: int) -> str:
+        sample = self.find_bad_sample(step)
+        if sample is None:
+            return "lower --learning_rate or set --grad_clip"
+        return f"sample {sample} of the training set has NaN or infinite numbers: repair it or leave it out"
 
     def say(self, line: str) -> None:
         if self.log:
@@ -80,7 +89,9 @@ class Reporter:
 
     def notify(self, line: str) -> None:
         """Say it once in the whole run."""
-        if line not in self.notices:
+        if self.early is not None:
+            self.early.append(line)
+        elif line not in self.notices:
             self.notices.append(line)
             self.say(line)
 

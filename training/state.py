@@ -13,7 +13,7 @@ from launch import fsdp
 from launch.collectives import Agreement, on_all_ranks
 from launch.signals import Interrupts
 from runs.checkpoint import Checkpoints
-from training.components import Components
+from training.components import Components, draw_by_rank
 from training.metrics import Totals, Validation
 from training.reporter import Reporter
 
@@ -94,6 +94,8 @@ class State:
     def results(self) -> dict[str, Any]:
         """What summary.json says of the training itself."""
         controller, best = self.controller, self.best_step
+        if best is not None and not self.checkpoints.path(best).exists():  # in another folder, or removed since
+            best = None
         return {
             **self.validation.results(),
             "steps": controller.steps,
@@ -131,7 +133,7 @@ class State:
             set_random_states(own["random"], self.fabric.device)
         else:
             own = pooled(ranks, rank)
-            torch.manual_seed(seed + 1 + rank + (self.controller.samples << 32))  # nothing is drawn twice
+            draw_by_rank(seed + 1 + rank + (self.controller.samples << 32))  # nothing is drawn twice
         buffers = dict(self.parts.module.named_buffers())
         for name, value in own["buffers"].items():
             buffers[name].copy_(value)

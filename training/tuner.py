@@ -132,16 +132,15 @@ def seconds_of_pass(parts: Components, size: int, in_step: bool = True) -> float
     fabric, testing = parts.fabric, in_step and bool(parts.estimator)
     # What FSDP2 adds up between exchanges is beyond the optimizer's reach: it would come into the first step.
     exchanged = not in_step or parts.sharded
-    inputs, targets = _samples(parts, size)
 
-    def forward_and_backward() -> None:
+    def forward_and_backward(inputs: Any, targets: Any) -> None:
         observing = parts.estimator.observe(inputs, targets, 1 / size) if testing else contextlib.nullcontext()
         with fabric.no_backward_sync(parts.model, enabled=not exchanged), observing:
             losses = parts.loss(parts.forward(inputs), targets)
             parts.backward(losses, weights_of(losses, size, 1 / size))
 
     with leaving_no_trace(parts):
-        seconds = _slowest(parts, forward_and_backward)
+        seconds = _slowest(parts, forward_and_backward, size)
         if testing and not math.isinf(seconds):
             seconds += _slowest(parts, parts.moments)
     return seconds
@@ -223,12 +222,11 @@ def _without_learning(parts: Components) -> Iterator[None]:
 
 def seconds_of_evaluation(parts: Components, size: int) -> float:
     """The slowest rank's time for a micro-batch of the evaluation; infinite where one runs out of memory."""
-    inputs, targets = _samples(parts, size)
     validation = Validation(parts.loss, parts.metrics, parts.fabric.device)
     with leaving_no_trace(parts), torch.no_grad(), fsdp.forward_only(parts.module):
         parts.model.eval()
         try:
-            return _slowest(parts, lambda: validation.update(parts.forward(inputs), targets))
+            return _slowest(parts, lambda inputs, targets: validation.update(parts.forward(inputs), targets), size)
         finally:
             validation.forget()
 
@@ -239,11 +237,17 @@ def _samples(parts: Components, size: int) -> batches.Batch:
     return tree_map(lambda part: part[torch.arange(size, device=part.device) % len(part)], few)
 
 
-def _slowest(parts: Components, work: Callable[[], object]) -> float:
-    """Seconds of the slowest rank, infinite where one has run out of memory: the same on all ranks."""
-    start, seconds = Event(parts.fabric.device), math.inf
+def _slowest(parts: Components, work: Callable[..., object], size: int | None = None) -> float:
+    """Seconds of the slowest rank, infinite where one has run out of memory: the same on all ranks.
+
+    Args:
+        size: so many samples are made before, untimed, and handed to `work`; None: it takes nothing.
+    """
+    seconds = math.inf
     try:
-        work()
+        samples = _samples(parts, size) if size else ()
+        start = Event(parts.fabric.device)
+        work(*samples)
         end = Event(parts.fabric.device)
         end.wait()
         seconds = end.seconds_since(start)
