@@ -262,7 +262,7 @@ def _slowest(parts: Components, work: Callable[..., object], size: int | None = 
 
 @contextlib.contextmanager
 def leaving_no_trace(parts: Components) -> Iterator[None]:
-    """What is inside leaves no trace: buffers, random states and gradients are as before.
+    """What is inside leaves no trace: buffers, random states, gradients and the model's own attributes are as before.
 
     On a GPU it has no more memory than a step will have: the optimizer's state is made by the first step only.
     """
@@ -273,7 +273,9 @@ def leaving_no_trace(parts: Components) -> Iterator[None]:
     states = random_states(device)
     parts.model.train()
     try:
-        yield
+        # Counters, generators, what a model keeps of its last pass; of shards, torch keeps books in there.
+        with contextlib.nullcontext() if parts.sharded else gradients.preserving_attributes(parts.module):
+            yield
     finally:
         del room
         parts.optimizer.zero_grad(set_to_none=True)
