@@ -17,7 +17,7 @@ from training.components import Components, draw_by_rank
 from training.metrics import Totals, Validation
 from training.reporter import Reporter
 
-GO_ON, SAVE = 0, 1  # what ranks agree on: the largest wins, and the number of a signal is larger
+GO_ON, SAVE = 0, 1  # what ranks agree on: the largest wins; SAVE + a signal's number: save and end
 
 
 class State:
@@ -47,18 +47,20 @@ class State:
 
         What the ranks' clocks and signals ask for is agreed upon one step late: no rank waits for the others.
         """
-        wanted = interrupts.received or (SAVE if self.checkpoints.due_by_clock() else GO_ON)
-        agreed, step = self.requests.exchange(wanted), self.controller.steps
+        wanted = SAVE if self.checkpoints.due_by_clock() else GO_ON
+        agreed, step = self._agreed(interrupts, wanted), self.controller.steps
         if best := evaluated and self.validation.is_best():
             self.best_step = step
         if best or agreed or self.checkpoints.due(step):
             self.save()
-        return agreed if agreed > SAVE else 0
+        return max(agreed - SAVE, 0)
 
     def signal(self, interrupts: Interrupts) -> int:
         """The number of a signal that was received on any rank, or 0; one call late, too."""
-        agreed = self.requests.exchange(interrupts.received)
-        return agreed if agreed > SAVE else 0
+        return max(self._agreed(interrupts, GO_ON) - SAVE, 0)
+
+    def _agreed(self, interrupts: Interrupts, wanted: int) -> int:
+        return self.requests.exchange(SAVE + interrupts.received if interrupts.received else wanted)
 
     def save(self) -> None:
         """A checkpoint of what is there now; none where the loss has ceased to be finite."""
