@@ -30,6 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+from runs import checkpoint
+
 ROOT = Path(__file__).parent.parent
 NAME = "fakegpu"
 
@@ -247,7 +249,8 @@ def fake_gpu(precision=None) -> Iterator[tuple[Fabric, Watch]]:
 
 @contextlib.contextmanager
 def _checkpoints() -> Iterator[None]:
-    """Files hold zeros; what is loaded comes to the CPU, named so (the fake mode takes no functions)."""
+    """Files hold zeros, without their check sums; what is loaded comes to the CPU, named so (the fake mode takes no
+    functions)."""
     load = torch.load
 
     def by_name(*args, map_location=None, **kwargs):
@@ -257,6 +260,7 @@ def _checkpoints() -> Iterator[None]:
     with (
         torch.serialization.skip_data(materialize_fake_tensors=True),
         mock.patch.object(torch, "load", by_name),
+        mock.patch.object(checkpoint, "problem_of", lambda path: ""),
         nothing_to_restore,
     ):
         yield
