@@ -31,6 +31,7 @@ from torch.nn.functional import cross_entropy
 
 import models
 from adadagrad import gradients
+from adadagrad.gradients.choice import COUPLED
 from benchmarks.cases import RESULTS, for_comparison, provenance
 from options.errors import UsageError
 
@@ -144,7 +145,7 @@ def checked_table(results: dict[str, dict]) -> str:
         if "error" in r:
             lines.append(f"| {name} | | | | *{r['error']}* |")
         else:
-            told = "; ".join("has BatchNorm" if line == gradients.COUPLED else line for line in r["told"]) or "–"
+            told = "; ".join("has BatchNorm" if line == COUPLED else line for line in r["told"]) or "–"
             lines.append(f"| {name} | {r['parameters'] / 1e6:.1f} M | {r['image_size']} | {r['taken']} | {told} |")
     return "\n".join(lines)
 

@@ -236,7 +236,7 @@ def test_what_may_differ(copy, capsys):
     assert set(checkpoint.FREE) | set(checkpoint.GROWING) <= set(Config.__dataclass_fields__)
     path = copy / "checkpoints" / "step-00000010.pt"
     options = command_line.parse([*TINY, "--max_samples=640", "--num_workers=3", "--log_interval=2", "--resume=auto"])
-    options = checkpoint.continued(replace(options, run_name="run", out_dir=copy.parent), path)
+    options = checkpoint.continued(replace(options, run_name="run", out_dir=copy.parent), path, ("cpu", 1))
     assert options.lr_decay_samples == 320
     assert run(copy.parent, "--max_samples=640", "--log_interval=2", "--eval_interval=3", "--resume=auto") == 0
     assert "the learning rate is 0 from sample 320 on" in capsys.readouterr().out

@@ -336,7 +336,7 @@ def test_goodput_finds_the_quickest_batch(knee_over_noise_scale):
     times, sizes = [], []
     for seed in range(3):
         controller = control.Controller(
-            b0,
+            max(b0, control.free_batch_size(fixed / per_sample)),
             rule=control.Goodput(fixed / per_sample, critical=1.0),  # the curvature is the same everywhere
             limits=control.Limits(max_growth=4.0),
             unbiased=True,
@@ -401,7 +401,7 @@ def test_goodput_moves_only_for_a_gain_and_shrinks_only_where_it_may():
     assert control.Goodput()(16, 10**4, Observation(None, None, step_time)) == 16  # the noise hides the gradient
     assert control.Goodput()(16, 10**4, Observation(None, noise_scale, None)) == 32  # another size, to know the times
     assert control.Goodput()(16, 10**4, Observation(None, 5.0, (1e9, 1.0))) == 100  # ten critical batch sizes
-    assert control.Goodput()(16, 320, found) == 20  # a sixteenth of the samples so far
+    assert control.Goodput()(16, 240, found) == 20  # a twelfth of the samples so far
     assert control.Goodput(max_waste=0.5)(16, 10**4, Observation(None, 20.0, (1e9, 1.0))) == 20  # half of C
     for untimed in (found, Observation(None, 50.0)):
         assert control.Goodput(knee=400)(16, 10**4, untimed) == 200

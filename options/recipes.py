@@ -5,6 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 from adadagrad.control import STEADY
+from adadagrad.control.learning_rate import MEASURED
 from adadagrad.tests import TESTS
 from options.schedules import options_of_other_rules
 
@@ -30,5 +31,6 @@ def with_recipe(values: dict[str, Any], given: Collection[str]) -> dict[str, Any
     """The options with what the recipe sets of those that are not given."""
     recipe = values["recipe"] or ("steady" if values["test"] and not PUBLISHED & set(given) else "paper")
     by_recipe = {name: value for name, value in RECIPES[recipe].items() if values["test"] and name not in given}
-    unread = options_of_other_rules(values | by_recipe)
+    both = values | by_recipe
+    unread = options_of_other_rules(both) | ({"coupling"} if both["lr_scaling"] not in MEASURED else set())
     return values | {name: value for name, value in by_recipe.items() if name not in unread} | {"recipe": recipe}

@@ -29,6 +29,7 @@ from lightning.fabric.strategies import ModelParallelStrategy
 from launch.collectives import all_gather_object, broadcast_object, on_all_ranks
 from launch.ending import errors_go_to
 from options.errors import RunError, UsageError, in_one_line
+from options.schedules import rule_class
 from options.schema import Config
 from runs.lock import refuse_another_writer
 
@@ -272,11 +273,16 @@ def resumption(fabric: Fabric, config: Config) -> tuple[Config, Path | None]:
     path, warnings = broadcast_object(fabric, lambda: found)
     if fabric.is_global_zero and warnings:
         print(*warnings, sep="\n", file=sys.stderr, flush=True)
-    return (on_all_ranks(fabric, lambda: continued(config, path, fabric)), path) if path else (config, None)
+    hardware = ("cpu" if fabric.device.type == "cpu" else "cuda", fabric.world_size)
+    return (on_all_ranks(fabric, lambda: continued(config, path, hardware)), path) if path else (config, None)
 
 
-def continued(config: Config, path: Path, fabric: Fabric) -> Config:
-    """The options of a continuation: what the run's length has decided stays; without a name, it is the same folder.
+def continued(config: Config, path: Path, hardware: tuple[str, int]) -> Config:
+    """The options of a continuation: what the run's length has decided stays, and what was measured on this hardware;
+    without a name, it is the same folder.
+
+    Args:
+        hardware: kind of device, as --accelerator has it, and number of processes.
 
     Raises:
         UsageError: the file is not there (ranks of several machines must see the same folder).
@@ -290,11 +296,9 @@ def continued(config: Config, path: Path, fabric: Fabric) -> Config:
         kept["max_micro_batch_size"] = old["max_micro_batch_size"]
         if config.eval_micro_batch_size == "auto" and "eval_micro_batch_size" in old:
             kept["eval_micro_batch_size"] = old["eval_micro_batch_size"]
-    if config.knee is None and (old["accelerator"], old["devices"] * old["num_nodes"]) == (
-        "cpu" if fabric.device.type == "cpu" else "cuda",
-        fabric.world_size,
-    ):  # on other hardware it is another one
-        kept["knee"] = old["knee"]
+    reads_knee = "knee" in rule_class(vars(config)).options and config.knee is None
+    if reads_knee and hardware == (old["accelerator"], old["devices"] * old["num_nodes"]):
+        kept["knee"] = old["knee"]  # on other hardware it is another one
     if config.run_name is None and path.parent.name == "checkpoints":
         run_folder = run_folder_of(path.absolute())
         kept |= {"out_dir": run_folder.parent, "run_name": run_folder.name}

@@ -226,7 +226,7 @@ class Seesaw(Rule):
         return f"seesaw{batch_size}"
 
 
-SETTLED = 16
+SETTLED = 12
 """Steps of a size that a run has behind it, by its samples, before it takes that size."""
 
 
@@ -241,7 +241,7 @@ class Goodput(Rule):
     possible samples, so that "at most 1 + W times the least" is b ≤ W·C. (With a price of λ seconds a sample the least
     of (α + βb)(1 + C/b) + λ(b + C) is at √(C·α/(β + λ)).) Without a bound, W is 10: a step of 10 C makes 10/11 of the
     progress of the largest there can be, and the estimate of the knee is not to decide over more samples than that.
-    Nor does a batch become larger than a sixteenth of the samples so far: at its start a run changes faster than an
+    Nor does a batch become larger than a twelfth of the samples so far: at its start a run changes faster than an
     average follows, and a noise scale measured exactly then is not that of the next steps.
 
     Args:
