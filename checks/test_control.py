@@ -75,7 +75,7 @@ def test_no_sequence_of_wishes_breaks_a_bound(bounds, batch_size, wishes):
             assert size <= batch_size * bounds["max_growth"]
             assert size > batch_size or bounds["may_shrink"]
             assert (size > batch_size) == (wanted > batch_size)
-            assert size % bounds["multiple"] == 0 or size == bounds["max_batch_size"] or size == 1
+            assert size % bounds["multiple"] == 0 or size == bounds["max_batch_size"] or size == 2
             assert unanswered >= bounds["patience"]
             unanswered = 0
         batch_size = size

@@ -20,7 +20,7 @@ from runs import results
 COLUMNS = (
     "step,samples,epoch,train_loss,train_accuracy,val_loss,val_accuracy,lr,batch_size,micro_batch_size,"
     "gradient_accumulation_steps,variance,variance_inner_product,variance_orthogonality,grad_norm_sq,batch_noise_scale,"
-    "noise_scale,lr_factor,"
+    "noise_scale,noise_scale_low,noise_scale_high,lr_factor,"
     "next_batch_size,world_size,step_time,test_time,samples_per_second"
 )
 

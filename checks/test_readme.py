@@ -230,7 +230,7 @@ def test_text_is_prepared_and_learned_from(folder, tmp_path, monkeypatch):
     for name in ("book.txt", "more.txt"):
         (tmp_path / name).write_text("a few words and a few more of them. " * 400)
     (tmp_path / "text").symlink_to(ROOT / "text")
-    for name in ("launch", "options"):
+    for name in ("launch", "options", "adadagrad"):
         (tmp_path / name).symlink_to(ROOT / name)
     folder(*started("python -m text.prepare"))
     short = "--max_samples=32 --accelerator=cpu --devices=1 --test_type=norm"

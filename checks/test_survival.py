@@ -269,7 +269,7 @@ def test_a_full_disk(small_disk, what):
     # Many rows and a checkpoint now and then, or few rows and checkpoints that are all kept.
     options += {
         "logging": ["--checkpoint_interval=50", "--keep_checkpoints=1"],
-        "saving": ["--log_interval=50", "--checkpoint_interval=20", "--keep_checkpoints=99"],
+        "saving": ["--log_interval=50", "--checkpoint_interval=20", "--keep_checkpoints=99", "--test=False"],
     }[what]
     done = run(*options)
     where = "metrics.csv|events|run" if what == "logging" else r"step-\d+\.pt"

@@ -135,7 +135,9 @@ def seconds_of_pass(parts: Components, size: int, in_step: bool = True) -> float
 
     def forward_and_backward(inputs: Any, targets: Any) -> None:
         observing = parts.estimator.observe(inputs, targets, 1 / size) if testing else contextlib.nullcontext()
-        with fabric.no_backward_sync(parts.model, enabled=not exchanged), observing:
+        # (Leaving no_backward_sync(enabled=False), Fabric turns the exchange of shards off for good.)
+        apart = contextlib.nullcontext() if exchanged else fabric.no_backward_sync(parts.model)
+        with apart, observing:
             losses = parts.loss(parts.forward(inputs), targets)
             parts.backward(losses, weights_of(losses, size, 1 / size))
 
@@ -196,7 +198,8 @@ def _whole_step(parts: Components, plan: batches.Plan) -> None:
         taken = (_samples(parts, len(positions)) for positions in micro_batches)
     for i, (inputs, targets) in enumerate(taken, start=1):
         n = len(micro_batches[i - 1])
-        with parts.fabric.no_backward_sync(parts.model, enabled=i < len(micro_batches)):
+        last = i == len(micro_batches)
+        with contextlib.nullcontext() if last else parts.fabric.no_backward_sync(parts.model):
             losses = parts.loss(parts.forward(inputs), targets)
             parts.backward(losses, weights_of(losses, n, parts.fabric.world_size / plan.batch_size))
     parts.step()

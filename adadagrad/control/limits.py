@@ -14,7 +14,7 @@ class Limits:
         patience: the rule has to ask for more so many times in a row.
         multiple: sizes are rounded up to a multiple of it; the largest size stands above this.
         may_shrink: smaller sizes are taken, too.
-        min_batch_size: smallest size that it shrinks to [samples].
+        min_batch_size: smallest size that it shrinks to [samples]; of one there is no variance.
     """
 
     max_batch_size: int | None = None
@@ -22,7 +22,7 @@ class Limits:
     patience: int = 1
     multiple: int = 1
     may_shrink: bool = False
-    min_batch_size: int = 1
+    min_batch_size: int = 2
     asked: int = 0  # times in a row that the rule has asked for another size
 
     def __call__(self, batch_size: int, wanted: int, could_ask: bool = True) -> int:
