@@ -26,8 +26,9 @@ from .control import (
 from .tests import AugmentedInnerProductTest, Decision, InnerProductTest, Moments, NormTest, Statistics, Test
 
 if TYPE_CHECKING:
-    from . import gradients
+    from . import gradients, order
     from .gradients import Estimator, moments
+    from .noise_scale import NoiseScale
     from .scaler import BatchScaler
 
 __version__ = "0.1.0"
@@ -46,6 +47,7 @@ __all__ = [
     "Limits",
     "Linear",
     "Moments",
+    "NoiseScale",
     "NormTest",
     "Observation",
     "Rule",
@@ -57,17 +59,23 @@ __all__ = [
     "control",
     "gradients",
     "moments",
+    "order",
     "steady",
     "tests",
 ]
 
-NEED_TORCH = {"BatchScaler": "scaler", "Estimator": "gradients", "moments": "gradients"}
+NEED_TORCH = {
+    "BatchScaler": "scaler",
+    "Estimator": "gradients",
+    "NoiseScale": "noise_scale",
+    "moments": "gradients",
+}
 """Names that are imported when they are asked for, and the module of each."""
 
 
 def __getattr__(name: str):
-    if name == "gradients":
-        return import_module(".gradients", __name__)
+    if name in ("gradients", "order"):
+        return import_module(f".{name}", __name__)
     if name in NEED_TORCH:
         return getattr(import_module(f".{NEED_TORCH[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import ASGD, SGD, Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from .control import Controller, Limits, Update, carry_over, steady
 from .gradients import PROBE, Estimator, Loss, build
@@ -93,9 +94,9 @@ class BatchScaler:
         self.rank, self.world_size = 0, 1
         if dist.is_available() and dist.is_initialized():
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        if self.batch_size < self.world_size:
-            raise ValueError(f"a batch of {self.batch_size} cannot be shared by {self.world_size} processes")
+        self._refuse_small(self.batch_size)
         self._begin_step()
+        self._hooks: list[RemovableHandle] = []
         self._timed_from: tuple[float, int] | None = None  # when the last measurement was complete [s], at which step
 
     def _begin_step(self) -> None:
@@ -156,12 +157,13 @@ class BatchScaler:
         """
         return (loss.sum() if loss.dim() else loss * self._micro_batch_size) * self._loss_scale
 
-    def measure(self, grad_scaler: torch.amp.GradScaler | None = None) -> None:
+    def measure(self, grad_scaler: torch.amp.GradScaler | None = None, samples: int | None = None) -> None:
         """Take the statistics of the batch, if they are due. `step` does it; call it where gradients are clipped
         (or unscaled) before that: they must be as the backward passes have left them. On all processes.
 
         Args:
             grad_scaler: that has scaled the loss.
+            samples: that the batch has, over all processes, where a trainer ends it early (at the end of an epoch).
         """
         if self._measured or not self._measures:
             return
@@ -170,7 +172,7 @@ class BatchScaler:
         # (get_scale would wait for the device.)
         scale = grad_scaler.scale(torch.ones((), device=self.estimator.sums.device)) if grad_scaler else 1.0
         self.moments, self._measured = self.estimator.moments(scale), True
-        self._refuse_other_size(self.moments.batch_size)
+        self._refuse_other_size(self.moments.batch_size, samples)
         if self.moments.num_groups < 2 <= self.batch_size:
             self._notify("nothing can be compared in a batch of one piece: cut it into two micro-batches or more")
         self._time_steps()
@@ -184,18 +186,47 @@ class BatchScaler:
         self.measure(grad_scaler)
         if self.world_size == 1:
             self._refuse_other_size(self._taken)
-        with self._rates_for_batch():
+        with self.rates():
             if grad_scaler:
                 grad_scaler.step(self.optimizer)
                 grad_scaler.update()
             else:
                 self.optimizer.step()
         self.optimizer.zero_grad()
-        update = self.controller.update(self.moments if self._measured else None)
+        return self.advance()
+
+    def advance(self, samples: int | None = None) -> Update:
+        """What follows for the next batch, where a trainer takes the optimizer's step itself (with `rates` or
+        `rates_in_step`) and clears the gradients. On all processes.
+
+        Args:
+            samples: as `measure`.
+        """
+        if self.estimator is not None and not self._measured:
+            self.estimator.forget()  # of a batch that a trainer has ended early, and nobody has measured
+        update = self.controller.update(self.moments if self._measured else None, samples)
         if update.transition:
             carry_over.apply(update.transition, self.optimizer)
         self._begin_step()
         return update
+
+    def scaling(self, batch_size: int) -> float:
+        """Make the present batch one of so many samples, where the world decides how many there are; before `observe`.
+
+        Learning rate, optimizer state and decay follow as if the controller had asked for it.
+
+        Args:
+            batch_size: over all processes [samples]; at least one a process.
+
+        Returns:
+            The factor on the learning rate.
+        """
+        self._refuse_small(batch_size)
+        transition = self.controller.take(batch_size)
+        if transition:
+            carry_over.apply(transition, self.optimizer)
+        self._begin_step()
+        return self.controller.lr_factor
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -247,10 +278,14 @@ class BatchScaler:
             )
         return estimator
 
-    def _refuse_other_size(self, found: int) -> None:
-        if found != self.batch_size:
+    def _refuse_small(self, batch_size: int) -> None:
+        if batch_size < self.world_size:
+            raise ValueError(f"a batch of {batch_size} cannot be shared by {self.world_size} processes")
+
+    def _refuse_other_size(self, found: int, expected: int | None = None) -> None:
+        if found != (expected or self.batch_size):
             raise ValueError(
-                f"the batch had {found} samples, not the {self.batch_size} of batch_size"
+                f"the batch had {found} samples, not the {expected or self.batch_size} of batch_size"
                 + (": each process brings len(scaler.positions)" if self.world_size > 1 else "")
             )
 
@@ -258,8 +293,18 @@ class BatchScaler:
         if self.rank == 0:
             warnings.warn(line, stacklevel=2)
 
+    def rates_in_step(self) -> list[RemovableHandle]:
+        """From here on whoever calls the optimizer's `step` takes it with the `rates` of the batch; gives the hooks."""
+        if not self._hooks:
+            inside = contextlib.ExitStack()
+            self._hooks = [
+                self.optimizer.register_step_pre_hook(lambda *_: inside.enter_context(self.rates())),
+                self.optimizer.register_step_post_hook(lambda *_: inside.close()),
+            ]
+        return self._hooks
+
     @contextlib.contextmanager
-    def _rates_for_batch(self) -> Iterator[None]:
+    def rates(self) -> Iterator[None]:
         """Inside, learning rates and decoupled decays are for the present batch size; a scheduler sees the others."""
         changes = [(group, "lr", self.controller.lr_factor) for group in self.optimizer.param_groups]
         if (factor := self.controller.decay_factor) != 1:

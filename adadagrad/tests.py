@@ -312,5 +312,7 @@ class AugmentedInnerProductTest(Test):
         return _decide(moments, {"inner product test": inner_product, "orthogonality test": orthogonality})
 
 
+OTHER_SCALES = ("optimizer", "optimizer_squared", "l1", "curvature")
+"""Names of noise scales that weight directions otherwise than V/‖G‖² (gradients/noise_scales.py)."""
 MEASURED = ("variance", "variance_inner_product", "variance_orthogonality", "grad_norm_sq", "batch_noise_scale")
 """What a row of metrics.csv says of a measured batch: properties of its `Moments`."""

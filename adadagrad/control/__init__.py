@@ -20,13 +20,15 @@ from .rules import (
     Seesaw,
     Stagewise,
     free_batch_size,
+    quickest_batch,
 )
 from .smoothing import Smoothing
 from .step_time import StepTime
-from .transition import Family, Transition
+from .transition import FAMILIES, Family, Transition
 
 __all__ = [
     "CRITICAL",
+    "FAMILIES",
     "RULES",
     "STEADY",
     "Adaptive",
@@ -47,5 +49,6 @@ __all__ = [
     "Transition",
     "Update",
     "free_batch_size",
+    "quickest_batch",
     "steady",
 ]

@@ -9,15 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .transition import Family, Transition
+from .transition import FAMILIES, Family, Transition
 
-FAMILIES: dict[str, Family] = {
-    **dict.fromkeys(("SGD", "ASGD"), Family.GRADIENT),
-    **dict.fromkeys(("Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adafactor"), Family.AVERAGE),
-    **dict.fromkeys(("Adagrad", "AdaGradNorm"), Family.SUM),
-    **dict.fromkeys(("Muon", "Lion"), Family.SIGN),
-}
-"""By the name of the class, or of one that it is derived from."""
 DECOUPLED = {"AdamW", "Adafactor", "Muon", "Lion"}
 """Classes whose weight decay is no part of the gradient, beside groups that say so (`decoupled_weight_decay`)."""
 

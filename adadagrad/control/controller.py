@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from ..tests import Decision, Moments, Statistics, Test
 from .learning_rate import CRITICAL, LearningRateScaling
 from .limits import Limits
-from .rules import Adaptive, Goodput, Observation, Rule, quickest_batch
+from .rules import Adaptive, Constant, Goodput, Observation, Rule, quickest_batch
 from .smoothing import Smoothing
 from .step_time import StepTime
-from .transition import Family, Transition
+from .transition import Family, Transition, ratio_of_squares
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ class Controller:
         self.samples, self.samples_measured, self.samples_watched = 0, 0, 0
         self.statistics: Statistics | None = None  # unbiased and averaged, of the last measurement to decide by
         self.reported: Statistics | None = None  # likewise, of the last measurement
+        self._factors_at: tuple[int, Statistics | None, tuple[float, float]] | None = None
+        self.held: tuple[float, float] | None = None  # of a branch: the factors on rate and decay, for good
 
     def update(
         self, moments: Moments | None = None, samples: int | None = None, watched: Moments | None = None
@@ -95,14 +97,22 @@ class Controller:
         self.steps += 1
         decision = self._measure(moments) if moments else None
         step_time = self.step_time.fit() if moments and self.rule.timed else None
-        known = self._known
-        noise_scale = known.noise_scale if moments and known else None
+        known = self._known if moments else None
+        noise_scale = known.noise_scale if known else None
         observation = Observation(decision, noise_scale, step_time)
         wanted = self.rule(self.batch_size, self.samples, observation)
         before = self.batch_size
         self.batch_size = self.limits(before, wanted, moments is not None or not self.rule.measures)
-        transition = self.scaling.transition(before, self.batch_size, self._known)
+        transition = None
+        if self.batch_size != before:
+            transition = self.scaling.transition(before, self.batch_size, self._known)
         return Update(self.batch_size, self.lr_factor, decision, transition)
+
+    def take(self, batch_size: int) -> Transition | None:
+        """Make the present batch one of so many samples, whatever was asked for; gives what the optimizer's state has
+        to follow, as `Update.transition`."""
+        before, self.batch_size = self.batch_size, batch_size
+        return self.scaling.transition(before, batch_size, self._known)
 
     def _measure(self, moments: Moments) -> Decision | None:
         """Add a batch to the averages; gives the test's decision on them, where there is a test."""
@@ -112,6 +122,35 @@ class Controller:
         unbiased = decided_by if self.of_noise is self.decided_by else self.of_noise.add(moments, passed)
         self.statistics = unbiased if unbiased.is_usable else self.statistics
         return self.rule.test(decided_by.safe) if self.rule.test else None
+
+    def branch(
+        self, factor: float, family: Family | None, adaptive_optimizer: bool, exponent: float = 1.0
+    ) -> Transition:
+        """The batch has κ = `factor` times its size from here on, and rate and decay follow this once.
+
+        With the gain r = κ^exponent, and not one that counts with some critical size: whether a larger batch costs
+        samples is what a branch is to show, and over a short stretch its loss would show that size again. ρ is by the
+        noise scale as it was measured last, or κ, as where noise dominates.
+
+        Args:
+            factor: on the present size.
+            family: of the optimizer; None where it is not known: then its rate alone follows.
+            adaptive_optimizer: the optimizer divides by the gradient's size.
+            exponent: of the gain; 1: as where noise dominates.
+
+        Returns:
+            What the optimizer's state has to follow (carry_over.apply).
+        """
+        before, after = self.batch_size, max(1, round(factor * self.batch_size))
+        known = self.statistics or self.reported or Statistics(before, before, 0.0, 1.0)
+        squares = ratio_of_squares(known.variance, known.grad_norm_sq, before, after)
+        initial = self.scaling.initial_batch_size if self.scaling.family else before  # β₂ is of this size
+        change = Transition(before, after, initial, (after / before) ** exponent, squares)
+        rate = change.rate(family) if family else math.sqrt(change.gain) if adaptive_optimizer else change.gain
+        decay = change.decay(family) if family else 1.0
+        self.held = self.lr_factor * rate, self.decay_factor * decay
+        self.rule, self.batch_size = Constant(), after
+        return change
 
     @property
     def _known(self) -> Statistics | None:
@@ -142,6 +181,8 @@ class Controller:
     @property
     def needs_moments(self) -> bool:
         """A measurement can still change something: the learning rate, or a batch that is not yet at its largest."""
+        if self.held:
+            return False
         limits = self.limits
         is_largest = limits.max_batch_size is not None and self.batch_size >= limits.max_batch_size
         return self.scaling.measures or (self.rule.measures and (limits.may_shrink or not is_largest))
@@ -149,12 +190,23 @@ class Controller:
     @property
     def lr_factor(self) -> float:
         """On the learning rate of a step of the present batch size."""
-        return self.scaling(self.batch_size, self._known)
+        return self._factors()[0]
 
     @property
     def decay_factor(self) -> float:
         """On a decoupled weight decay, of a step of the present batch size."""
-        return self.scaling.decay(self.batch_size, self._known)
+        return self._factors()[1]
+
+    def _factors(self) -> tuple[float, float]:
+        """On learning rate and decay; most steps have the batch size and the statistics of the step before."""
+        if self.held:
+            return self.held
+        at = self._factors_at
+        if at is None or at[0] != self.batch_size or at[1] is not self.statistics:
+            known = self._known
+            factors = self.scaling(self.batch_size, known), self.scaling.decay(self.batch_size, known)
+            self._factors_at = at = self.batch_size, self.statistics, factors
+        return at[2]
 
     @property
     def noise_scale(self) -> float | None:
@@ -181,7 +233,7 @@ class Controller:
     def findings(self) -> dict[str, float | None]:
         """What the run has found out of its gradients and its hardware [samples each]; None where it is not known."""
         known = self.noise_scale is not None and self.knee is not None
-        critical = self.rule.critical if isinstance(self.rule, Goodput) else CRITICAL
+        critical = self.rule.critical if isinstance(self.rule, Goodput) else self.scaling.critical
         return {
             **self.known_noise(),
             "knee": self.knee,
@@ -194,6 +246,7 @@ class Controller:
             **{name: getattr(self, name) for name in NUMBERS},
             **{name: own and vars(own) for name in STATISTICS for own in [getattr(self, name)]},
             **{name: getattr(self, name).state_dict() for name in PARTS},
+            "held": self.held and list(self.held),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -203,6 +256,8 @@ class Controller:
             setattr(self, name, state[name] and Statistics(**state[name]))
         for name in PARTS:
             getattr(self, name).load_state_dict(state[name])
+        held = state.get("held")  # earlier checkpoints have none
+        self.held = held and tuple(held)
 
 
 STEADY = {"smoothing": 5_000.0, "max_growth": 4.0, "max_waste": 1.0}
@@ -214,6 +269,7 @@ def steady(
     max_batch_size: int | None = None,
     adaptive_optimizer: bool = False,
     family: Family | None = None,
+    critical: float = CRITICAL,
 ) -> Controller:
     """The program's default recipe: the batch with the most progress a second, and a learning rate that follows.
 
@@ -222,12 +278,13 @@ def steady(
         max_batch_size: largest size [samples]; None: no bound.
         adaptive_optimizer: the optimizer divides by the gradient's size.
         family: of an optimizer whose state follows, too (carry_over.py).
+        critical: critical batch size over noise scale.
     """
     return Controller(
         batch_size,
-        rule=Goodput(max_waste=STEADY["max_waste"]),
+        rule=Goodput(critical=critical, max_waste=STEADY["max_waste"]),
         limits=Limits(max_batch_size, STEADY["max_growth"]),
         unbiased=True,
         smoothing=STEADY["smoothing"],
-        scaling=LearningRateScaling("critical", batch_size, adaptive_optimizer, family),
+        scaling=LearningRateScaling("critical", batch_size, adaptive_optimizer, family, critical),
     )

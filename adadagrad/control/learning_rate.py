@@ -12,8 +12,8 @@ CRITICAL = 2.0
 which the noise remains, and the critical batch size is larger: 1 to 4 noise scales on the problems of docs/results.md,
 by the samples that constant batches needed to a target."""
 
-MEASURED = {"adascale": 1.0, "critical": CRITICAL}
-"""Rules that read the statistics: the critical batch size that they count with, in noise scales."""
+MEASURED = ("adascale", "critical")
+"""Rules that read the statistics."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class LearningRateScaling:
     `none` 1; `sqrt` √(b/b₀); `linear` b/b₀; `adascale` the gain r = (V/b₀ + ‖G‖²) / (V/b + ‖G‖²) of AdaScale (Johnson
     et al., ICML 2020), between 1 and b/b₀: close to b/b₀ where noise dominates, to 1 where it does not; `critical` the
     ratio of the best rates at b and at b₀, (1 + C/b₀) / (1 + C/b) (McCandlish et al., arXiv:1812.06162, section 2.2),
-    C the critical batch size: the same gain where that is the noise scale V/‖G‖², here `CRITICAL` times as much. For
+    C the critical batch size: the same gain where that is the noise scale V/‖G‖², here `critical` times as much. For
     optimizers that divide by the gradient's size (Adam, AdaGrad) the gain's square root. Where the estimate of ‖G‖² is
     not positive, noise dominates.
 
@@ -33,17 +33,19 @@ class LearningRateScaling:
         adaptive_optimizer: the optimizer divides by the gradient's size.
         family: of an optimizer whose state follows, too, where the rule reads the statistics: then the factor is that
             of `Transition.rate`; None: the rate alone follows.
+        critical: the critical batch size that `critical` counts with, in noise scales.
     """
 
     rule: str
     initial_batch_size: int
     adaptive_optimizer: bool = False
     family: Family | None = None
+    critical: float = CRITICAL
 
     @property
     def measures(self) -> bool:
         """The factor depends on the statistics."""
-        return self.rule in ("adascale", "critical")
+        return self.rule in MEASURED
 
     def __call__(self, batch_size: int, statistics: Statistics | None) -> float:
         """
@@ -75,4 +77,5 @@ class LearningRateScaling:
     def _change(self, before: int, after: int, statistics: Statistics | None) -> Transition | None:
         if self.rule not in MEASURED or statistics is None:
             return None
-        return Transition.of(statistics, before, after, self.initial_batch_size, MEASURED[self.rule])
+        critical = self.critical if self.rule == "critical" else 1.0
+        return Transition.of(statistics, before, after, self.initial_batch_size, critical)

@@ -263,7 +263,8 @@ class Goodput(Rule):
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], test: Test | None, decay: Callable[[int], float]) -> "Rule":
-        return cls(options["knee"], may_shrink=options["may_shrink"], max_waste=options["max_waste"])
+        own = {name: options[name] for name in ("knee", "may_shrink", "critical", "max_waste")}
+        return cls(**own)
 
     @property
     def timed(self) -> bool:

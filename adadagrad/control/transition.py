@@ -25,6 +25,15 @@ class Family(str, Enum):
     """takes its sign, or that of its singular values: Lion, Muon"""
 
 
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(("SGD", "ASGD"), Family.GRADIENT),
+    **dict.fromkeys(("Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adafactor"), Family.AVERAGE),
+    **dict.fromkeys(("Adagrad", "AdaGradNorm"), Family.SUM),
+    **dict.fromkeys(("Muon", "Lion"), Family.SIGN),
+}
+"""By the name of an optimizer's class, or of one that it is derived from."""
+
+
 def ratio_of_squares(variance: float, signal: float, before: int, after: int) -> float:
     """(V/b + ‖G‖²) / (V/b' + ‖G‖²), between 1 and b'/b: how much smaller E‖ḡ‖² is at b' than at b.
 

@@ -102,6 +102,7 @@ def build(
     for name in ("ghost", "vmap", "loop") if test_gradients == "auto" else (test_gradients,):
         estimator, problem = _candidate(name, check, arguments, in_training_pass, notify)
         estimator.adds_up, estimator.recheck = check.adds_up, recheck and name != "loop"
+        estimator.couples_samples = coupled or check.couples
         for own in (estimator, *getattr(estimator, "references", ())):
             own.hooks = hooks
         covers = isinstance(estimator, SingleGradients) or not getattr(estimator, "uncovered", None)

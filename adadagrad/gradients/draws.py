@@ -1,6 +1,7 @@
 """Passes that can be compared: all of them draw the same random numbers, whatever the number of their samples."""
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,16 +21,33 @@ NOTHING_LEFT_OUT = 0.999
 class SameDraws(TorchDispatchMode):
     """Inside, what is drawn at random depends on the number of the draw and the place along the last dimension alone.
 
-    So a batch draws for each of its samples what a batch of one draws.
+    So a batch draws for each of its samples what a batch of one draws. Where it goes in several passes, each of them is
+    to begin with `new_pass`.
 
     Attributes:
         sizes: of all dimensions of all tensors computed.
         lowest: the least precise floating-point type among them.
     """
 
+    innermost: ClassVar["SameDraws | None"] = None
+
     def __init__(self):
         super().__init__()
         self.draws, self.sizes, self.lowest = 0, set(), torch.float64
+
+    def __enter__(self) -> "SameDraws":
+        self.around, SameDraws.innermost = SameDraws.innermost, self
+        return super().__enter__()
+
+    def __exit__(self, *error) -> None:
+        SameDraws.innermost = self.around
+        super().__exit__(*error)
+
+    @classmethod
+    def new_pass(cls) -> None:
+        """What follows draws what the pass before it has drawn."""
+        if cls.innermost:
+            cls.innermost.draws = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}

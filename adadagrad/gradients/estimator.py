@@ -59,6 +59,8 @@ class Estimator:
         by_parameter: measure every parameter by itself, too, where `tells_parameters_apart`.
         of_parameters: the moments of the last call of `moments`, by parameter, then.
         measured: how often `moments` was called.
+        gave_way: how often later steps have shown that the next estimator must take over.
+        couples_samples: the outputs of a sample depend on the others of its batch; the check at the start finds it.
     """
 
     adds_up: bool | None = None
@@ -79,7 +81,8 @@ class Estimator:
     ):
         self.model, self.loss, self.inner_products = model, loss, inner_products
         self.max_micro_batch_size, self.autocast = max_micro_batch_size, autocast
-        self.by_parameter, self.of_parameters, self.measured = False, {}, 0
+        self.by_parameter, self.of_parameters, self.measured, self.gave_way = False, {}, 0, 0
+        self.couples_samples = False
         self._start()
 
     @property
@@ -98,6 +101,15 @@ class Estimator:
         """Drop what was observed since the last call of `moments`; measured steps are counted from here."""
         self.measured = 0
         self._start()
+
+    def state_dict(self) -> dict[str, int]:
+        """Plain numbers, for a checkpoint, the same on all ranks: what goes on looks at the same steps again."""
+        return {"measured": self.measured, "gave_way": self.gave_way}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.measured = state["measured"]
+        while self.gave_way < state["gave_way"]:
+            self._give_way()
 
     def observe(
         self,
@@ -158,6 +170,7 @@ class Estimator:
 
     def _give_way(self) -> None:
         """To the next estimator, as this one's numbers are not those of single samples; on all ranks alike."""
+        self.gave_way += 1
 
     def _total(self, grad_scale: float | Tensor) -> Tensor:
         """`sums` of this rank."""

@@ -113,6 +113,7 @@ class OwnPass(Estimator):
         raise NotImplementedError
 
     def _give_way(self) -> None:
+        super()._give_way()
         self.is_doubtful = True
         self.notify(
             "at a later step the statistics are not those of single samples: the next estimator takes over, and this "
@@ -173,6 +174,7 @@ class BySample(OwnPass):
         self, inputs: Batch, targets: Batch, buffers: dict[str, Tensor], only: set[str] | None = None
     ) -> dict[str, Tensor]:
         """The gradient of every sample's loss: parameter name → (n, *parameter shape); of `only` these parameters."""
+        SameDraws.new_pass()
         gradients, *passed = self._pass(inputs, targets, buffers, only)
         if self.adds_up is not None:
             self.passed = passed

@@ -1,0 +1,1 @@
+"""Other people's trainers: a module each, which imports its own package (docs/integrations.md)."""
