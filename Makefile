@@ -1,12 +1,13 @@
 # make quickstart: set up and train once.   make test: set up and run the test suite, but for what takes long.
 # make test-all: the whole of it.
 # make install-imagenet: what ffcv files need beside the system's libraries (docs/imagenet.md).
+# make install-integrations: other people's trainers, for their tests (docs/integrations.md).
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: quickstart test test-all lint install install-imagenet clean
+.PHONY: quickstart test test-all lint install install-imagenet install-integrations clean
 
 quickstart: install
 	$(BIN)/python main.py
@@ -30,6 +31,12 @@ install: .venv/.installed
 
 .venv/.installed-test: .venv/.installed requirements-test.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	touch $@
+
+install-integrations: .venv/.installed-integrations
+
+.venv/.installed-integrations: .venv/.installed requirements-integrations.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-integrations.txt
 	touch $@
 
 install-imagenet: .venv/.installed-imagenet

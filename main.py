@@ -35,11 +35,11 @@ import batches
 import optim
 import tests
 from adadagrad.control import carry_over
-from launch import ending, fsdp, processes
+from launch import ending, processes
 from launch.collectives import on_all_ranks
 from launch.signals import Interrupts
 from options import command_line
-from options.errors import REFUSED, RunError, UsageError
+from options.errors import REFUSED, UsageError
 from options.schema import Config
 from training import tuner
 from training.clock import Clock
@@ -60,8 +60,6 @@ class Trainer:
     def __init__(self, fabric: Fabric, config: Config, interrupts: Interrupts):
         self.fabric, self.interrupts, self.stop_signal = fabric, interrupts, 0
         self.reporter = Reporter()
-        self.unseen: dict[int, range] = {}  # positions of the steps whose losses nobody has looked at yet
-        self.seen = 0  # steps before the row that is not yet written
         self.parts = parts = Components(fabric, config, self.reporter.notify)
         with processes.naming_long_work(fabric, "measuring how long steps of different sizes take"):
             measured, lines = tuner.tune(parts)
@@ -75,7 +73,7 @@ class Trainer:
         self.totals = Totals(self.clock, parts.train_metrics)
         self.validation = Validation(parts.loss, parts.metrics, fabric.device)
         self.state = State(parts, self.controller, self.totals, self.validation, self.reporter)
-        self.reporter.find_bad_sample = self.find_bad_sample
+        self.reporter.first_not_finite = parts.stream.not_finite
         marks = self.state.restore(parts.resumed) if parts.resumed else None
         on_all_ranks(fabric, lambda: fabric.is_global_zero and self.open_log(marks))
         self.state.open(self.reporter.log and self.reporter.log.folder)
@@ -127,10 +125,10 @@ class Trainer:
         """
         decisive = self.decision_is_due()
         measured = decisive or self.monitoring_is_due()
-        plan, lr_factor = self.plan(measured), self.controller.lr_factor
+        plan, lr_factor = self.parts.plan(self.controller, measured), self.controller.lr_factor
         learning_rate = self.learning_rate(plan.start, self.controller.steps, lr_factor)
         optim.set_learning_rate(self.parts.optimizer, learning_rate, self.controller.decay_factor)
-        self.unseen[self.controller.steps] = range(plan.start, plan.start + plan.batch_size)
+        self.reporter.took(self.controller.steps, range(plan.start, plan.start + plan.batch_size))
         moments = self.train_step(plan, measured)
         # Here the paper's test is made (adadagrad/tests.py), where the rule has one, and the next batch gets its size.
         update = self.controller.update(moments if decisive else None, plan.batch_size, watched=moments)
@@ -145,7 +143,7 @@ class Trainer:
         }
         if moments:
             row |= columns_of(moments, self.parts.estimator.of_parameters)
-            row |= self.controller.known_noise()
+            row |= self.controller.known_noise() | self.parts.other_noise_scales
         return row
 
     def decision_is_due(self) -> bool:
@@ -157,22 +155,6 @@ class Trainer:
         """The next step is measured, and what it finds is reported."""
         interval = self.config.monitor_interval
         return bool(interval) and self.controller.steps % interval == 0
-
-    def plan(self, measured: bool) -> batches.Plan:
-        """How the next batch is cut over ranks and micro-batches."""
-        c, parts = self.config, self.parts
-        steps = c.gradient_accumulation_steps
-        if measured and parts.test_gradients == "micro_batch":  # a variance between micro-batches needs enough of them
-            steps = max(steps, -(-c.test_groups // self.fabric.world_size))
-        return batches.cut(
-            self.controller.samples,
-            self.controller.batch_size,
-            self.fabric.world_size,
-            c.max_micro_batch_size,
-            steps,
-            parts.min_micro_batch_size,
-            even=parts.couples_samples or parts.sharded,
-        )
 
     def train_step(self, plan: batches.Plan, measured: bool) -> tests.Moments | None:
         """One optimizer step on one global batch; the moments of its gradients where they are measured."""
@@ -193,7 +175,10 @@ class Trainer:
         if measured:
             with self.clock.measuring():
                 moments = parts.moments()
-        parts.step(self.config.grad_clip)
+                parts.measure_other_noise_scales(plan.start + plan.batch_size, self.controller.steps)
+        self.totals.add_clipped(parts.step(self.config.grad_clip))
+        if parts.average:
+            parts.average.update(plan.batch_size)
         return moments
 
     def pass_micro_batch(
@@ -262,36 +247,6 @@ class Trainer:
             "world_size": self.fabric.world_size,
         }
         self.reporter.add(self.totals.read(), row | evaluation)
-        self.unseen = {step: positions for step, positions in self.unseen.items() if step >= self.seen}
-        self.seen = self.controller.steps
-
-    def find_bad_sample(self, step: int) -> int | None:
-        """Of the batch after so many steps, which has diverged: a training sample whose numbers are not finite."""
-        return self.parts.stream.not_finite(self.unseen.get(step, range(0)))
-
-    def conclude(self, status: str) -> None:
-        """The end of the run, on all ranks: the last checkpoint and what the log writes, all of it that can be written.
-
-        Raises:
-            RunError, UsageError: something could not.
-        """
-        parts, log = self.parts, self.reporter.log
-        found = {"device": processes.device_name(self.fabric.device), "measured_options": self.measured_options}
-        problem = None
-        try:
-            if status == "finished" and self.state.checkpoints.saved_step != self.controller.steps:
-                self.state.save()
-        except (RunError, UsageError) as error:  # on all ranks alike
-            problem = error
-        optim.set_training(parts.optimizer, False)
-        weights = parts.module.state_dict()
-        if parts.sharded and status == "finished":
-            weights = fsdp.whole_weights(parts.module)
-        on_all_ranks(
-            self.fabric, lambda: log and log.conclude(status, self.state.results() | found, weights, self.stop_signal)
-        )
-        if problem:
-            raise problem
 
 
 def run(config: Config) -> int:
@@ -308,7 +263,7 @@ def run(config: Config) -> int:
         trainer = Trainer(fabric, config, interrupts)
         with interrupts:  # until here there is nothing to save: a signal ends the program at once
             status = trainer.fit()
-            trainer.conclude(status)
+            trainer.state.conclude(status, trainer.stop_signal, trainer.measured_options)
     if status == "interrupted" and trainer.stop_signal == signal.SIGUSR1:
         return TIME_IS_UP
     return EXIT_STATUS[status]

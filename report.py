@@ -5,6 +5,7 @@ python report.py out/ --where model=cnn --where eta=0.1          of some runs
 python report.py out/ --format=latex > table.tex                 or markdown, csv
 python report.py out/ --target=0.98 --figures=figures/           also samples, steps, seconds to 98 %; and the figures
 python report.py out/ --target=0.98 --knee=100,3000              also the modelled time on hardware with these knees
+python report.py out/RUN --schedule=adadagrad --knee=3000        stages, by the noise scale that this run has measured
 """
 
 import argparse
@@ -22,7 +23,7 @@ from tabulate import tabulate
 from launch.terminals import show_what_can_be_shown
 from options.errors import UsageError
 from options.names import expanded
-from runs import figures, results
+from runs import figures, pilot, results
 from runs.results import DamagedRun, Group, Run
 
 
@@ -212,9 +213,39 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--knee", type=knees, default=(), metavar="P[,P…]",
                         help="also the modelled time samples + P · steps, to the target if there is one, else to the "
                              "end, on hardware where a step costs as much as P samples beside its own")  # fmt: skip
+    parser.add_argument("--schedule", choices=tuple(pilot.PROGRAMS),
+                        help="print the stages in which to train next, in the syntax of this program, by the noise "
+                             "scale that one run has measured (--monitor_interval); on hardware with the one --knee, "
+                             "default: that of the run")  # fmt: skip
+    parser.add_argument("--stages", type=int, default=4, choices=range(1, 17), metavar="N",
+                        help="at most so many of --schedule (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--critical", type=float, metavar="C",
+                        help="of --schedule: critical batch size over noise scale, as critical.py measures it; "
+                             "default: as the run had it")  # fmt: skip
     parser.add_argument("--figures", type=Path, metavar="FOLDER",
                         help="write the figures as PNG and PDF into this folder")  # fmt: skip
     return parser.parse_args(arguments)
+
+
+def schedule(chosen: Sequence[Run], options: argparse.Namespace) -> str:
+    """
+    Raises:
+        UsageError: there are several runs or knees, no knee is known, or the run does not tell.
+    """
+    if len(chosen) != 1:
+        raise UsageError(f"--schedule is made from one run, and these are {len(chosen)}: give its folder")
+    run = chosen[0]
+    measured = run.summary.get("knee") or run.options["knee"]
+    found = options.knee or ([measured] if measured else [])
+    if len(found) != 1:
+        raise UsageError("--schedule needs one --knee=P, which this run has not measured" if not found else
+                         "--schedule is for one --knee: give one number")  # fmt: skip
+    if options.critical is not None and not 0 < options.critical < float("inf"):
+        raise UsageError(f"--critical={options.critical} must be a positive number, such as 2")
+    try:
+        return pilot.schedule(run, options.schedule, found[0], options.stages, options.critical)
+    except DamagedRun as problem:
+        raise UsageError(str(problem)) from None
 
 
 def report(options: argparse.Namespace) -> None:
@@ -226,6 +257,9 @@ def report(options: argparse.Namespace) -> None:
     options.figures = options.figures and expanded("figures", options.figures)
     found, problems = results.find(options.folders)
     chosen = results.choose(found, options.where)
+    if options.schedule:
+        print(schedule(chosen, options))
+        return
     objective = None
     if options.figures or options.target is not None:
         chosen, damaged = readable(chosen)

@@ -88,5 +88,6 @@ def controller(
             config.batch_size,
             adaptive_optimizer,
             family if config.coupling == "full" else None,
+            config.critical,
         ),
     )

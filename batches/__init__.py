@@ -6,7 +6,7 @@
 from batches.augment import smaller
 from batches.in_memory import Batch, InMemoryStream
 from batches.loading import LoadedStream
-from batches.plan import Plan, cut, positions_of_rank, quickest
+from batches.plan import Plan, cut, quickest
 from batches.streams import build
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "Plan",
     "build",
     "cut",
-    "positions_of_rank",
     "quickest",
     "smaller",
 ]

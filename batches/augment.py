@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from batches.order import position_hash
+from adadagrad.order import position_hash
 from data import DataSet
 
 

@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset, TensorDataset
 
+from adadagrad.order import Orders, as_tensor, positions
 from batches.augment import Normalise, crop_and_flip
-from batches.order import Orders, as_tensor
-from batches.plan import positions_of_rank
 from data import DataSet
 
 LOOKED_AT = 64
@@ -55,7 +54,7 @@ class Stream:
 
     def validation(self, rank: int, world_size: int, micro_batch_size: int) -> Iterator[Batch]:
         """This rank's share of the validation samples: over all ranks, each exactly once."""
-        own = positions_of_rank(0, self.val_order.taken, rank, world_size)
+        own = positions(0, self.val_order.taken, rank, world_size)
         cuts = [own[cut : cut + micro_batch_size] for cut in range(0, len(own), micro_batch_size)]
         return map(self.normalise.batch, self._validation(own, cuts))
 

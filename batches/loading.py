@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from adadagrad.order import EvenlySpread, Orders, SampleOrder, as_tensor, position_hash
 from batches.augment import Normalise
 from batches.in_memory import Batch, Stream
-from batches.order import EvenlySpread, Orders, SampleOrder, as_tensor, position_hash
 from data import DataSet, described
 from launch.signals import heed_the_parent_alone
 from options.errors import RunError, in_one_line

@@ -4,10 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
-
-def positions_of_rank(start: int, stop: int, rank: int, world_size: int) -> range:
-    """The positions p in [start, stop) with p mod world_size = rank."""
-    return range(start + (rank - start) % world_size, stop, world_size)
+from adadagrad.order import positions
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,7 @@ class Plan:
 
     def micro_batches(self, rank: int) -> list[range]:
         """The positions of each of this rank's micro-batches; none is too small (so a rank may have one step fewer)."""
-        own = positions_of_rank(self.start, self.start + self.batch_size, rank, self.world_size)
+        own = positions(self.start, self.batch_size, rank, self.world_size)
         cuts = _cuts(len(own), self.steps, self.min_micro_batch_size, self.size)
         return [own[a:b] for a, b in zip(cuts, cuts[1:])]
 

@@ -3,10 +3,10 @@
 import torch
 from torch.utils.data import TensorDataset
 
+from adadagrad.order import EvenlySpread, SampleOrder
 from batches.augment import Normalise
 from batches.in_memory import InMemoryStream
 from batches.loading import LoadedStream
-from batches.order import EvenlySpread, SampleOrder
 from data import DataSet
 
 

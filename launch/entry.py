@@ -18,6 +18,8 @@ def parse_or_exit() -> Config:
     show_what_can_be_shown()
     try:
         config = command_line.parse()
+        if config.launcher == "env":
+            environments.take_as_given()
         if problem := environments.missing_launcher(config.devices):
             raise UsageError(problem)
         environments.forget_left_overs(config.num_nodes)

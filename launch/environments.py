@@ -8,10 +8,14 @@ import functools
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 
+from options.errors import UsageError
+
 BY_TORCHRUN = {"TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR"}
+BY_AN_OPERATOR = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What every operator of a cluster sets; LOCAL_RANK and LOCAL_WORLD_SIZE only where a machine has several processes."""
 BY_SRUN = {"SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_JOB_ID"}
 FIRST_SPECIAL_STEP = 0xFFFFFFF0
 """Slurm's own steps have numbers from here on: the batch script, the shell of an interactive allocation."""
@@ -52,6 +56,34 @@ def rank(env: Mapping[str, str] = os.environ) -> int:
     return int(env[variable]) if variable else 0
 
 
+def take_as_given(env: MutableMapping[str, str] = os.environ) -> None:
+    """Take the variables of an operator, which starts the processes as torchrun does, for torchrun's.
+
+    Raises:
+        UsageError: one is missing, or is no number where it must be one.
+    """
+    if launcher(env) == "torchrun":
+        return
+    missing = [name for name in BY_AN_OPERATOR if not env.get(name)]
+    if missing:
+        raise UsageError(
+            f"--launcher=env: {', '.join(missing)} not set: the operator sets it for every process; leave "
+            "--launcher out for `fabric run`, torchrun and srun"
+        )
+    given = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", **env}
+    sizes = {name: given[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")}
+    for name, value in sizes.items():
+        if not value.isdigit():
+            raise UsageError(f"--launcher=env: {name}={value} must be a whole number")
+    rank, size, local_rank, local_size, _ = map(int, sizes.values())
+    if not (rank < size and local_rank < local_size and size % local_size == 0):
+        raise UsageError(
+            f"--launcher=env: RANK={rank} of WORLD_SIZE={size} and LOCAL_RANK={local_rank} of LOCAL_WORLD_SIZE="
+            f"{local_size} do not fit together: ranks count from 0, and every machine has as many processes"
+        )
+    env |= sizes | {"GROUP_RANK": str(rank // local_size), "TORCHELASTIC_RUN_ID": "none"}
+
+
 def missing_launcher(devices: int | str, env: Mapping[str, str] = os.environ) -> str:
     """Why this process should have been started otherwise, "" where it is meant as it is.
 
@@ -69,7 +101,8 @@ def missing_launcher(devices: int | str, env: Mapping[str, str] = os.environ) ->
     if "RANK" in env and _number(env, "WORLD_SIZE") > 1:
         return (
             f"RANK={env['RANK']} and WORLD_SIZE={env['WORLD_SIZE']} are set, but neither torchrun nor `fabric run` has "
-            "started this process: start it by one of them; or unset both, or add --devices=1"
+            "started this process: start it by one of them; or add --launcher=env where an operator has set them; or "
+            "unset both, or add --devices=1"
         )
     return ""
 

@@ -93,7 +93,17 @@ def forward_only(module: nn.Module) -> Iterator[None]:
                 part.reshard()
 
 
-def refuse_what_needs_whole_tensors(module: nn.Module, precision: str, compiled: bool) -> None:
+def refuse_scaled_losses(precision: str) -> None:
+    """Before Fabric is asked, which does not say whose fault it is.
+
+    Raises:
+        UsageError: the options do not go with shards.
+    """
+    if precision == "16-mixed":
+        raise UsageError("--strategy=fsdp: --precision=16-mixed scales the loss: take bf16-mixed, or --strategy=ddp")
+
+
+def refuse_what_needs_whole_tensors(module: nn.Module, compiled: bool) -> None:
     """
     Raises:
         UsageError: the options do not go with shards.
@@ -101,8 +111,6 @@ def refuse_what_needs_whole_tensors(module: nn.Module, precision: str, compiled:
     reason = ""
     if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in module.modules()):
         reason = "the model has BatchNorm, whose statistics need a pass of the test's own: take --strategy=ddp"
-    elif precision == "16-mixed":
-        reason = "--precision=16-mixed scales the loss: take bf16-mixed, or --strategy=ddp"
     elif compiled:
         reason = "leave --compile out, or take --strategy=ddp"
     if reason:

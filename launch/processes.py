@@ -40,6 +40,9 @@ def start_fabric(config: Config) -> Fabric:
         raise UsageError(f"--strategy={strategy} is not supported: choose auto, ddp or fsdp")
     _say_how_gradients_are_averaged(config)
     if strategy == "fsdp":  # by this name Fabric has FSDP's first version
+        fsdp.refuse_scaled_losses(
+            os.environ.get("LT_PRECISION", config.precision) if by_fabric_run else config.precision
+        )
         os.environ.pop("LT_STRATEGY", None)
         strategy = fsdp.Sharded(config.shard_modules, timedelta(minutes=config.timeout_minutes))
     share_cores()

@@ -11,11 +11,13 @@ from options.names import import_object, unknown
 
 
 def rule_class(options: Mapping[str, Any]) -> type[Rule]:
-    """What `test`, `ramp_up_type` and the ramps without a test choose.
+    """What `test`, `ramp_up_type` and the ramps without a test choose; a branch of a run is constant.
 
     Raises:
         UsageError: there is no such rule.
     """
+    if options["branch"]:
+        return RULES["constant"]
     for name in ("stagewise", "linear", "seesaw"):
         if options[f"{name}_ramp_up"]:
             return RULES[name]

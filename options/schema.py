@@ -10,8 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from adadagrad.control import RULES
-from adadagrad.tests import TESTS
+from adadagrad.control import CRITICAL, RULES
+from adadagrad.tests import OTHER_SCALES, TESTS
 from options.errors import UsageError
 from options.names import expanded, unknown
 from options.schedules import rule_class, test_parameters
@@ -108,19 +108,26 @@ class TestOptions:
     the largest batch size; 0: do not. A network with BatchNorm is watched by micro_batch"""
     monitor_modules: bool = False
     """write the statistics of every module's own parameters to modules.csv, too, by ghost or micro_batch"""
+    monitor_metrics: list[Literal[OTHER_SCALES]] = field(default_factory=list)
+    """measure other noise scales in the same steps, too, by per-sample gradients: in the optimizer's metric (weights
+    1/√v or, optimizer_squared, 1/v), of l1 norms, weighted by the curvature; as [optimizer,curvature]"""
     test_gradients: Literal["auto", "ghost", "vmap", "loop", "micro_batch", "worker"] = "auto"
     """where the statistics come from. ghost: exact, norms without per-sample gradients; vmap: exact, per-sample
     gradients by torch.func; loop: exact, one backward pass a sample; micro_batch: variance between micro-batches;
     worker: likewise, with a tested step cut as any other (DDP-Norm, FSDP-Norm); auto: the first of ghost, vmap and loop
-    that agrees with single samples"""
+    that agrees with single samples; where a model couples samples (BatchNorm), micro_batch, but for the published
+    rule"""
     test_groups: int = 8
     """least number of micro-batches, over all devices, into which micro_batch cuts a tested batch"""
+    recheck: bool = True
+    """compare a few samples of the 2nd, 20th, 200th, … measured step with single samples again, as before the first
+    step; where they differ, the next of ghost, vmap and loop takes over"""
     max_test_micro_batch_size: int = 256
     """most samples of a device in a pass of the test's own [samples per device]"""
     ramp_up_type: str = "test"
     """test: where the test fails, take the size that it asks for; factor: multiply the batch size by ramp_up_factor
-    there; goodput: no test, but the size with the most progress a second, √(2 · noise scale · knee), by the steps'
-    times; or an import path package.module:Class of a control.Rule"""
+    there; goodput: no test, but the size with the most progress a second, √(critical · noise scale · knee), by the
+    steps' times; or an import path package.module:Class of a control.Rule"""
     ramp_up_factor: float = 2.0
     """factor of ramp_up_type=factor"""
     may_shrink: bool = False
@@ -128,6 +135,9 @@ class TestOptions:
     knee: float | None = None
     """of ramp_up_type=goodput: the batch whose samples take as long as the fixed part of a step [samples]; default: as
     the steps' times say. With a number, the sizes do not depend on times"""
+    critical: float = CRITICAL
+    """of ramp_up_type=goodput and lr_scaling=critical: the critical batch size, in noise scales, as critical.py
+    measures it"""
     max_waste: float | None = None
     """of ramp_up_type=goodput: W, a bound on the samples: the batch stays where the run takes at most 1 + W times the
     least possible ones, W critical batch sizes; default: 10"""
@@ -181,10 +191,13 @@ class OptimizerOptions:
     """further arguments of the optimizer, as --optimizer_args.NAME=VALUE"""
     grad_clip: float = 0.0
     """clip the norm of the batch gradient at this value; 0: do not clip"""
+    weight_average: float = 0.0
+    """average the weights with this half-life [samples]; evaluations are of the average, and model_average.pt has it;
+    0: do not"""
     lr_scaling: Literal["none", "sqrt", "linear", "adascale", "critical"] = "none"
     """how the learning rate follows the batch size b, on top of the schedule, from the initial one b₀: by √(b/b₀),
-    b/b₀, or from the statistics, between 1 and b/b₀: AdaScale's gain, or that of the critical batch size, two noise
-    scales (the root of either for optimizers other than SGD)"""
+    b/b₀, or from the statistics, between 1 and b/b₀: AdaScale's gain, or that of the critical batch size, `critical`
+    noise scales (the root of either for optimizers other than SGD)"""
     coupling: Literal["full", "rate", "none"] = "rate"
     """what follows the batch size by the statistics of lr_scaling=adascale or critical. full: learning rate, decoupled
     weight decay, β₂, and what the optimizer keeps of the gradients so far; rate: the learning rate; none: nothing"""
@@ -248,6 +261,9 @@ class DeviceOptions:
     parameters, gradients and optimizer states are shared out, for models that do not fit"""
     shard_modules: list[str] = field(default_factory=list)
     """of strategy=fsdp: classes whose modules are gathered one at a time; default: the model's repeated blocks"""
+    launcher: Literal["auto", "env"] = "auto"
+    """who has started the processes. auto: `fabric run`, torchrun or srun, as they tell, else the program itself; env:
+    an operator, by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT (Kubeflow's PyTorchJob)"""
     devices: int | Literal["auto"] = "auto"
     """devices (processes) a node; auto: all GPUs, or one process on CPU"""
     num_nodes: int = 1
@@ -255,7 +271,8 @@ class DeviceOptions:
     matmul_precision: Literal["highest", "high"] = "highest"
     """of float32 products and convolutions on GPUs; high: by TF32, faster, about three decimal digits"""
     deterministic: bool = False
-    """the same numbers, bit for bit, in every run on the same GPUs; slower (on CPUs runs are so anyway)"""
+    """the same numbers, bit for bit, in every run on the same GPUs; slower. On CPUs runs are so anyway, but for what
+    is measured where max_micro_batch_size is auto and knee says nothing"""
     timeout_minutes: float = 10.0
     """end where a process waits so long for another one [min]"""
     precision: Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true", "32", "bf16", "64"] = "32-true"
@@ -293,6 +310,12 @@ class CheckpointOptions:
     resume: str | None = None
     """auto: go on from the newest whole checkpoint of the run's folder, start where there is none (needs run_name);
     or a run's folder or checkpoint to go on from; default: start a new run"""
+    branch: float | None = None
+    """of resume: go on from a checkpoint with so many times its batch size, constant from there on; seed, length and
+    evaluations may be other ones then. critical.py compares such branches. Default: go on as the run was"""
+    branch_gain: float = 1.0
+    """of branch: a step is to be branch ** branch_gain times as long, optimizer state along; 1: as many times as the
+    batch is larger, as where noise dominates"""
 
 
 @dataclass
@@ -326,6 +349,7 @@ class Config(
         self._check_without_effect()
         self._check_batch_sizes()
         self._check_schedules()
+        self._check_branch()
         if self.run_name is not None and (self.run_name in ("", ".", "..") or set(self.run_name) & set("/\\$\0")):
             raise UsageError(f"--run_name='{self.run_name}' must be the name of a folder: one word without '/' or '$'")
 
@@ -353,11 +377,11 @@ class Config(
             "gradient_accumulation_steps test_interval test_groups learning_rate max_lr gamma "
             "max_samples max_iters devices num_nodes log_interval linear_ramp_up_increment lr_decay_samples "
             "lr_decay_iters keep_checkpoints timeout_minutes batch_size_multiple max_waste "
-            "knee eval_samples validation_samples"
+            "knee critical branch eval_samples validation_samples"
         )
         not_negative = (
             "num_workers weight_decay grad_clip min_lr warmup_samples warmup_iters eval_interval momentum seed "
-            "checkpoint_interval checkpoint_minutes smoothing monitor_interval"
+            "checkpoint_interval checkpoint_minutes smoothing monitor_interval branch_gain"
         )
         for name in positive.split():
             _require_range(name, getattr(self, name), "positive", lambda value: value > 0)
@@ -404,7 +428,11 @@ class Config(
             for name in names.split():
                 if getattr(self, name) != getattr(DEFAULTS, name) and getattr(self, other) != value:
                     raise UsageError(f"--{name} acts only with --{other}={value}: add that, or leave --{name} out")
-        self._check_options_of_other_rules()
+        if not self.branch:
+            self._check_options_of_other_rules()
+        reads_critical = not self.test or self.lr_scaling == "critical" or rule_class(vars(self)).name == "goodput"
+        if self.critical != CRITICAL and not reads_critical:
+            raise UsageError("--critical acts only with --ramp_up_type=goodput or --lr_scaling=critical: add one")
         measured = self.test or self.monitor_interval
         for name in ("statistics", "smoothing"):
             if getattr(self, name) != getattr(DEFAULTS, name) and not measured:
@@ -413,6 +441,8 @@ class Config(
             raise UsageError(f"--coupling={self.coupling} acts only with --lr_scaling=adascale or critical: add one")
         if self.monitor_modules and not measured:
             raise UsageError("--monitor_modules acts only with --test=True or --monitor_interval: add one")
+        if self.monitor_metrics and not measured:
+            raise UsageError("--monitor_metrics acts only with --test=True or --monitor_interval: add one")
         if self.lr_scaling in MEASURED_SCALINGS and not measured:
             raise UsageError(
                 f"--lr_scaling={self.lr_scaling} needs the statistics: add --test=True or --monitor_interval=N"
@@ -493,6 +523,17 @@ class Config(
             raise UsageError("--lr_decay_type=iter needs --lr_decay_iters (or --training_type=iter with --max_iters)")
         if self.lr_decay_type == "sample" and self.lr_decay_samples is None and self.training_type == "iter":
             raise UsageError("--lr_decay_type=sample needs --lr_decay_samples here (or take --lr_decay_type=iter)")
+
+    def _check_branch(self):
+        if self.branch_gain != DEFAULTS.branch_gain and not self.branch:
+            raise UsageError("--branch_gain acts only with --branch: add that, or leave --branch_gain out")
+        if self.branch and not self.resume:
+            raise UsageError("--branch acts only with --resume=CHECKPOINT: add that, or leave --branch out")
+        if self.branch and self.decay_lr and self.lr_decay_type == "iter":
+            raise UsageError(
+                "--branch: the learning rate follows the steps, of which a branch has other ones: take a run with "
+                "--lr_decay_type=sample"
+            )
 
     def _check_warmup(self):
         unit = "samples" if self.lr_decay_type == "sample" else "iters"

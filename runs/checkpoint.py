@@ -3,7 +3,7 @@
 A checkpoint is one file, `RUN_FOLDER/checkpoints/step-00000120.pt`, written by Fabric's `save` and read, weights only,
 by its `load`. It holds the model, the optimizer, the gradient scaler, the progress and, for every rank, the random
 states, the buffers (BatchNorm's running statistics differ between ranks until they are averaged) and the totals since
-the last row of metrics.csv. Which sample comes next follows from the progress alone (batches/order.py).
+the last row of metrics.csv. Which sample comes next follows from the progress alone (adadagrad/order.py).
 """
 
 import contextlib
@@ -37,13 +37,15 @@ from runs.lock import refuse_another_writer
 # is cut over devices and passes. All else changes the mathematics.
 FREE = """
     data_dir num_workers compile gradient_accumulation_steps
-    max_micro_batch_size eval_micro_batch_size max_test_micro_batch_size
-    knee accelerator strategy shard_modules devices num_nodes timeout_minutes deterministic recipe
+    launcher max_micro_batch_size eval_micro_batch_size max_test_micro_batch_size
+    knee recheck accelerator strategy shard_modules devices num_nodes timeout_minutes deterministic recipe
     out_dir run_name log_interval eval_interval eval_samples checkpoint_interval checkpoint_minutes keep_checkpoints
     resume
 """.split()  # noqa: SIM905
 GROWING = ("max_samples", "max_iters")
 """May differ, but only upwards."""
+OF_A_BRANCH = ("branch", "branch_gain", "seed", "training_type", "validation_samples", *GROWING)
+"""May differ where the run branches off."""
 FROM_THE_LENGTH = ("lr_decay_samples", "lr_decay_iters", "samples_stages")
 """Defaults that follow from the length of the run: a longer continuation keeps the values of the run."""
 
@@ -274,6 +276,10 @@ def resumption(fabric: Fabric, config: Config) -> tuple[Config, Path | None]:
     if fabric.is_global_zero and warnings:
         print(*warnings, sep="\n", file=sys.stderr, flush=True)
     hardware = ("cpu" if fabric.device.type == "cpu" else "cuda", fabric.world_size)
+    if not path and config.branch:
+        raise UsageError(
+            f"--branch={config.branch}: --resume={config.resume} has no checkpoint to branch off: name one"
+        )
     return (on_all_ranks(fabric, lambda: continued(config, path, hardware)), path) if path else (config, None)
 
 
@@ -311,17 +317,23 @@ def run_folder_of(place: Path) -> Path:
     return place.parent if place.name == "checkpoints" else place
 
 
+def branches_off(config: Config, path: Path) -> bool:
+    """The run is a branch that begins at this checkpoint, not one that goes on."""
+    return config.branch is not None and options_of(path).get("branch") != config.branch
+
+
 def refuse_differences(config: Config, path: Path) -> None:
-    """Refuse to go on with other mathematics.
+    """Refuse to go on with other mathematics, but for what the size of a branch's batches makes of them.
 
     Raises:
         UsageError: lists every such option with its old and new value.
     """
     old, new = options_of(path), plain_options(config)
+    free = {*FREE, *(OF_A_BRANCH if branches_off(config, path) else ())}
     differing = [
         f"--{name}={new[name]} was {old[name]}"
         for name in new
-        if name in old and name not in FREE and new[name] != old[name]
+        if name in old and name not in free and new[name] != old[name]
         if not (name in GROWING and new[name] > old[name])
     ]
     if differing:

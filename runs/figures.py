@@ -20,10 +20,12 @@ def panels(columns: Iterable[str]) -> list[tuple[str, dict[str, str]]]:
         found.append(
             (name[4:].replace("_", " "), {line: column for line, column in lines.items() if column in columns})
         )
-    return [*found, ("batch size", {"batch size": "batch_size"}), ("learning rate", {"learning rate": "lr"})]
+    sizes = {"batch size": "batch_size"} | ({"noise scale": "noise_scale"} if "noise_scale" in columns else {})
+    return [*found, ("batch size", sizes), ("learning rate", {"learning rate": "lr"})]
 
 
 COLORS = {"train": "tab:blue", "validation": "tab:orange", "batch size": "tab:green", "learning rate": "tab:purple"}
+COLORS |= {"noise scale": "0.45"}
 POINTS = 400
 """Training curves with more points are averaged down to this many."""
 
@@ -38,7 +40,8 @@ PRINT = {"font.size": 8, "legend.fontsize": 7.5, "axes.linewidth": 0.6, "pdf.fon
 
 
 def curves(folder: Path) -> None:
-    """Draw `curves.png` in a run's folder: loss, metric, batch size and learning rate against samples and steps."""
+    """Draw `curves.png` in a run's folder: loss, metric, batch size (beside the noise scale, where that was measured,
+    with its interval) and learning rate against samples and steps."""
     from matplotlib.figure import Figure
 
     metrics = read_metrics(folder)
@@ -46,13 +49,15 @@ def curves(folder: Path) -> None:
         return
     figure = Figure(figsize=(15, 6.6), layout="constrained")
     figure.suptitle(folder.name)
-    shown = panels(metrics)
+    shown = panels([name for name, values in metrics.items() if any(value is not None for value in values)])
     rows = figure.subplots(2, len(shown), sharey="col")
     for row, (column, label) in zip(rows, (("samples", "samples"), ("step", "steps"))):
         for axes, (title, lines) in zip(row, shown):
             for name, values in lines.items():
                 _draw(axes, name, [(x, y) for x, y in zip(metrics[column], metrics[values]) if y is not None])
             _finish(axes, label, title, legend=len(lines) > 1)
+            if "noise scale" in lines:
+                _band(axes, metrics, column)
     figure.savefig(folder / "curves.png", dpi=110)
 
 
@@ -65,6 +70,20 @@ def _draw(axes, name: str, points: list[tuple[float, float]]) -> None:
     if len(points) == 1 or (name == "validation" and len(points) <= 40):
         style |= {"marker": "o", "markersize": 3}
     axes.plot(*zip(*points) if points else ((), ()), **style)
+
+
+def _band(axes, metrics: dict[str, list[float | None]], column: str) -> None:
+    """The interval of the noise scale; the axis goes by batch sizes and by the scale, not by what was hardly known."""
+    found = zip(metrics[column], *(metrics.get(f"noise_scale_{end}", []) for end in ("low", "high")))
+    ends = [(x, low, math.inf if high is None else high) for x, low, high in found if low is not None]
+    scales = sorted(value for value in metrics["noise_scale"] if value)
+    middle = scales[len(scales) // 20 : len(scales) - len(scales) // 20]
+    shown = [*middle, *metrics["batch_size"]]
+    low, top = min(shown) / 1.5, max(shown) * 1.5
+    if ends:
+        x, lows, highs = zip(*ends)
+        axes.fill_between(x, lows, [min(high, 2 * top) for high in highs], color="0.45", alpha=0.2, linewidth=0)
+    axes.set_ylim(low, top)
 
 
 def _thinned(points: list[tuple[float, float]], most: int = POINTS) -> list[tuple[float, float]]:
@@ -356,3 +375,75 @@ def _name_points(axes, places: Sequence[tuple[float, float, str]]) -> None:
             fontsize=7.5,
             arrowprops={"arrowstyle": "-", "color": "0.7", "linewidth": 0.5, "shrinkB": 4, "relpos": (0, 0.5)},
         )
+
+
+def critical_sizes(found: Sequence[dict], file: Path) -> None:
+    """Draw what branches have shown (branches.compare): the excess of the loss against the batch size, a line a
+    checkpoint; and the critical batch size against the samples of the run, beside the noise scale."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(PRINT):
+        figure = Figure(figsize=(7, 2.9), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        _excesses(left, found)
+        _sizes_over_samples(right, found)
+        figure.savefig(file, dpi=200)
+
+
+def _excesses(axes, found: Sequence[dict]) -> None:
+    for i, of in enumerate(found):
+        known = [one for one in of["factors"] if one["excess_mean"] is not None]
+        if not known:
+            continue
+        spread = [100 * (one["excess_standard_error"] or 0.0) for one in known]
+        sizes, means = [one["batch_size"] for one in known], [100 * one["excess_mean"] for one in known]
+        look = style(i) | {"markersize": 3.5, "linewidth": 1.1, "elinewidth": 0.7, "capsize": 1.5}
+        axes.errorbar(sizes, means, spread, label=f"{_short(of['samples'], None)} samples", **look)
+    axes.axhline(100 * found[0]["tolerance"], color="0.4", linewidth=0.8, linestyle=":", label="tolerance")
+    axes.set(xlabel="batch size [samples]", ylabel=f"excess of the {in_words(found[0]['loss']).replace('_', ' ')} [%]")
+    axes.set_xscale("log", base=2)
+    tolerance = 100 * found[0]["tolerance"]
+    axes.set_yscale("symlog", linthresh=max(2 * tolerance, 1e-3))
+    axes.set_ylim(bottom=min(axes.dataLim.y0, 0) - tolerance / 2)
+    sizes = sorted({one["batch_size"] for of in found for one in of["factors"]})
+    axes.set_xticks(sizes if len(sizes) <= 7 else sizes[:: -(-len(sizes) // 7)])
+    for side in (axes.xaxis, axes.yaxis):
+        side.set_major_formatter(_short)
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    _plain(axes)
+
+
+def _sizes_over_samples(axes, found: Sequence[dict]) -> None:
+    """Largest batch within the tolerance and C of the fit with their intervals; not where these have no end."""
+    at = [of["samples"] for of in found]
+    for i, (label, low, middle, high) in enumerate(
+        (
+            (
+                f"within {100 * found[0]['tolerance']:g} %",
+                *([of["within_tolerance"][name] for of in found] for name in ("low", "factor", "high")),
+            ),
+            ("C by the fit", *([of["fit"][name] for of in found] for name in ("low", "critical", "high"))),
+        )
+    ):
+        look, shift = style(i), 1 + 0.02 * i
+        points = [(x * shift, lo, y, hi) for x, lo, y, hi in zip(at, low, middle, high) if hi is not None]
+        axes.plot([x for x, *_ in points], [y for _, _, y, _ in points], label=label, linewidth=1.1, **look)
+        for x, lo, _, hi in points:
+            axes.vlines(x, lo, hi, color=look["color"], linewidth=0.7)
+    measured = [(of["samples"], of["noise_scale"]) for of in found if of["noise_scale"]]
+    axes.plot(*zip(*measured) if measured else ((), ()), color="0.5", linestyle=":", marker=".", label="noise scale")
+    ends = [(of["samples"], of["noise_scale_low"], of["noise_scale_high"]) for of in found if of["noise_scale_high"]]
+    axes.fill_between(*zip(*ends) if ends else ((), ()), color="0.5", alpha=0.18, linewidth=0)
+    axes.plot(at, [of["batch_size"] for of in found], color="0.7", linewidth=0.8, label="batch of the run")
+    axes.set(xlabel="samples of the run", ylabel="size [samples]", yscale="log")
+    _log_ticks(axes.yaxis, axes.get_ylim())
+    axes.xaxis.set_major_formatter(_short)
+    axes.legend(frameon=False)
+    _plain(axes)
+
+
+def _plain(axes) -> None:
+    axes.grid(alpha=0.25, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)

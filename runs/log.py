@@ -32,15 +32,19 @@ from options.schema import PARAMETERS_OF_TESTS, Config
 from runs import figures, results
 from runs.checkpoint import plain, plain_options, remove_left_overs, replacing, unwritable
 from runs.lock import locked
+from runs.status import Status
 
 COLUMNS = (
     *("step", "samples", "epoch", "train_loss", "METRICS", "lr"),
     *("batch_size", "micro_batch_size", "gradient_accumulation_steps"),
     *tests.MEASURED,
-    *("noise_scale", "noise_scale_low", "noise_scale_high", "lr_factor", "next_batch_size"),
+    *("noise_scale", "noise_scale_low", "noise_scale_high", "lr_factor", "clipped", "next_batch_size"),
     *("world_size", "step_time", "test_time", "samples_per_second"),
 )
 """Of metrics.csv; in the place of METRICS stand those of the data set, train_… and val_…."""
+
+OTHER_SCALE = "noise_scale_{}"
+"""Column of a noise scale that --monitor_metrics names; after noise_scale_high."""
 
 # Column → the tag that the paper's code used for it, under sample/ (against samples) and step/ (against steps). What a
 # data set measures, train_NAME and val_NAME, is train/NAME and val/NAME.
@@ -58,8 +62,18 @@ TAGS = {
     "noise_scale_low": "noise_scale_low",
     "noise_scale_high": "noise_scale_high",
     "lr_factor": "lr_factor",
+    "clipped": "clipped",
     "step_time": "time",
 }
+
+
+NOISE_SCALE_BAND = {
+    "noise scale": {
+        f"against {axis}s": ["Margin", [f"{axis}/noise_scale_{which}" for which in ("unbiased", "low", "high")]]
+        for axis in ("sample", "step")
+    }
+}
+"""A chart of TensorBoard's: the line between the ends of its interval."""
 
 
 def default_name(config: Config) -> str:
@@ -69,6 +83,8 @@ def default_name(config: Config) -> str:
     return "_".join([*names, schedule, f"seed{config.seed}", time.strftime("%Y%m%d-%H%M%S")])
 
 
+PRICES = ("samples_over_least", "samples_over_initial", "time_over_initial")
+"""Of summary.json: `results.price`."""
 MODULES = "modules.csv"
 EVENTS = "events.out.tfevents.*"
 """TensorBoard's files; every start of a run makes a new one."""
@@ -121,13 +137,19 @@ class RunLog:
         self._csv.seek(0, os.SEEK_END)
         at = COLUMNS.index("METRICS")
         columns = header or [*COLUMNS[:at], *measured, *COLUMNS[at + 1 :]]
+        if not header:
+            after = columns.index("noise_scale_high") + 1
+            columns[after:after] = [OTHER_SCALE.format(name) for name in config.monitor_metrics]
         self._writer = csv.DictWriter(self._csv, columns, restval="", extrasaction="ignore")
         if not header:
             self._writer.writeheader()
+        self._status = Status(self.folder, config)
         self._modules = _ModuleTable(self.folder / MODULES) if config.monitor_modules else None
         threading.excepthook = _handed_on(threading.excepthook)
         self._tensorboard = TensorBoardLogger(config.out_dir, self.folder.name, version="")
         self._tensorboard.experiment.add_text("run", provenance_card())
+        if tests.rule(vars(config)).measures or config.monitor_interval:
+            self._tensorboard.experiment.add_custom_scalars(NOISE_SCALE_BAND)
         by_samples = config.training_type == "sample"
         self._bar = tqdm(
             total=config.max_samples if by_samples else config.max_iters,
@@ -166,7 +188,7 @@ class RunLog:
         try:
             yield
         except OSError as error:
-            raise unwritable(Path(error.filename or self.folder), error) from None
+            raise unwritable(Path(os.fsdecode(error.filename or self.folder)), error) from None
 
     def mark(self) -> dict[str, Any]:
         """Where the run stands, for a checkpoint: the size of each file that grows [bytes], the time so far [s]."""
@@ -194,6 +216,7 @@ class RunLog:
             if self._modules:
                 self._modules.write(row)
             self._write_events(row)
+            self._status.update(row, at_once="val_loss" in row)
         self._progress = (
             f"step {row['step']:>6,}  samples {row['samples']:>10,}  batch {row['batch_size']:>7,}  "
             f"train loss {row['train_loss']:.4f}  {row['samples_per_second']:,.0f} samples/s"
@@ -208,7 +231,8 @@ class RunLog:
         """One event an axis: an event for every number costs a small network a tenth of its step."""
         for axis, at in (("sample", row["samples"]), ("step", row["step"])):
             measured = {name: name.replace("_", "/", 1) for name in ("train_loss", *self.measured)}
-            tags = {**measured, **TAGS}
+            others = {name: name for name in map(OTHER_SCALE.format, self.config.monitor_metrics)}
+            tags = {**measured, **TAGS, **others}
             metrics = {f"{axis}/{tag}": row[name] for name, tag in tags.items() if row.get(name) is not None}
             if axis == "sample":
                 metrics["sample/step"] = row["step"]
@@ -224,10 +248,10 @@ class RunLog:
             left = max(self._bar.total / done - 1, 0) * (now - self.start)
             self.say(f"{self._progress}  {tqdm.format_interval(left)} left")
 
-    def save_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """model.pt: the plain weights, for `module.load_state_dict(torch.load("model.pt"))` on any device."""
+    def save_weights(self, name: str, weights: dict[str, torch.Tensor]) -> None:
+        """The plain weights, for `module.load_state_dict(torch.load("model.pt"))` on any device."""
         on_the_host = tree_map(lambda value: value.cpu() if isinstance(value, torch.Tensor) else value, dict(weights))
-        with self._writing(), replacing(self.folder / "model.pt") as file:
+        with self._writing(), replacing(self.folder / name) as file:
             torch.save(plain(on_the_host), file)
 
     def _close(self) -> None:
@@ -241,7 +265,7 @@ class RunLog:
         summary = {
             "status": status,
             **results,
-            **self._training_results(),
+            **self._training_results(results["knee"]),
             "wall_time": time.perf_counter() - self.start,
             "peak_memory_bytes": peak_memory_bytes(),
             "versions": versions(),
@@ -267,9 +291,10 @@ class RunLog:
             figures.curves(self.folder)
 
     def conclude(
-        self, status: str, results: dict[str, Any], weights: dict[str, torch.Tensor], stop_signal: int
+        self, status: str, results: dict[str, Any], weights: dict[str, dict[str, torch.Tensor]], stop_signal: int
     ) -> None:
-        """The end of a run: weights, summary.json, TensorBoard's hyper-parameters, curves.png, and how to go on.
+        """The end of a run: weights by the names of their files, summary.json, TensorBoard's hyper-parameters,
+        curves.png, and how to go on.
 
         Raises:
             RunError, or whatever was the first error: after all that can be written was written.
@@ -284,7 +309,8 @@ class RunLog:
 
         attempt(self._close)
         if status == "finished":
-            attempt(self.save_weights, weights)
+            for name, own in weights.items():
+                attempt(self.save_weights, name, own)
         summary = self._summary(status, results)
         for write, *arguments in ((self._write_summary, summary), (self._finish_tensorboard, summary), (self._draw,)):
             attempt(write, *arguments)
@@ -295,13 +321,15 @@ class RunLog:
         if problems:
             raise problems[0]
 
-    def _training_results(self) -> dict[str, float | None]:
+    def _training_results(self, knee: float | None) -> dict[str, float | None]:
         """What the rows say of the training as a whole; a run of no steps says nothing."""
-        metrics = results.read_metrics(self.folder)
+        metrics, c = results.read_metrics(self.folder), self.config
+        prices = results.price(metrics, c.critical, c.batch_size, knee)
         if not metrics:
-            return {"train_loss": None, "training_time": 0.0, "samples_per_second": None}
+            return {"train_loss": None, "training_time": 0.0, "samples_per_second": None, **prices}
         training_time = results.seconds(metrics)[-1]
         return {
+            **prices,
             "train_loss": results.last_epoch_loss(metrics),
             "training_time": training_time,
             "samples_per_second": metrics["samples"][-1] / training_time,
@@ -435,6 +463,7 @@ def summary_text(summary: dict[str, Any], folder: Path) -> str:
         "samples": f"{summary['samples']:,}",
         "batch size": f"mean {summary['mean_batch_size']:,.1f}, final {summary['final_batch_size']:,}",
         "quickest batch": quickest_text(summary),
+        "the choice": price_text(summary),
         "wall time": f"{summary['wall_time']:.1f} s on {summary['world_size']} × {summary['device']}",
         "run folder": str(folder),
     }
@@ -451,6 +480,17 @@ def quickest_text(summary: dict[str, Any]) -> str:
     if knee > 100 * critical:
         return f"{max(1, round(10 * critical)):,} or more: noise scale {noise}, samples cost next to nothing"
     return f"about {best:,}: noise scale {noise}, knee {_in_samples(knee)}; above that batches do not save time here"
+
+
+def price_text(summary: dict[str, Any]) -> str:
+    """What the sizes have cost in samples and saved in time, as it is modelled; "" where nothing is known, or they were
+    --batch_size throughout."""
+    least, samples, time = (summary[name] for name in PRICES)
+    if least is None or abs(samples - 1) < 0.005:
+        return ""
+    in_time = "" if time is None else f", in {time:.2f} of its time"
+    others = f"{samples:.2f} times those of --batch_size throughout{in_time} (modelled)"
+    return f"{least:.2f} times the least possible samples; {others}"
 
 
 def _in_samples(number: float) -> str:

@@ -99,6 +99,44 @@ def last_epoch_loss(metrics: dict[str, list[float | None]]) -> float | None:
     return total / count
 
 
+def price(
+    metrics: dict[str, list[float | None]], critical: float, initial: int, knee: float | None
+) -> dict[str, float | None]:
+    """What the choice of the batch sizes costs in samples and saves in time, as it is modelled: n samples by batches of
+    b are worth n/(1 + b/C) by the smallest ones, and take n(1 + P/b) times as long as a sample, P the knee.
+
+    Args:
+        metrics: columns samples, batch_size, noise_scale, and the lower end of its interval; None where they are not
+            known: the last one known counts, and the first one before it. Without any interval nothing is said: it is
+            of single batches then.
+        critical: critical batch size over noise scale.
+        initial: b₀ [samples].
+        knee: P [samples]; None: not known, and so is the time.
+
+    Returns:
+        `samples_over_least`: samples over the least possible for the same; `samples_over_initial`, `time_over_initial`:
+        samples and time over those of batches of b₀ throughout. None where they are not known.
+    """
+    noise = metrics.get("noise_scale", [])
+    known = next((value for value in noise if value), None)
+    if known is None or not any(metrics.get("noise_scale_low", [])):
+        return dict.fromkeys(("samples_over_least", "samples_over_initial", "time_over_initial"))
+    least = by_initial = time = 0.0
+    before = 0.0
+    for samples, size, found in zip(metrics["samples"], metrics["batch_size"], noise):
+        known, used, before = found or known, samples - before, samples
+        worth = used / (1 + size / (critical * known))
+        least += worth
+        by_initial += worth * (1 + initial / (critical * known))
+        time += used * (1 + (knee or 0.0) / size)
+    time_by_initial = by_initial * (1 + (knee or 0.0) / initial)
+    return {
+        "samples_over_least": before / least,
+        "samples_over_initial": before / by_initial,
+        "time_over_initial": None if knee is None else time / time_by_initial,
+    }
+
+
 @dataclass(frozen=True)
 class Run:
     """One run's folder, options and summary."""
@@ -281,7 +319,17 @@ def without_effect(options: dict[str, Any]) -> set[str]:
         unused |= {"monitor_interval"}
     if options["test_gradients"] not in ("micro_batch", "worker"):
         unused.add("test_groups")
-    return unused | {"monitor_modules", "test", "stagewise_ramp_up", "linear_ramp_up", "seesaw_ramp_up", "recipe"}
+    if rule.name != "goodput" and options["lr_scaling"] != "critical":
+        unused |= {"critical"}
+    return unused | {
+        "monitor_modules",
+        "monitor_metrics",
+        "test",
+        "stagewise_ramp_up",
+        "linear_ramp_up",
+        "seesaw_ramp_up",
+        "recipe",
+    }
 
 
 def schedule(options: dict[str, Any]) -> tuple[str, set[str]]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
 import batches
@@ -22,7 +23,8 @@ import models
 import optim
 import tests
 from adadagrad import gradients
-from adadagrad.control import carry_over
+from adadagrad.control import Controller, carry_over
+from adadagrad.gradients.noise_scales import NoiseScales
 from launch import fsdp
 from launch.collectives import on_all_ranks
 from launch.processes import naming_long_work
@@ -31,6 +33,7 @@ from options.errors import RunError, UsageError
 from options.names import import_object
 from options.schema import Config
 from runs import checkpoint
+from training.averages import WeightAverage
 from training.clock import Clock
 from training.metrics import average_over_ranks
 
@@ -41,6 +44,7 @@ class Components:
     Attributes:
         config: the options as they take effect.
         resumed: the checkpoint that the run goes on from, if any.
+        branches_off: it begins there, as a branch of the run that has written it.
         loss: of outputs and targets, as data set or user have it.
         metrics, train_metrics: of the data set.
         samples_per_epoch, validation_samples: how many there are of training, and how many an evaluation takes.
@@ -49,12 +53,14 @@ class Components:
         called: the same as `forward` calls it: compiled, its gradients averaged over ranks.
         model: that in Fabric's wrapper.
         optimizer: torch's own; its step is `step`.
+        average: of the weights, where there is to be one.
         min_micro_batch_size: samples that a training pass needs.
         least_batch_size: samples of the smallest batch, over all ranks, that can be trained on and measured.
         couples_samples: one sample's outputs depend on the others (BatchNorm).
         test_gradients: where the statistics come from, as asked for or, unless it is the published rule that asks, as
             BatchNorm needs it.
         estimator: gives them; None: nobody asks for any.
+        noise_scales: measures those of --monitor_metrics; None: nobody asks for any.
         notices: what the user should be told once.
 
     Raises:
@@ -69,6 +75,8 @@ class Components:
         """
         self.fabric = fabric
         self.notices: list[str] = []
+        self.average: WeightAverage | None = None
+        self.other_noise_scales: dict[str, float | None] = {}  # by their columns, of the last measured step
         data_set = self._read_data(config)
         self._build_module(data_set)
         self._place_on_device(data_set)
@@ -76,6 +84,7 @@ class Components:
         with naming_long_work(fabric, "checking the test's statistics on a few samples"):
             self.estimator = on_all_ranks(fabric, lambda: self._build_estimator(notify))
         self._build_optimizer()
+        self.noise_scales = on_all_ranks(fabric, self._build_noise_scales) if self.config.monitor_metrics else None
 
     def _read_data(self, config: Config) -> data.DataSet:
         """The data set, and what the options come to with it."""
@@ -96,6 +105,7 @@ class Components:
         )
         self.validation_samples = config.validation_samples or of_validation
         on_all_ranks(fabric, lambda: self.resumed and checkpoint.refuse_differences(config, self.resumed))
+        self.branches_off = bool(self.resumed) and checkpoint.branches_off(config, self.resumed)
         self.sharded = config.strategy == "fsdp"
         if not (data_set.at_hand or config.num_workers):
             self.notices.append("--num_workers=0: the training process itself reads the samples, and waits for them")
@@ -114,21 +124,29 @@ class Components:
         self.couples_samples = gradients.couples_samples(self.module)
         self.least_batch_size = max(2, fabric.world_size * self.min_micro_batch_size)
         self.test_gradients = c.test_gradients
-        is_published = tests.rule(vars(c)).measures and c.statistics == "batch"
-        if self.couples_samples and c.test_gradients == "auto" and not is_published:
-            # Per sample it would be another function, and its noise scale another one (docs/statistics.md, BatchNorm).
-            self.test_gradients = "micro_batch"
-            if tests.rule(vars(c)).measures or c.monitor_interval:
-                self.notices.append(
-                    "the model has BatchNorm: its statistics come from test_gradients=micro_batch, which cuts every "
-                    f"measured batch into {c.test_groups} micro-batches, each normalised by itself"
-                )
+        if self.couples_samples:
+            self._choose_for_coupled_samples()
         if c.compile:
             self.notices.append("--compile: the first steps wait for the compiler, minutes for a large network")
         on_all_ranks(fabric, lambda: effective.refuse_single_samples(c, fabric.world_size, self.min_micro_batch_size))
         on_all_ranks(fabric, lambda: effective.refuse_a_single_worker(c, fabric.world_size))
         if self.sharded:
             on_all_ranks(fabric, self._refuse_sharding)
+
+    def _choose_for_coupled_samples(self) -> None:
+        """Where neither the user nor the published rule says where the statistics come from."""
+        c = self.config
+        is_published = tests.rule(vars(c)).measures and c.statistics == "batch"
+        if c.test_gradients != "auto" or is_published:
+            return
+        # Per sample it would be another function, and its noise scale another one (docs/statistics.md, BatchNorm).
+        self.test_gradients = "micro_batch"
+        if tests.rule(vars(c)).measures or c.monitor_interval:
+            who = "has BatchNorm" if gradients.couples_samples(self.module) else "couples the samples of a batch"
+            self.notices.append(
+                f"the model {who}: its statistics come from test_gradients=micro_batch, which cuts every measured "
+                f"batch into {c.test_groups} micro-batches, each computed by itself"
+            )
 
     def _place_on_device(self, data_set: data.DataSet) -> None:
         """Network and samples on the device, in the precision of the training."""
@@ -151,8 +169,9 @@ class Components:
         if not (rule.measures or c.monitor_interval):
             return None
         self.module.train()
-        try:
-            estimator, told = gradients.build(
+
+        def build() -> tuple[gradients.Estimator, list[str]]:
+            return gradients.build(
                 self.test_gradients,
                 self.module,
                 self.mean_loss,
@@ -163,7 +182,16 @@ class Components:
                 in_training_pass=not c.compile,
                 num_groups=c.test_groups,
                 notify=notify,
+                recheck=c.recheck,
             )
+
+        try:
+            estimator, told = build()
+            if estimator.couples_samples and not self.couples_samples:  # by itself, as the check at the start has found
+                self.couples_samples = True
+                self._choose_for_coupled_samples()
+                if self.test_gradients == "micro_batch":
+                    estimator, told = build()
         except ValueError as error:  # on all ranks alike
             raise UsageError(f"--test_gradients: {c.model}: {error}") from None
         if c.monitor_modules and not estimator.tells_parameters_apart:
@@ -179,6 +207,22 @@ class Components:
             )
         self.notices += told
         return estimator
+
+    def _build_noise_scales(self) -> NoiseScales:
+        c = self.config
+        if self.sharded or self.couples_samples or c.compile:
+            why = "--strategy=fsdp" if self.sharded else "--compile" if c.compile else f"BatchNorm in {c.model}"
+            raise UsageError(f"--monitor_metrics needs gradients of single samples, not to be had with {why}")
+        probe = self.stream.read(range(min(gradients.PROBE, self.samples_per_epoch)))
+        problem = ""
+        for name in ("vmap", "loop"):
+            try:
+                arguments = (self.module, self.mean_loss, False, c.max_test_micro_batch_size, probe)
+                estimator, _ = gradients.build(name, *arguments, autocast=self.fabric.autocast, recheck=False)
+                return NoiseScales(tuple(c.monitor_metrics), estimator, self.optimizer, c.smoothing)
+            except ValueError as error:
+                problem = str(error)
+        raise UsageError(f"--monitor_metrics: {problem}")
 
     def _build_optimizer(self) -> None:
         """The model as Fabric wraps it, then the optimizer: Adagrad makes its state at once, where parameters are."""
@@ -198,6 +242,10 @@ class Components:
             self.notices.append(f"the state of {c.optimizer} does not follow the batch size, its learning rate does")
         optim.set_training(optimizer, True)
         self.optimizer = fabric.setup_optimizers(optimizer).optimizer
+        if c.weight_average:
+            if self.sharded:
+                raise UsageError("--weight_average: shards are not averaged: leave it out, or take --strategy=ddp")
+            self.average = WeightAverage(self.module.parameters(), c.weight_average)
         if c.strategy == "ddp":
             with naming_long_work(fabric, "looking for parameters that the loss does not use"):
                 on_all_ranks(fabric, self._refuse_unused_parameters)
@@ -206,7 +254,7 @@ class Components:
     def _refuse_sharding(self) -> None:
         c = self.config
         fsdp.blocks(self.module, c.shard_modules)
-        fsdp.refuse_what_needs_whole_tensors(self.module, c.precision, c.compile)
+        fsdp.refuse_what_needs_whole_tensors(self.module, c.compile)
 
     def _refuse_loss(self) -> None:
         with self.fabric.autocast():
@@ -225,6 +273,21 @@ class Components:
 
         return self.loss(tree_map(cast, outputs), targets).mean()
 
+    def plan(self, controller: Controller, measured: bool) -> batches.Plan:
+        """How the next batch is cut over ranks and micro-batches."""
+        c, steps = self.config, self.config.gradient_accumulation_steps
+        if measured and self.test_gradients == "micro_batch":  # a variance between micro-batches needs enough of them
+            steps = max(steps, -(-c.test_groups // self.fabric.world_size))
+        return batches.cut(
+            controller.samples,
+            controller.batch_size,
+            self.fabric.world_size,
+            c.max_micro_batch_size,
+            steps,
+            self.min_micro_batch_size,
+            even=self.couples_samples or self.sharded,
+        )
+
     def forward(self, inputs: Any) -> Any:
         """The model's outputs, computed and handed back in the precision of the training.
 
@@ -240,14 +303,21 @@ class Components:
         """Add the gradients of the losses' weighted sum, scaled where the precision needs it."""
         self.fabric.strategy.backward(losses, None, gradient=weights)
 
-    def step(self, max_norm: float = 0.0) -> None:
-        """The optimizer's step, on gradients clipped to `max_norm` (0: as they are), which are gone then."""
+    def step(self, max_norm: float = 0.0) -> Tensor | None:
+        """The optimizer's step, on gradients clipped to `max_norm` (0: as they are), which are gone then.
+
+        Returns:
+            Whether they were clipped, (), on the device; None where that was not asked for.
+        """
+        clipped = None
         if max_norm:
             # A gradient that is not finite is the scaler's business (it skips the step) or shows in the next loss.
             clip = {"max_norm": max_norm, "error_if_nonfinite": False}
-            self.fabric.clip_gradients(self.model, self.optimizer, **clip)
+            norm = self.fabric.clip_gradients(self.model, self.optimizer, **clip)
+            clipped = (norm.full_tensor() if isinstance(norm, DTensor) else norm) > max_norm
         self.fabric.strategy.optimizer_step(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
+        return clipped
 
     @contextlib.contextmanager
     def observing(self, raw: Any, inputs: Any, targets: Any, loss_scale: float, whole: bool, clock: Clock) -> Iterator:
@@ -262,6 +332,8 @@ class Components:
             with clock.measuring(), OutOfMemory(*IN_THE_TEST):
                 again = partial(self.stream.normalise, raw) if batches.smaller(raw, inputs) else None
                 observation.enter_context(self.estimator.observe(inputs, targets, loss_scale, whole, again))
+                if self.noise_scales:
+                    self.noise_scales.add(again or (lambda: inputs), targets)
             yield
 
     def moments(self) -> tests.Moments:
@@ -275,6 +347,19 @@ class Components:
         except ValueError as error:  # on all ranks alike: the loss was no mean of its samples'
             raise UsageError(f"--test_gradients: {error}") from None
 
+    def measure_other_noise_scales(self, samples: int, step: int) -> None:
+        """Those of --monitor_metrics, by what was observed in this step.
+
+        Args:
+            samples: used so far, this step's included.
+        """
+        if not self.noise_scales:
+            return
+        seed = (self.config.seed + 1 + self.fabric.global_rank << 32) + step
+        with OutOfMemory(*IN_THE_TEST):
+            found = self.noise_scales.measure(samples, seed)
+        self.other_noise_scales = {f"noise_scale_{name}": scale for name, scale in found.items()}
+
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """The model for evaluation: the ranks' buffers are averaged, and it is in training mode again afterwards."""
@@ -282,7 +367,8 @@ class Components:
         self.model.eval()
         optim.set_training(self.optimizer, False)
         memory = OutOfMemory("a validation micro-batch", "lower --eval_micro_batch_size")
-        with memory, fsdp.forward_only(self.module):
+        averaged = self.average.in_place() if self.average else contextlib.nullcontext()
+        with memory, fsdp.forward_only(self.module), averaged:
             yield
         self.model.train()
         optim.set_training(self.optimizer, True)

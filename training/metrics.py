@@ -1,6 +1,7 @@
 """What a run measures of itself: training totals since the last row, and the validation metrics."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -45,7 +46,7 @@ def weights_of(losses: Tensor, n: int, scale: float) -> Tensor:
 
 
 BLOCK = 64
-"""Steps whose sums are kept apart; then they are added up at once: small operations would double a small step."""
+"""Micro-batches whose numbers are kept until they are added up at once: small operations would double a small step."""
 
 
 class Totals:
@@ -58,84 +59,122 @@ class Totals:
 
     def __init__(self, clock: Clock, metrics: dict[str, Callable[[Any, Any], Tensor]]):
         self.clock, self.metrics = clock, metrics
+        self.last_step = -1
         self._clear()
 
     def _clear(self) -> None:
         like = {"dtype": torch.float64, "device": self.clock.device}
         self.sums = torch.zeros(1 + len(self.metrics), **like)  # of the loss and of each metric
-        self.not_finite_at = torch.full((), math.inf, **like)  # the first step whose loss was not finite
-        self.block: list[list[Tensor]] = []  # [loss, *metrics] of the steps not yet in `sums`, float64 () each
-        self.last_step, self.samples = -1, 0
+        self.first_bad = torch.full((), math.inf, **like)  # the window's first sample whose loss is not finite
+        self.bad_step = math.inf  # its step, if an earlier process has seen it
+        self.block: list[list[Tensor]] = []  # [losses, *metrics] of the micro-batches not yet in `sums`, (n,) each
+        self.samples, self.samples_in_block = 0, 0
+        self.clipped: Tensor | None = None  # steps whose gradient was clipped, float64 (); None: none ever is
+        self.ends: list[int] = []  # for each step of the window, its samples up to there
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values; adds nothing up, so that a resumed run adds in the same order. Waits for the device."""
         return {
             "sums": self.sums.cpu(),
-            "not_finite_at": self.not_finite_at.cpu(),
-            "block": self._stacked().cpu(),
+            "bad_step": self._step_of()(float(self.first_bad)),
+            "block": [numbers.cpu() for numbers in self._joined()],
             "last_step": self.last_step,
             "samples": self.samples,
+            "clipped": None if self.clipped is None else self.clipped.cpu(),
+            "ends": list(self.ends),
             "clock": self.clock.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._clear()
         self.sums.copy_(state["sums"])
-        self.not_finite_at.copy_(state["not_finite_at"])
-        self.block = [list(step) for step in state["block"].to(self.sums.device)]
-        self.last_step, self.samples = state["last_step"], state["samples"]
+        self.bad_step, self.last_step, self.samples = state["bad_step"], state["last_step"], state["samples"]
+        self.clipped = None if state["clipped"] is None else state["clipped"].to(self.sums.device)
+        if self.bad_step < math.inf:
+            self.first_bad.zero_()
+        if state["block"]:
+            self.block = [[numbers.to(self.sums.device) for numbers in state["block"]]]
+            self.samples_in_block = len(state["block"][0])
+        self.ends = list(state["ends"])
         self.clock.load_state_dict(state["clock"])
 
     def add(self, losses: Tensor, outputs: Any, targets: Any, n: int, step: int) -> None:
         """A micro-batch of n samples; their losses (n,), or the mean of these ()."""
         with torch.no_grad():
-            sums = [losses.sum(dtype=torch.float64) if losses.dim() else losses.double() * n]
-            sums += [metric(outputs, targets).sum(dtype=torch.float64) for metric in self.metrics.values()]
-        self.samples += n
-        if step == self.last_step:
-            self.block[-1] = [before + own for before, own in zip(self.block[-1], sums)]
-            return
+            numbers = [losses.detach(), *(metric(outputs, targets) for metric in self.metrics.values())]
         if len(self.block) == BLOCK:
             self._add_up()
-        self.block.append(sums)
+        self.block.append([own if own.dim() else own.expand(n) for own in numbers])
+        self.samples_in_block += n
+        self.samples += n
+        if step == self.last_step and self.ends:
+            self.ends[-1] = self.samples
+            return
+        self.ends.append(self.samples)
         self.last_step = step
         self.clock.window.steps += 1
 
-    def _stacked(self) -> Tensor:
-        """The block as float64 (steps, 1 + metrics)."""
-        flat = [number for step in self.block for number in step]
-        return torch.stack(flat).view(len(self.block), -1) if flat else self.sums.new_zeros(0, len(self.sums))
+    def add_clipped(self, clipped: Tensor | None) -> None:
+        """Whether the gradient of the step was clipped, (); it is the same on all ranks."""
+        if clipped is not None:
+            self.clipped = clipped.double() if self.clipped is None else self.clipped + clipped
+
+    def _joined(self) -> list[Tensor]:
+        """The block's losses and metrics, (samples_in_block,) each; none where it is empty."""
+        return [torch.cat(numbers) for numbers in zip(*self.block)]
 
     def _add_up(self) -> None:
         """Bring the block into the sums."""
         if not self.block:
             return
-        of_steps, end = self._stacked(), self.last_step + 1
-        steps = torch.arange(end - len(self.block), end, dtype=torch.float64, device=self.sums.device)
-        self.sums += of_steps.sum(0)
-        bad = torch.where(torch.isfinite(of_steps[:, 0]), math.inf, steps)
-        self.not_finite_at = torch.minimum(self.not_finite_at, bad.min())
-        self.block = []
+        joined, end = self._joined(), self.samples
+        self.sums += torch.stack([numbers.sum(dtype=torch.float64) for numbers in joined])
+        samples = torch.arange(end - self.samples_in_block, end, dtype=torch.float64, device=self.sums.device)
+        bad = torch.where(torch.isfinite(joined[0]), math.inf, samples)
+        self.first_bad = torch.minimum(self.first_bad, bad.min())
+        self.block, self.samples_in_block = [], 0
+
+    def _step_of(self) -> Callable[[float], float]:
+        """A function: number of a bad sample in the window → its step, of the first one known (infinite: none)."""
+        known, first, ends = self.bad_step, self.last_step + 1 - len(self.ends), self.ends
+        return lambda sample: known if math.isinf(sample) or known < math.inf else first + bisect_right(ends, sample)
 
     def read(self) -> Callable[[], tuple[dict[str, float], int | None]]:
         """Close the window and open the next.
 
         Returns:
             A function that waits for the device and gives the columns of the row, means over all ranks, and the first
-            step whose loss was not finite, if any.
+            step whose loss was not finite, if any. All ranks call it.
         """
         self._add_up()
-        times = self.clock.turn()
-        own = torch.full_like(self.sums[:1], self.samples)
-        reading = Reading(torch.cat([self.sums, self.not_finite_at[None], own]))
+        times, step_of = self.clock.turn(), self._step_of()
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        own_bad, own_samples = self.first_bad, torch.full_like(self.sums[:1], self.samples)
+        clipped = own_bad.new_full((), math.nan) if self.clipped is None else self.clipped / len(self.ends)
+        reading = Reading(torch.cat([self.sums, clipped[None], own_bad[None], own_samples]))
         self._clear()
 
         def statistics() -> tuple[dict[str, float], int | None]:
-            *sums, not_finite, counts = zip(*reading.by_rank())
-            samples, at = sum(counts), min(not_finite)
+            *sums, clipped, bad, counts = zip(*reading.by_rank())
+            samples = sum(counts)
             means = {f"train_{name}": sum(of_ranks) / samples for name, of_ranks in zip(("loss", *self.metrics), sums)}
-            return means | times(samples), None if math.isinf(at) else int(at)
+            means |= {} if math.isnan(clipped[0]) else {"clipped": clipped[0]}
+            if min(bad) == math.inf:
+                return means | times(samples), None
+            return means | times(samples), int(first_step(step_of(bad[rank]), own_bad))
 
         return statistics
+
+
+def first_step(own: float, like: Tensor) -> float:
+    """The least of all ranks' numbers; each counts its samples by itself, so that steps are what can be compared.
+
+    Args:
+        like: on this rank's device.
+    """
+    if not dist.is_initialized():
+        return own
+    return min(Reading(like.new_tensor([own])).by_rank())[0]
 
 
 class Validation:

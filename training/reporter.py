@@ -17,7 +17,7 @@ class Reporter:
 
     Attributes:
         diverged: a row has shown a loss that was not finite.
-        find_bad_sample: the training sample that is to blame for it, if any; called with the steps before that one.
+        first_not_finite: of the samples at these positions, the first that has a NaN or an infinite number.
     """
 
     def __init__(self):
@@ -27,7 +27,9 @@ class Reporter:
         self.undecided = ""  # why the last test made no decision
         self.unwritten: tuple[Callable, dict[str, Any]] | None = None  # a row, but for what the device still computes
         self.diverged = False
-        self.find_bad_sample: Callable[[int], int | None] = lambda step: None
+        self.first_not_finite: Callable[[range], int | None] = lambda positions: None
+        self.positions: dict[int, range] = {}  # of the steps whose losses nobody has looked at yet
+        self.seen = 0  # steps before the row that is not yet written
 
     def open(
         self,
@@ -49,6 +51,10 @@ class Reporter:
         for line in [*early, *notices]:
             self.notify(line)
 
+    def took(self, step: int, positions: range) -> None:
+        """A step, after so many others, on the samples at these positions."""
+        self.positions[step] = positions
+
     def add(self, statistics: Callable, row: dict[str, Any]) -> None:
         """A row, complete but for what the device still computes: it is written with the next one.
 
@@ -59,6 +65,8 @@ class Reporter:
         self.unwritten = (statistics, row)
         if "val_loss" in row:  # the evaluation has waited for the device anyway
             self.write()
+        self.positions = {step: own for step, own in self.positions.items() if step >= self.seen}
+        self.seen = row["step"]
 
     def write(self) -> None:
         """Write the row that is not yet written, if any; waits for the device to come to the end of its step."""
@@ -78,7 +86,7 @@ class Reporter:
                 self.say(f"diverged: the loss was not finite at step {diverged_at + 1}: {self._remedy(diverged_at)}")
 
     def _remedy(self, step: int) -> str:
-        sample = self.find_bad_sample(step)
+        sample = self.first_not_finite(self.positions.get(step, range(0)))
         if sample is None:
             return "lower --learning_rate or set --grad_clip"
         return f"sample {sample} of the training set has NaN or infinite numbers: repair it or leave it out"

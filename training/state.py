@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import optim
-from adadagrad.control import Controller
+from adadagrad.control import Controller, carry_over
 from adadagrad.gradients.isolation import random_states, set_random_states
 from launch import fsdp
 from launch.collectives import Agreement, on_all_ranks
+from launch.processes import device_name
 from launch.signals import Interrupts
+from options.errors import RunError, UsageError
 from runs.checkpoint import Checkpoints
 from training.components import Components, draw_by_rank
 from training.metrics import Totals, Validation
@@ -72,7 +75,9 @@ class State:
                 "best_step": self.best_step,
                 "unevaluated": self.unevaluated,
                 "controller": self.controller.state_dict(),
+                "estimator": self.parts.estimator.state_dict() if self.parts.estimator else None,
                 "history": self.validation.history,
+                "noise_scales": self.parts.noise_scales and self.parts.noise_scales.state_dict(),
                 "said": self.reporter.state_dict(),
                 "marks": on_all_ranks(self.fabric, self.reporter.mark),
             }
@@ -89,9 +94,66 @@ class State:
         self.best_step, self.unevaluated = saved["best_step"], saved["unevaluated"]
         self.controller.load_state_dict(saved["controller"])
         self.validation.history = saved["history"]
+        if self.parts.noise_scales and saved.get("noise_scales"):  # earlier checkpoints have none
+            self.parts.noise_scales.load_state_dict(saved["noise_scales"])
         self.reporter.load_state_dict(saved["said"])
+        if self.parts.estimator and saved.get("estimator"):
+            self.parts.estimator.load_state_dict(saved["estimator"])
         self._restore_rank(saved["ranks"])
+        if self.parts.branches_off:
+            self._branch_off()
         return saved["marks"]
+
+    def _branch_off(self) -> None:
+        """Other sizes from this checkpoint on, as for any growth.
+
+        Raises:
+            UsageError: there cannot be batches of this size.
+        """
+        parts, controller = self.parts, self.controller
+        before, factor = controller.batch_size, parts.config.branch
+        change = controller.branch(factor, parts.family, parts.is_adaptive, parts.config.branch_gain)
+        carry_over.apply(change, parts.optimizer)
+        size = controller.batch_size
+        if not parts.least_batch_size <= size <= parts.samples_per_epoch:
+            raise UsageError(
+                f"--branch={factor:g}: batches of {before} become {size}, and {parts.least_batch_size} to "
+                f"{parts.samples_per_epoch} samples can be had: take another factor"
+            )
+        parts.notices.append(f"a branch: batches of {size:,} samples from here on, {factor:g} times {before:,}")
+
+    def conclude(self, status: str, stop_signal: int, measured_options: Sequence[str]) -> None:
+        """The end of the run, on all ranks: the last checkpoint and what the log writes, all of it that can be written.
+
+        Args:
+            stop_signal: that has ended it, or 0.
+            measured_options: whose values were measured.
+
+        Raises:
+            RunError, UsageError: something could not.
+        """
+        log, problem = self.reporter.log, None
+        try:
+            if status == "finished" and self.checkpoints.saved_step != self.controller.steps:
+                self.save()
+        except (RunError, UsageError) as error:  # on all ranks alike
+            problem = error
+        found = {"device": device_name(self.fabric.device), "measured_options": measured_options}
+        weights = self._weights(status == "finished")
+        on_all_ranks(self.fabric, lambda: log and log.conclude(status, self.results() | found, weights, stop_signal))
+        if problem:
+            raise problem
+
+    def _weights(self, whole: bool) -> dict[str, dict[str, Tensor]]:
+        """By the names of their files; of shards only where `whole`, as ranks exchange them."""
+        parts = self.parts
+        optim.set_training(parts.optimizer, False)
+        plain = fsdp.whole_weights(parts.module) if parts.sharded and whole else parts.module.state_dict()
+        if not parts.average:
+            return {"model.pt": plain}
+        with parts.average.in_place():
+            average = {name: value.clone() for name, value in parts.module.state_dict().items()}
+        return {"model.pt": plain, "model_average.pt": average}
 
     def results(self) -> dict[str, Any]:
         """What summary.json says of the training itself."""
@@ -114,7 +176,8 @@ class State:
         parts, precision = self.parts, self.fabric.strategy.precision
         if parts.sharded:
             return {**fsdp.whole_state(parts.module, parts.optimizer), "precision": precision.state_dict()}
-        return {"model": parts.model, "optimizer": parts.optimizer, "precision": precision}
+        average = {"average": parts.average} if parts.average else {}
+        return {"model": parts.model, "optimizer": parts.optimizer, "precision": precision, **average}
 
     def _load(self, path: Path) -> dict[str, Any]:
         """Model, optimizer and scaler as a checkpoint has them; gives the rest of it."""
@@ -148,7 +211,20 @@ def pooled(ranks: Sequence[dict[str, Any]], rank: int) -> dict[str, Any]:
         name: torch.stack([other["buffers"][name] for other in ranks]).mean(0) if value.is_floating_point() else value
         for name, value in ranks[0]["buffers"].items()
     }
-    totals, all_totals = ranks[0]["totals"], [other["totals"] for other in ranks]
-    sums = {name: sum(other[name] for other in all_totals) * (rank == 0) for name in ("sums", "block", "samples")}
-    not_finite_at = torch.stack([other["not_finite_at"] for other in all_totals]).min()
-    return {"buffers": buffers, "totals": {**totals, **sums, "not_finite_at": not_finite_at}}
+    totals = [other["totals"] for other in ranks]
+    counts = rank == 0
+    samples = counts * sum(own["samples"] for own in totals)
+    added_up = {
+        "sums": counts * sum(sum_of_all(own) for own in totals),
+        "block": [],
+        "samples": samples,
+        "ends": [samples] * len(totals[0]["ends"]),
+        "bad_step": min(own["bad_step"] for own in totals),
+    }
+    return {"buffers": buffers, "totals": totals[0] | added_up}
+
+
+def sum_of_all(totals: dict[str, Any]) -> Tensor:
+    """A rank's sums, with those of its block."""
+    block = [numbers.sum(dtype=torch.float64) for numbers in totals["block"]]
+    return totals["sums"] + torch.stack(block) if block else totals["sums"]

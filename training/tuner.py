@@ -44,7 +44,7 @@ def tune(parts: Components) -> tuple[dict[str, Any], list[str]]:
         RunError: a micro-batch of the size in the options does not fit into the device's memory.
     """
     fabric = parts.fabric
-    if fabric.world_size > 1:
+    if parts.config.strategy != "auto":  # of a single process, too: its gradients lie in the buckets
         # DDP puts its buckets into the order in which gradients come after the first pass: without it the first step of
         # a run, and of its continuation, would sum in another order than the steps after it.
         seconds_of_pass(parts, parts.min_micro_batch_size, in_step=False)
@@ -289,5 +289,7 @@ def leaving_no_trace(parts: Components) -> Iterator[None]:
         parts.model.train()
         if parts.estimator:
             parts.estimator.forget()
+        if parts.noise_scales:
+            parts.noise_scales.forget()
         if device.type == "cuda":
             torch.cuda.empty_cache()
