@@ -1,6 +1,7 @@
 """The slow, independent reference: the model itself, one sample at a time, plain autograd, explicit vectors."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch.utils._pytree import tree_map
@@ -34,15 +35,21 @@ def _vector(gradient: torch.Tensor) -> torch.Tensor:
     return (torch.view_as_real(gradient) if gradient.is_complex() else gradient).flatten()
 
 
-def statistics(vectors: torch.Tensor) -> dict[str, float]:
-    """V, V_ip, V_orth and ‖ḡ‖² by their definitions, without any shortcut."""
-    mean = vectors.mean(0)
+def statistics(vectors: torch.Tensor, sizes: Sequence[int] | None = None) -> dict[str, float]:
+    """V, V_ip, V_orth and ‖ḡ‖² by their definitions, without any shortcut.
+
+    Args:
+        vectors: gradients of single samples, or mean gradients of groups (K, P).
+        sizes: of the groups; default: 1 each.
+    """
+    m = torch.tensor(sizes or [1] * len(vectors), dtype=vectors.dtype)[:, None]
+    mean = (m * vectors).sum(0) / m.sum()
     degrees = len(vectors) - 1
-    inner = vectors @ mean
-    along = inner[:, None] * mean / mean.dot(mean)
+    inner = (vectors @ mean)[:, None]
+    along = inner * mean / mean.dot(mean)
     return {
-        "variance": float((vectors - mean).square().sum() / degrees),
-        "variance_inner_product": float((inner - inner.mean()).square().sum() / degrees),
-        "variance_orthogonality": float((vectors - along).square().sum() / degrees),
+        "variance": float((m * (vectors - mean).square()).sum() / degrees),
+        "variance_inner_product": float((m * (inner - (m * inner).sum() / m.sum()).square()).sum() / degrees),
+        "variance_orthogonality": float((m * (vectors - along).square()).sum() / degrees),
         "grad_norm_sq": float(mean.dot(mean)),
     }

@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import batches
-from batches.order import SampleOrder
+from adadagrad.order import SampleOrder
 
 
 @given(

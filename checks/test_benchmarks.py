@@ -30,26 +30,33 @@ def test_calibration_in_small(digits):
     for row in rows:
         if row["network"] == "GroupNorm" or row["estimator"].startswith("micro_batch"):
             assert row["ratio"] == pytest.approx(1, abs=max(0.15, 4 * row["standard_error"])), row
+            assert row["noise_scale_ratio"] == pytest.approx(1, abs=max(0.15, 4 * row["noise_scale_error"])), row
         else:
             assert abs(row["ratio"] - 1) > 0.25, row
     assert "| BatchNorm | `micro_batch` | 128 |" in (digits / "calibration.md").read_text()
     assert (digits / "calibration.png").stat().st_size > 10_000
 
 
-def test_true_variance_by_hand():
-    """A linear model of one weight: the gradient of Σ over a batch is known."""
+def test_truth_by_hand():
+    """From the gradients of seven batches by themselves; of a mean, the jackknife gives its standard error."""
     model = torch.nn.Linear(2, 2, bias=False)
     batches = [(torch.randn(4, 2), torch.randint(2, (4,))) for _ in range(7)]
     vectors = torch.stack([calibration.gradient(model, batch) for batch in batches])
     cut = [calibration.gradient(model, batch, pieces=2) for batch in batches]
     assert torch.allclose(torch.stack(cut), vectors)
-    assert calibration.true_variance(model, batches)[0] == pytest.approx(float(vectors.var(0).sum()), rel=1e-5)
+    found, variance = calibration.truth(model, batches), float(vectors.var(0).sum())
+    assert found["variance"][0] == pytest.approx(variance, rel=1e-5)
+    signal = float(vectors.mean(0).square().sum()) - variance / 7
+    assert found["quotient"][0] == pytest.approx(variance / signal, rel=1e-4)
+    numbers = torch.randn(9, dtype=torch.float64)
+    mean, error = calibration.jackknife(lambda weights: weights @ numbers / weights.sum(-1), 9)
+    assert (mean, error) == pytest.approx((float(numbers.mean()), float(numbers.std() / 3)))
 
 
 def test_speed_measures_each_method():
     case = speed.CASES["cnn_256"]
     results = {
-        f"cnn_256 {method} norm": speed.measure(case, method, "norm", 0.0)
+        f"cnn_256 {method} norm": speed.measure(case, method, "norm", "32-true", 0.0)
         for method in ("plain", "ghost", "micro_batch")
     }
     assert all(len(times) == 3 for r in results.values() for times in r["times"].values())

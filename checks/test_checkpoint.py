@@ -169,6 +169,15 @@ def test_a_branch_in_a_new_folder(copy, tmp_path):
     assert (copy / "checkpoints" / "step-00000010.pt").exists()
 
 
+def test_a_branch_does_not_name_a_best_checkpoint_of_another_folder(copy, tmp_path):
+    """The last step before it was the best; the learning rate is 0 since, so that none after it is."""
+    options = [f"--out_dir={tmp_path}", "--run_name=branch", f"--resume={copy / 'checkpoints' / 'step-00000010.pt'}"]
+    assert main.main([*TINY, *options, "--max_samples=384"]) == 0
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (copy, tmp_path / "branch")]
+    assert [own["best_checkpoint"] for own in summaries] == ["step-00000010.pt", None]
+    assert summaries[0]["best_val_accuracy"] == summaries[1]["best_val_accuracy"]
+
+
 def test_a_folder_by_another_name_and_rows_that_are_lost(copy, capfd):
     (copy / "metrics.csv").write_text("")
     step = copy / "checkpoints" / "step-00000008.pt"
@@ -246,6 +255,15 @@ def test_what_may_differ(copy, capsys):
     assert all(rows[step]["variance"] for step in {"11", "13", "17", "19"} & set(rows))  # measured steps have theirs
     with pytest.raises(UsageError, match="--lr_decay_samples=640 was 320"):
         checkpoint.refuse_differences(replace(options, lr_decay_samples=640, max_batch_size=32), path)
+
+
+def test_on_other_hardware_the_knee_is_measured_anew(copy):
+    path = copy / "checkpoints" / "step-00000010.pt"
+    options, measured = command_line.parse(TINY), checkpoint.options_of(path)["knee"]
+    assert measured >= 1
+    for hardware, knee in {("cpu", 1): measured, ("cuda", 1): None, ("cpu", 2): None}.items():
+        assert checkpoint.continued(options, path, hardware).knee == knee
+        assert checkpoint.continued(replace(options, knee=7.0), path, hardware).knee == 7.0
 
 
 def test_a_second_interrupt_ends_at_once():

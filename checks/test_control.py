@@ -53,11 +53,12 @@ def test_rules_against_written_out_sizes(rule, largest, batch_size, samples, dec
 
 BOUNDS = st.fixed_dictionaries(
     {
-        "max_batch_size": st.integers(1, 2000),
+        "max_batch_size": st.integers(20, 2000),
         "max_growth": st.one_of(st.just(math.inf), st.floats(1.1, 8)),
         "patience": st.integers(1, 4),
         "multiple": st.integers(1, 50),
         "may_shrink": st.booleans(),
+        "min_batch_size": st.integers(2, 20),
     }
 )
 
@@ -65,17 +66,17 @@ BOUNDS = st.fixed_dictionaries(
 @settings(max_examples=200, deadline=None)
 @given(BOUNDS, st.integers(1, 300), st.lists(st.integers(1, 5000), min_size=1, max_size=60))
 def test_no_sequence_of_wishes_breaks_a_bound(bounds, batch_size, wishes):
-    batch_size = min(batch_size, bounds["max_batch_size"])
+    batch_size = min(max(batch_size, bounds["min_batch_size"]), bounds["max_batch_size"])
     limits, unanswered = control.Limits(**bounds), 0
     for wanted in wishes:
         size = limits(batch_size, wanted)
         unanswered = unanswered + 1 if wanted != batch_size else 0
         if size != batch_size:
-            assert 1 <= size <= bounds["max_batch_size"]
+            assert bounds["min_batch_size"] <= size <= bounds["max_batch_size"]
             assert size <= batch_size * bounds["max_growth"]
             assert size > batch_size or bounds["may_shrink"]
             assert (size > batch_size) == (wanted > batch_size)
-            assert size % bounds["multiple"] == 0 or size == bounds["max_batch_size"] or size == 2
+            assert size % bounds["multiple"] == 0 or size in (bounds["max_batch_size"], bounds["min_batch_size"])
             assert unanswered >= bounds["patience"]
             unanswered = 0
         batch_size = size

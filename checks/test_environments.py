@@ -1,12 +1,15 @@
 """What containers, batch systems and shells leave in the environment: taken for what it is, in little time."""
 
+import os
 import socket
+import subprocess
 import sys
 
 import pytest
 
 from checks.conftest import ROOT, Started, launch
 from launch import environments
+from options.errors import UsageError
 
 # As a real Slurm (22.05) sets them: for a batch script, by salloc, by srun and in the shell of `srun --pty bash`.
 ALLOCATION = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NNODES": "1", "SLURM_NTASKS": "4"}
@@ -88,6 +91,50 @@ def test_refused_by_whatever_rank_it_believes_to_have(tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "RANK=1" in done.stderr
     done = launch(sys.executable, str(ROOT / "main.py"), "--etta=1", cwd=tmp_path, RANK="1", WORLD_SIZE="2")
     assert done.returncode == 2 and "did you mean 'eta'" in done.stderr
+
+
+OPERATOR = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"MASTER_PORT": ""}, "MASTER_PORT not set"),
+        ({"RANK": "", "MASTER_ADDR": ""}, "RANK, MASTER_ADDR not set"),
+        ({"RANK": "first"}, "RANK=first must be a whole number"),
+        ({"RANK": "2"}, "do not fit together"),
+        ({"LOCAL_RANK": "1"}, "do not fit together"),
+        ({"LOCAL_WORLD_SIZE": "3"}, "do not fit together"),
+    ],
+)
+def test_an_operators_variables_are_refused(changes, words):
+    with pytest.raises(UsageError, match=words):
+        environments.take_as_given(OPERATOR | changes)
+
+
+def test_an_operators_variables():
+    env = dict(OPERATOR, LOCAL_RANK="1", LOCAL_WORLD_SIZE="2")
+    environments.take_as_given(env)
+    assert environments.launcher(env) == "torchrun" and environments.rank(env) == 1 and env["GROUP_RANK"] == "0"
+    environments.take_as_given(env := dict(OPERATOR))
+    assert (env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"], env["GROUP_RANK"]) == ("0", "1", "1")
+    environments.take_as_given(env := dict(TORCHRUN))
+    assert env == TORCHRUN
+
+
+@pytest.mark.long
+def test_started_by_an_operator(tmp_path, free_port):
+    """Two machines of one process each, which know of each other by the variables alone."""
+    env = {**os.environ, **OPERATOR, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port)}
+    command = [sys.executable, str(ROOT / "main.py"), *QUICK, "--launcher=env"]
+    processes = [
+        subprocess.Popen(command, cwd=tmp_path, env=env | {"RANK": rank}, text=True, stdout=subprocess.PIPE)
+        for rank in "01"
+    ]
+    told = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0] and "2 × cpu" in told[0]
+    refused = launch(*command, cwd=tmp_path, RANK="0", WORLD_SIZE="2")
+    assert refused.returncode == 2 and "--launcher=env: MASTER_ADDR, MASTER_PORT not set" in refused.stderr
 
 
 @pytest.mark.parametrize("rank, words", [(0, "waits for ranks 1 to 2 at"), (2, "waits for rank 0 at")])

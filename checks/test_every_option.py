@@ -72,6 +72,7 @@ OWN = {  # what a type does not tell
     "model_args": ["{}", "{nonsense: 1}", "3"],
     "dataset_args": ["{}", "{nonsense: 1}", "3"],
     "lr_factors": ["{}", "{nonsense: 1}", "{weight: 2}", "3"],
+    "monitor_metrics": ["[l1]", "[optimizer,curvature]", "[nonsense]", "[]", "l1"],
     "no_weight_decay": ["bias", "bias,norm,embedding", "nonsense", ""],
     "ramp_up_type": ["test", "factor", "goodput", "nonsense", ":", "no.such:thing", ""],
     "loss": ["torch.nn.functional:cross_entropy", f"{HERE}:tiny", "no.such:thing", ""],

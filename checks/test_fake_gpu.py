@@ -77,7 +77,7 @@ def vit_b_16(image_shape, num_classes) -> nn.Module:
     return torchvision.models.vit_b_16(num_classes=num_classes)
 
 
-def unchecked(name, *arguments, probe, autocast, in_training_pass, num_groups, notify):
+def unchecked(name, *arguments, probe, autocast, in_training_pass, num_groups, notify, recheck):
     """As `gradients.build`, without the check at the start: it compares numbers, and there are none."""
     arguments = (*arguments, autocast)
     if name == "micro_batch":
@@ -129,7 +129,7 @@ def test_waits_of_a_step(tmp_path, test_gradients, test_type, micro_batches):
         waits = watch.waits + watch.trailing
         assert waits.total() <= 1, waits
         watch.forget()
-        run.train_step(run.plan(measured=False), measured=False)
+        run.train_step(run.parts.plan(run.controller, measured=False), measured=False)
         assert not watch.waits
 
 
@@ -156,7 +156,7 @@ def test_kernels_of_a_step(tmp_path, dataset, model, test_gradients, test_type, 
             with mock.patch.object(
                 run.parts.optimizer, "step"
             ):  # on CUDA a few kernels for all parameters, here for each
-                run.train_step(run.plan(measured), measured)
+                run.train_step(run.parts.plan(run.controller, measured), measured)
             counts.append(watch.kernels.total())
         assert counts[1] <= most * counts[0], (counts, watch.kernels.most_common(20))
 
@@ -172,7 +172,7 @@ def test_memory_of_a_step(tmp_path, test_type, most):
         peaks = []
         for measured in (False, True):
             watch.forget()
-            run.train_step(run.plan(measured), measured)
+            run.train_step(run.parts.plan(run.controller, measured), measured)
             peaks.append(watch.most_bytes)
         assert peaks[1] <= most * peaks[0], peaks
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 import batches
 import data
-from batches.order import SampleOrder
+from adadagrad.order import SampleOrder
 from checks.conftest import ROOT, column, train
 from imagenet import convert, folders, sources
 from options.errors import UsageError

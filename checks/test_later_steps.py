@@ -329,6 +329,32 @@ def test_what_is_right_is_looked_at_and_kept():
         assert looks == [1, 19]
 
 
+@pytest.mark.parametrize("kind", ["ghost", "vmap"])
+def test_looked_at_again_in_several_passes(kind):
+    """A model that draws, more samples than in a pass of the test's own; parameters without a rule: all passes draw the
+    same."""
+
+    class OwnProduct(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.weight, self.c = nn.Linear(6, 5), nn.Parameter(torch.randn(5, 4)), nn.Linear(4, CLASSES)
+
+        def forward(self, x):
+            x = F.dropout(self.a(x).tanh(), 0.4)
+            x = torch.einsum("na,ab->nb", x, self.weight.cumsum(0))  # ghost has no rule for it
+            return self.c(F.dropout(x.tanh(), 0.4))
+
+    model, lines = OwnProduct().double(), []
+    inputs, targets = torch.randn(20, 6).double(), torch.arange(20) % CLASSES
+    arguments = (kind, model, cross_entropy, True, 7, (inputs[:7], targets[:7]))
+    for in_training_pass in (False, True):
+        estimator, _ = gradients.build(*arguments, in_training_pass=in_training_pass, notify=lines.append)
+        for _ in range(3):
+            assert step(estimator, model, inputs, targets).variance > 0
+    assert not lines
+
+
 def test_vmap_gives_way_to_single_samples():
     model, (inputs, targets), lines = nn.Sequential(nn.Linear(6, CLASSES)).double(), batch(), []
     estimator, _ = gradients.build("vmap", model, cross_entropy, True, 8, (inputs, targets), notify=lines.append)

@@ -37,8 +37,8 @@ from adadagrad import (
     steady,
 )
 from adadagrad.control import Family
+from adadagrad.order import SampleOrder
 from batches.augment import Normalise
-from batches.order import SampleOrder
 from checks.conftest import ROOT, column, forks, launch, train
 from checks.fake_gpu import DEVICE, fake_gpu
 from checks.test_fake_gpu import unchecked
@@ -86,6 +86,7 @@ def test_nothing_but_the_library_is_installed(installed):
     information = f"adadagrad-{adadagrad.__version__}.dist-info"
     assert {path.name for path in installed.iterdir()} == {"adadagrad", information}
     assert (installed / "adadagrad" / "py.typed").exists()
+    assert (installed / "adadagrad" / "integrations" / "transformers.py").exists()
     metadata = (installed / information / "METADATA").read_text()
     needed = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
     assert needed == ["Requires-Dist: torch>=2.11"]
@@ -475,42 +476,3 @@ def test_a_compiled_model_gets_a_pass_of_its_own():
         steps(plain, batch, of_plain, 1)
         assert of_plain.estimator.in_training_pass and not scaler.estimator.in_training_pass
         assert scaler.moments.sum_norm_sq == pytest.approx(of_plain.moments.sum_norm_sq, rel=1e-5)
-
-
-def test_a_callback_of_lightnings_trainer_decides_as_main_does(tmp_path, in_double):
-    """By gradient accumulation: every batch is a number of equal micro-batches, which the trainer adds up."""
-    import lightning.pytorch as pl
-
-    names: dict = {}
-    exec(example("class AdaptiveBatches"), names)
-    piece = 8
-    samples, model = Samples(), seeded_model()
-    micro_batches = [samples(range(start, start + piece)) for start in range(0, 1437 - piece, piece)]
-
-    class Module(pl.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def training_step(self, batch, _):
-            return cross_entropy(self.model(batch[0]), batch[1])
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.model.parameters(), lr=RATE)
-
-    controller = new_controller()
-    controller.limits = Limits(1437, max_growth=2.0, multiple=piece)
-    callback = names["AdaptiveBatches"](controller, piece, cross_entropy)
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=1, max_epochs=1, precision="64-true", callbacks=[callback], logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(Module(), torch.utils.data.DataLoader(micro_batches, batch_size=None))
-    *whole, _ = callback.history  # the last batch ends with the epoch
-    taken = [size for size, _ in whole]
-    options = [*OPTIONS, f"--batch_size_multiple={piece}", f"--max_iters={len(taken)}"]
-    ours = train(tmp_path, *options)
-    assert len(taken) > 8 and taken[-1] > B0
-    assert taken == column(ours, "batch_size")
-    assert [rate for _, rate in whole] == pytest.approx(column(ours, "lr"), rel=1e-9)
-    assert not any(math.isnan(p.sum().item()) for p in model.parameters())

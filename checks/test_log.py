@@ -5,6 +5,7 @@ import json
 import math
 
 import pytest
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
@@ -14,13 +15,13 @@ from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment
 
 import main
 from checks.conftest import FIXED_CUT
+from runs import figures, results
 from runs import log as runlog
-from runs import results
 
 COLUMNS = (
     "step,samples,epoch,train_loss,train_accuracy,val_loss,val_accuracy,lr,batch_size,micro_batch_size,"
     "gradient_accumulation_steps,variance,variance_inner_product,variance_orthogonality,grad_norm_sq,batch_noise_scale,"
-    "noise_scale,noise_scale_low,noise_scale_high,lr_factor,"
+    "noise_scale,noise_scale_low,noise_scale_high,lr_factor,clipped,"
     "next_batch_size,world_size,step_time,test_time,samples_per_second"
 )
 
@@ -68,6 +69,8 @@ def test_tensorboard_has_the_options_with_their_results(tmp_path):
     assert metrics["final/steps"] == summary["steps"] and rows["run2"][0]["seed"] == 2
     events = EventAccumulator(str(tmp_path / "run1")).Reload()
     card = events.Tensors("run/text_summary")[0].tensor_proto.string_val[0].decode()
+    band = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    assert b"sample/noise_scale_low" in band and b"sample/noise_scale_high" in band  # a chart with a margin
     assert "| command |" in card and "| torch | `" in card and str(summary["git_commit"]) in card
 
 
@@ -105,3 +108,50 @@ def hparams_view(folder):
 def test_quickest_batch_in_words(noise_scale, knee, best, words):
     summary = {"noise_scale": noise_scale, "knee": knee, "quickest_batch_size": best}
     assert runlog.quickest_text(summary) == words
+
+
+def test_the_price_of_the_sizes(tmp_path):
+    """Samples and time against the least possible and against b₀, by walking through a run a sample at a time."""
+    metrics = {
+        "samples": [80.0, 160.0, 480.0, 800.0],
+        "batch_size": [8.0, 8.0, 32.0, 32.0],
+        "noise_scale": [None, 10.0, None, 40.0],
+        "noise_scale_low": [None, None, None, 30.0],
+    }
+    found = results.price(metrics, critical=2.0, initial=8, knee=30.0)
+    worth = 160 / (1 + 8 / 20) + 320 / (1 + 32 / 20) + 320 / (1 + 32 / 80)
+    by_eight = 160 + 320 / (1 + 32 / 20) * (1 + 8 / 20) + 320 / (1 + 32 / 80) * (1 + 8 / 80)
+    steps = 20 + 640 / 32
+    assert found == pytest.approx(
+        {
+            "samples_over_least": 800 / worth,
+            "samples_over_initial": 800 / by_eight,
+            "time_over_initial": (800 + 30 * steps) / (by_eight + 30 * by_eight / 8),
+        }
+    )
+    assert runlog.price_text(found) == (
+        "1.72 times the least possible samples; "
+        "1.37 times those of --batch_size throughout, in 0.72 of its time (modelled)"
+    )
+    without = results.price(metrics, 2.0, 8, None)
+    assert without["time_over_initial"] is None and runlog.price_text(without).endswith("throughout (modelled)")
+    for name in ("noise_scale", "noise_scale_low"):
+        nothing = results.price(metrics | {name: [None] * 4}, 2.0, 8, 30.0)
+        assert set(nothing.values()) == {None} and runlog.price_text(nothing) == ""
+    same = results.price(metrics | {"batch_size": [8.0] * 4}, 2.0, 8, 30.0)
+    assert same["samples_over_initial"] == pytest.approx(1) and runlog.price_text(same) == ""
+
+
+def test_the_noise_scale_has_a_band():
+    """In the figure, as far as it is known; its axis is not stretched by an end that hardly is."""
+    axes = Figure().subplots()
+    metrics = {"samples": [1.0, 2.0, 3.0], "batch_size": [8.0, 8.0, 16.0], "noise_scale": [10.0, None, 20.0]}
+    metrics |= {"noise_scale_low": [5.0, None, 15.0], "noise_scale_high": [None, None, 30.0]}
+    figures._band(axes, metrics, "samples")
+    (band,) = axes.collections
+    corners = {tuple(point) for point in band.get_paths()[0].vertices}
+    assert {(1.0, 5.0), (3.0, 15.0), (3.0, 30.0), (1.0, 2 * 30.0)} <= corners
+    assert axes.get_ylim() == (8 / 1.5, 30.0)
+    shown = dict(figures.panels(["train_loss", "val_loss", "lr", "batch_size", "noise_scale"]))
+    assert shown["batch size"] == {"batch size": "batch_size", "noise scale": "noise_scale"}
+    assert dict(figures.panels(["batch_size"]))["batch size"] == {"batch size": "batch_size"}

@@ -87,6 +87,7 @@ def test_arguments():
         ({"optimizer": "nowhere:Adam"}, "cannot import nowhere"),
         ({"optimizer": "torch.optim:lr_scheduler"}, "is not a torch.optim.Optimizer class"),
         ({"optimizer": "LBFGS"}, "closure"),
+        ({"optimizer": "adam", "optimizer_args": {"capturable": True}}, "capturable=True"),
         ({"optimizer": "SparseAdam"}, "does not support dense gradients"),
         ({"optimizer": "lbfgs"}, "did you mean 'LBFGS'"),
     ],

@@ -37,9 +37,16 @@ EXAMPLES = (
     "BatchScaler(model, cross_entropy, optimizer, max_batch_size",
     "fully_shard(model)",
     "tests.NormTest(eta=0.1)(moments)",
-    "class AdaptiveBatches(",
+    "AdaptiveBatchTrainer(model, args",
+    "trainer.add_callback(",
+    "with adaptive_accumulate(",
+    "AdaptiveBatchSize(cross_entropy",
+    "def train_step(",
+    "def after_step(",
+    "scaler.scaling(len(inputs))",
+    "register_comm_hook",
 )
-"""What tells the Python examples from each other; each is run below, or by test_library.py."""
+"""What tells the Python examples from each other; each is run below, by test_library.py or test_integrations.py."""
 
 
 def commands() -> set[str]:

@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy
 import data
 import main
 import models
+from adadagrad.order import SampleOrder
 from batches.augment import Normalise
-from batches.order import SampleOrder
 from checks.conftest import FIXED_CUT, ROOT
 from examples import reference
 

@@ -28,13 +28,13 @@ TINY = ["--accelerator=cpu", "--max_samples=300", "--batch_size=32", "--run_name
 
 
 def test_quickstart(tmp_path):
-    """`python main.py`: 96 %, a batch that grows fourfold, and a whole run folder."""
+    """`python main.py`: 96 %, a batch that grows to what is the quickest on this machine, and a whole run folder."""
     done = launch(sys.executable, "main.py", f"--out_dir={tmp_path}", "--run_name=run")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "run"
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["status"] == "finished" and summary["val_accuracy"] >= 0.96
-    assert summary["final_batch_size"] >= 4 * 16
+    assert summary["final_batch_size"] >= 0.5 * summary["quickest_batch_size"] > 16
     expected = (
         "val_loss best_val_accuracy best_val_loss steps samples mean_batch_size peak_memory_bytes world_size versions"
     )
@@ -137,6 +137,13 @@ def test_refused_once_on_two_ranks(tmp_path, options, words):
         (["--model=alexnet"], "does not work on images"),
         (["--accelerator=gpu"], "--accelerator=gpu"),
         (["--out_dir=/proc/nowhere"], "--out_dir=/proc/nowhere cannot be written"),
+        (
+            [
+                *("--test=False", "--stagewise_ramp_up=True", "--global_batch_sizes=[8,16]"),
+                *("--samples_stages=[50%,50%]", "--training_type=iter"),
+            ],
+            "--samples_stages: shares such as 25% are of max_samples, and --training_type=iter ends by steps",
+        ),
         (["--validation_samples=9999"], "samples for validation: lower it, or leave it out to take all"),
     ],
 )

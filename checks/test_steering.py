@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import main
+from adadagrad.gradients.ghost_norms import GhostNorms
 
 TINY = ["--model=logistic", "--accelerator=cpu", "--devices=1", "--max_micro_batch_size=256", "--eval_interval=1000"]
 TIMES = {"step_time", "test_time", "samples_per_second"}
@@ -45,6 +46,27 @@ def test_resumed_in_the_middle_of_smoothing_and_patience(tmp_path):
     assert all(
         torch.equal(a, b) for a, b in zip(weights(tmp_path, "whole").values(), weights(tmp_path, "again").values())
     )
+
+
+def test_resumed_under_ddp_on_one_device(tmp_path):
+    """The first step of a continuation finds its gradients where the others do, and adds up inner products so."""
+    options = ["--strategy=ddp", "--model=checks.test_pairs:plain", "--test_type=ip", "--test_gradients=micro_batch"]
+    options += ["--training_type=iter", "--max_iters=12", "--checkpoint_interval=2", "--keep_checkpoints=9"]
+    whole = run(tmp_path, "whole", *options)
+    for step in (4, 8, 10):
+        checkpoint = tmp_path / "whole" / "checkpoints" / f"step-{step:08}.pt"
+        assert run(tmp_path, f"from-{step}", *options, f"--resume={checkpoint}") == whole
+
+
+def test_resumed_after_the_estimator_has_given_way(tmp_path, monkeypatch):
+    """At the second measured step ghost is found to be wrong; a continuation does not begin with it again."""
+    right = GhostNorms._norms_again
+    monkeypatch.setattr(GhostNorms, "_norms_again", lambda self, *a: right(self, *a) * (1 if self.uncovered else 4))
+    options = ["--test_type=norm", "--training_type=iter", "--max_iters=9", "--checkpoint_interval=4"]
+    whole = run(tmp_path, "whole", *options, "--keep_checkpoints=9")
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step-00000004.pt"
+    again = run(tmp_path, "again", *options, "--keep_checkpoints=9", f"--resume={checkpoint}")
+    assert again == whole and [i for i, row in enumerate(whole) if row["variance"] == "nan"] == [1]
 
 
 @pytest.mark.parametrize("extra", [[], ["--monitor_interval=2"]], ids=["plain", "monitored"])
@@ -131,3 +153,99 @@ def test_goodput_says_what_it_has_found(tmp_path, capsys):
     summary = json.loads((tmp_path / "steady" / "summary.json").read_text())
     assert summary["noise_scale"] > 0 and summary["knee"] >= 0 and summary["quickest_batch_size"] >= 1
     assert "quickest batch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("log_interval, test_interval", [(2, 3), (4, 2), (3, 3)])
+def test_a_measured_step_has_its_row(tmp_path, log_interval, test_interval):
+    """Steps 1, 1 + interval, … are measured, whatever the steps are that have a row anyway."""
+    options = ["--eta=1000", "--training_type=iter", "--max_iters=13", "--decay_lr=False"]
+    rows = run(tmp_path, "run", *options, f"--log_interval={log_interval}", f"--test_interval={test_interval}")
+    measured = [1 + i for i in range(0, 13, test_interval)]
+    assert [int(row["step"]) for row in rows if row["variance"]] == measured
+    assert {int(row["step"]) for row in rows} == {*measured, *range(log_interval, 14, log_interval), 13}
+
+
+class TurnsRound(torch.nn.Module):
+    """From its 11th pass on it takes positions for samples; there are eight of both, so that no shape tells.
+
+    The number of passes is in the checkpoint.
+    """
+
+    def __init__(self, image_shape, num_classes):
+        super().__init__()
+        self.layer, self.head = torch.nn.Linear(8, 6), torch.nn.Linear(6, num_classes)
+        self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x):
+        x, turned = x[:, 0], bool(self.passes >= 10)
+        if self.training:
+            self.passes += 1
+        x = self.layer(x.transpose(0, 1) if turned else x).tanh()
+        return self.head((x.transpose(0, 1) if turned else x).mean(1))
+
+
+def test_what_a_later_look_finds_is_kept_over_a_continuation(tmp_path, capsys):
+    """The 20th measured step shows it; what goes on before that, or after it, is the run that was never stopped."""
+    options = ["--model=checks.test_steering:TurnsRound", "--eta=1000", "--batch_size=8", "--precision=64-true"]
+    options += ["--training_type=iter", "--max_iters=22", "--checkpoint_interval=4", "--keep_checkpoints=9"]
+    whole = run(tmp_path, "whole", *options)
+    assert "at a later step the statistics are not those of single samples" in capsys.readouterr().out
+    undecided = [int(row["step"]) for row in whole if not row["variance"] or row["variance"] == "nan"]
+    assert undecided == [20]
+    for step in (12, 20):
+        checkpoint = tmp_path / "whole" / "checkpoints" / f"step-{step:08}.pt"
+        assert run(tmp_path, f"from {step}", *options, f"--resume={checkpoint}") == whole
+    capsys.readouterr()
+    unwatched = run(tmp_path, "unwatched", *options, "--recheck=False")
+    assert "at a later step" not in capsys.readouterr().out
+    by_loop = run(tmp_path, "loop", *options, "--test_gradients=loop")
+    variances = {name: numbers(rows[20:], "variance") for name, rows in (("loop", by_loop), ("whole", whole))}
+    assert variances["whole"] == pytest.approx(variances["loop"], rel=1e-9)
+    assert numbers(unwatched[20:], "variance") != pytest.approx(variances["loop"], rel=1e-3)
+
+
+class Centred(torch.nn.Module):
+    """Couples samples without a layer of torch's that does."""
+
+    def __init__(self, image_shape, num_classes):
+        super().__init__()
+        self.layer, self.head = torch.nn.Linear(64, 6), torch.nn.Linear(6, num_classes)
+
+    def forward(self, x):
+        x = self.layer(x.flatten(1))
+        return self.head((x - x.mean(0)).tanh())
+
+
+@pytest.mark.parametrize("model", ["checks.test_steering:Centred", "checks.fault_drill:Net"])
+@pytest.mark.parametrize("recipe, cut", [("steady", 8), ("paper", 1)])
+def test_networks_that_couple_samples(tmp_path, capsys, model, recipe, cut):
+    """Unbiased statistics are of the real micro-batches; the published rule keeps its own."""
+    options = [f"--model={model}", f"--recipe={recipe}", "--batch_size=32", "--max_samples=32"]
+    rows = run(tmp_path, "run", *options, *(["--knee=8"] if recipe == "steady" else []))
+    assert rows[0]["gradient_accumulation_steps"] == str(cut) and rows[0]["variance"]
+    assert ("its statistics come from test_gradients=micro_batch" in capsys.readouterr().out) == (cut == 8)
+
+
+class Counts(torch.nn.Linear):
+    """Its passes, in an attribute, which no checkpoint has."""
+
+    def __init__(self, image_shape, num_classes):
+        super().__init__(64, num_classes)
+        self.passes, self.sizes = 0, []
+        made.append(self)
+
+    def forward(self, x):
+        if self.training:
+            self.passes += 1
+            self.sizes.append(len(x))
+        return super().forward(x.flatten(1))
+
+
+made: list[Counts] = []
+
+
+def test_what_is_measured_before_the_first_step_leaves_a_models_own_books_alone(tmp_path):
+    rows = run(tmp_path, "run", "--model=checks.test_steering:Counts", "--recipe=steady", "--max_samples=200",
+               "--max_micro_batch_size=auto")  # fmt: skip
+    model = made.pop()
+    assert model.sizes == [int(row["batch_size"]) for row in rows] and model.passes == len(rows)

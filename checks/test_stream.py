@@ -9,9 +9,10 @@ import torch
 
 import batches
 import data
-from batches import loading, order
+from adadagrad import order
+from adadagrad.order import SampleOrder
+from batches import loading
 from batches.augment import crop_and_flip
-from batches.order import SampleOrder
 from checks.conftest import run
 from options.errors import RunError
 

@@ -57,6 +57,23 @@ def test_drill():
     assert "3 of 3 rounds equal" in done.stdout and "while saving" in done.stdout
 
 
+@pytest.mark.long
+def test_the_default_goes_on_after_a_kill_and_its_config_repeats_it(tmp_path):
+    """What it has measured of this machine is measured once, and stands in config.yaml."""
+    options = [*NETWORK, "--max_samples=3000", "--checkpoint_interval=4", "--resume=auto", f"--out_dir={tmp_path}"]
+    first = Started(*options, "--run_name=killed")
+    wait_for_rows(tmp_path / "killed", 6)
+    first.ranks[0].kill()
+    assert first.wait().returncode == -signal.SIGKILL
+    done = run(*options, "--run_name=killed")
+    assert done.returncode == 0 and "resuming" in done.stdout, done.stdout + done.stderr
+    again = run(f"--config={tmp_path / 'killed' / 'config.yaml'}", "--run_name=again", f"--out_dir={tmp_path}")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert fault_drill.differences(tmp_path / "again", tmp_path / "killed") == []
+    summary = json.loads((tmp_path / "again" / "summary.json").read_text())
+    assert summary["final_batch_size"] > 16 and not summary["measured_options"]
+
+
 SOURCES = {
     "in memory": ["--max_samples=12000"],
     "streamed": ["--max_samples=12000", "--dataset=checks.fault_drill:streamed_digits", "--num_workers=1"],
