@@ -127,6 +127,18 @@ def small_resnet_group_norm(image_shape: models.ImageShape, num_classes: int) ->
     return SmallResNet(image_shape[0], num_classes, lambda channels: nn.GroupNorm(8, channels))
 
 
+def small_cnn_batch_norm(image_shape: models.ImageShape, num_classes: int) -> nn.Module:
+    """Three convolutions of 16, 32 and 64 channels, each with BatchNorm and pooled, and a linear layer."""
+    widths = (image_shape[0], 16, 32, 64)
+    layers = [
+        layer
+        for inputs, outputs in zip(widths, widths[1:])
+        for layer in (nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2))
+    ]
+    features = widths[-1] * (image_shape[1] // 8) * (image_shape[2] // 8)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, num_classes))
+
+
 def without_in_place(model: nn.Module) -> nn.Module:
     """The same model for libraries that hook modules."""
     for module in list(model.modules()):

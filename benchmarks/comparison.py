@@ -18,10 +18,13 @@ on to main.py.
 import argparse
 import csv
 import fnmatch
+import functools
 import json
 import math
+import multiprocessing
 import os
 import queue
+import runpy
 import shutil
 import subprocess
 import sys
@@ -95,7 +98,8 @@ class Part:
         """The method whose sweep gives this one its rate: the method itself; for the recipe the constant batch that it
         starts from."""
         small = f"constant_{self.methods[method].get('batch_size', self.shared.get('batch_size'))}"
-        return small if method in AT_THE_SMALL_BATCHS_RATE and small in self.methods else method
+        takes = method in AT_THE_SMALL_BATCHS_RATE or method in COUPLINGS
+        return small if takes and not method.startswith("constant") and small in self.methods else method
 
 
 # On a CPU, pieces of one or two hundred take half the time of whole batches of some thousands.
@@ -103,6 +107,24 @@ SGD: Options = {"optimizer": "sgd", "momentum": 0.9, "decay_lr": False, "batch_s
 MNIST: Options = {**SGD, "dataset": "mnist", "eval_samples": 3000}
 CIFAR10: Options = {**SGD, "dataset": "benchmarks.cases:cifar10_npz", "eval_samples": 5000}
 CNN: Options = {"model": "cnn", "validation_samples": 5000}  # all 10,000 would take longer than the training
+# Where the state follows the batch, and where it does not: for `--coupling` (docs/transition.md).
+COUPLINGS: dict[str, Options] = {
+    **{f"constant_{size}": METHODS[f"constant_{size}"] for size in (16, 64, 256, 1024)},
+    **{
+        f"steady_knee{knee}_{coupling}": {**STEADY, "knee": knee, "coupling": coupling}
+        for knee in KNEES
+        for coupling in ("full", "rate", "none")
+    },
+    **{f"steady_knee{knee}_waste10": {**STEADY, "knee": knee, "max_waste": 10} for knee in KNEES},
+}
+OPTIMIZERS: dict[str, tuple[Options, tuple[float, ...]]] = {
+    "sgd": ({"optimizer": "sgd", "momentum": 0.9}, (0.01, 0.03, 0.1)),
+    "adam": ({"optimizer": "adam", "beta2": 0.95}, (0.0003, 0.001, 0.003)),
+    "adam999": ({"optimizer": "adam", "beta2": 0.999}, (0.0003, 0.001, 0.003)),
+    "adamw": ({"optimizer": "adamw", "weight_decay": 0.1}, (0.0003, 0.001, 0.003)),
+    "adagrad": ({"optimizer": "adagrad"}, (0.01, 0.03, 0.1)),
+    "muon": ({"optimizer": "muon"}, (0.001, 0.003, 0.01)),
+}
 GPT: Options = {
     **{"dataset": "benchmarks.cases:stdlib_short", "model": "gpt", "model_args": {"layers": 2, "width": 96}},
     **{"optimizer": "adamw", "decay_lr": False, "batch_size": 4, "max_micro_batch_size": 64, "eval_samples": 1024},
@@ -144,6 +166,17 @@ PARTS = {
     "mnist_cnn": Part({**MNIST, **CNN, "max_samples": 120_000}, with_linear(120_000), (0.97, 0.98)),
     "cifar10_cnn": Part({**CIFAR10, **CNN, "max_samples": 100_000}, FEW, (0.45, 0.55)),
     "stdlib_gpt": Part({**GPT, "max_samples": 12_288}, SMALLER, (3.0, 2.7), (0.001, 0.003, 0.01)),
+    **{
+        f"mlp_{optimizer}": Part(
+            {name: value for name, value in MNIST.items() if name != "momentum"}
+            | {"model": "benchmarks.cases:mlp", "max_samples": 180_000, "validation_samples": 5000}
+            | {"log_interval": 100, **options},
+            COUPLINGS,
+            (0.96, 0.975),
+            rates,
+        )
+        for optimizer, (options, rates) in OPTIMIZERS.items()
+    },
     "mnist_published": Part(
         {**PUBLISHED, "dataset": "mnist", "model": "logistic"}, AS_PUBLISHED, (0.91, 0.92), learning_rates=(0.008,)
     ),
@@ -184,17 +217,42 @@ def run(folder: Path, options: Options, further: Sequence[str]) -> Run:
     if not summary.exists() or json.loads(summary.read_text())["status"] == "interrupted":
         shutil.rmtree(folder, ignore_errors=True)
         words = [f"--{name}={_word(value)}" for name, value in options.items()]
-        command = [sys.executable, "main.py", "--accelerator=cpu", "--devices=1", *words, *further]
+        command = ["--accelerator=cpu", "--devices=1", *words, *further]
         command += [f"--out_dir={folder.parent}", f"--run_name={folder.name}", "--checkpoint_interval=1000000000"]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        process = _forks().Process(target=_train, args=(command, _affinity()))
+        process.start()
+        process.join()
         if not summary.exists():  # a run that diverged has one
-            print(done.stderr, file=sys.stderr)
-            done.check_returncode()
+            raise subprocess.CalledProcessError(process.exitcode, ["main.py", *command])
     result = read_run(folder)
     value = result.summary[result.objective]
     print(f"{folder}: {result.status}, {value or 0:.4f}, {result.summary['wall_time']:.0f} s", flush=True)
     return result
+
+
+@functools.cache
+def _forks() -> multiprocessing.context.BaseContext:
+    """Makes processes that have imported the program already: a short run would spend a third of its time on that."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["main", "matplotlib.pyplot"])
+    return context
+
+
+def _train(arguments: Sequence[str], cores: set[int]) -> None:
+    """What `python main.py` does; the process says nothing but its errors."""
+    if cores:
+        os.sched_setaffinity(0, cores)
+    os.chdir(ROOT)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.argv = ["main.py", *arguments]
+    sys.orig_argv = [sys.executable, *sys.argv]
+    runpy.run_path("main.py", run_name="__main__")
+
+
+def _affinity() -> set[int]:
+    """Of this thread; empty where there is no such thing."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 
 
 def _word(value: object) -> object:
@@ -241,7 +299,7 @@ def compare(
     """
     swept = dict.fromkeys([part.rate_from(method) for method in methods] + ["steady"] * ("steady" in methods))
     cores: queue.Queue[int] = queue.Queue()
-    for core in sorted(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [])[:jobs]:
+    for core in sorted(_affinity())[:jobs]:
         cores.put(core)
     with ThreadPoolExecutor(jobs, initializer=_take_a_core, initargs=(cores,)) as pool:
         sweeps = {name: pool.submit(tune, part, name, folder / "sweep", further) for name in swept}

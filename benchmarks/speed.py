@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torchvision
 from jsonargparse import auto_cli
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -45,21 +46,27 @@ CASES = {
     "resnet18_bn_32": Case("ResNet-18 BatchNorm, 32×32, b = 32", "resnet18_batch_norm", "random_cifar", 32),
     "resnet18_bn_128": Case("ResNet-18 BatchNorm, 32×32, b = 128", "resnet18_batch_norm", "random_cifar", 128),
     "vit_b_16_8": Case("ViT-B/16, 224×224, b = 8", "vit_b_16", "random_imagenet", 8),
+    "resnet18_224": Case("ResNet-18 BatchNorm, 224×224, b = 256", "resnet18", "random_imagenet", 256),
+    "resnet50_224": Case("ResNet-50 BatchNorm, 224×224, b = 128", "resnet50", "random_imagenet", 128),
+    "vit_b_16_64": Case("ViT-B/16, 224×224, b = 64", "vit_b_16", "random_imagenet", 64),
+    "gpt_124m": Case("GPT 12 × 768, 256 bytes, b = 64", "gpt", "stdlib", 64, {"layers": 12, "heads": 12, "width": 768}),
     "gpt_8": Case("GPT 4 × 256, 256 bytes, b = 8", "gpt", "stdlib", 8, {"layers": 4, "heads": 4, "width": 256}),
 }
 OURS = ("vmap", "ghost", "micro_batch")
 METHODS = ("plain", *OURS, "opacus", "backpack")
 TESTS = ("norm", "ip+orth")
+ON_A_GPU = ("resnet18_224", "resnet50_224", "vit_b_16_64", "gpt_124m")
+"""Cases that are too large for a CPU."""
 
 
-def trainer_of(case: Case, test_gradients: str | None, test_type: str, out_dir: str):
+def trainer_of(case: Case, test_gradients: str | None, test_type: str, precision: str, out_dir: str):
     """main.py's own trainer; its `train_step` is what is measured."""
     import main
     from launch.processes import start_fabric
     from launch.signals import Interrupts
     from options.schema import Config
 
-    own = case.model not in ("cnn", "vit_b_16", "gpt")
+    own = not hasattr(torchvision.models, case.model) and case.model not in ("cnn", "gpt")
     config = Config(
         model=f"benchmarks.cases:{case.model}" if own else case.model,
         model_args=case.model_args,
@@ -72,6 +79,7 @@ def trainer_of(case: Case, test_gradients: str | None, test_type: str, out_dir: 
         test_gradients=test_gradients or "auto",
         test_type=test_type,
         devices=1,
+        precision=precision,
         out_dir=Path(out_dir),
         run_name="run",
     )
@@ -105,13 +113,13 @@ def alternate(steps: dict[str, Callable[[], object]], budget: float) -> dict[str
     return times
 
 
-def measure(case: Case, method: str, test_type: str, budget: float) -> dict:
+def measure(case: Case, method: str, test_type: str, precision: str, budget: float) -> dict:
     """Times of plain and tested steps, and peak memory, of this process."""
     with tempfile.TemporaryDirectory() as out_dir:
-        trainer = trainer_of(case, method if method in OURS else None, test_type, out_dir)
+        trainer = trainer_of(case, method if method in OURS else None, test_type, precision, out_dir)
 
         def step(measured: bool, cut: bool) -> None:
-            moments = trainer.train_step(trainer.plan(measured=cut), measured)
+            moments = trainer.train_step(trainer.parts.plan(trainer.controller, measured=cut), measured)
             if moments:
                 trainer.controller.rule.test(moments)
 
@@ -130,7 +138,7 @@ def measure(case: Case, method: str, test_type: str, budget: float) -> dict:
 def _batches(trainer):
     """The batches that the plain steps see."""
     while True:
-        plan = trainer.plan(measured=False)
+        plan = trainer.parts.plan(trainer.controller, measured=False)
         yield from trainer.parts.stream.take(plan.micro_batches(0))
 
 
@@ -176,13 +184,14 @@ def backpack_step(trainer) -> Callable[[], object]:
     return step
 
 
-def in_own_process(name: str, method: str, test_type: str, budget: float) -> dict:
+def in_own_process(name: str, method: str, test_type: str, precision: str, budget: float) -> dict:
     command = [
         sys.executable,
         "-m",
         "benchmarks.speed",
         f"--worker=[{name},{method},{test_type}]",
         f"--budget={budget}",
+        f"--precision={precision}",
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
@@ -228,8 +237,10 @@ def _memory(results: list[dict | None], plain: dict) -> str:
 
 
 def benchmark(
-    cases: list[str] = list(CASES),  # noqa: B006 (never changed)
+    cases: list[str] = [name for name in CASES if name not in ON_A_GPU],  # noqa: B006 (never changed)
     methods: list[str] = list(METHODS),  # noqa: B006
+    tests: list[str] = list(TESTS),  # noqa: B006
+    precision: str = "32-true",
     budget: float = 20.0,
     out: Path = RESULTS,
     worker: list[str] | None = None,
@@ -239,22 +250,24 @@ def benchmark(
     Args:
         cases: which networks and batch sizes.
         methods: which ways to the statistics.
+        tests: norm, ip+orth; of peers the norm test alone.
+        precision: as of main.py.
         budget: about how long to measure each line of the table [seconds].
         out: folder for speed.md and speed.json.
         worker: case, method and test of a process of its own (used by the program itself).
     """
     if worker:
         name, method, test_type = worker
-        print(json.dumps(measure(CASES[name], method, test_type, budget)))
+        print(json.dumps(measure(CASES[name], method, test_type, precision, budget)))
         return
     out.mkdir(parents=True, exist_ok=True)
     kept = out / "speed.json"
     results = json.loads(kept.read_text()) if kept.exists() else {}
     for name in cases:
         for method in methods:
-            for test_type in TESTS if method in OURS else TESTS[:1]:
+            for test_type in tests if method in OURS else TESTS[:1]:
                 key = f"{name} {method} {test_type}"
-                ours = in_own_process(name, method, test_type, budget)
+                ours = in_own_process(name, method, test_type, precision, budget)
                 results[key] = ours | {
                     "command": f"python -m benchmarks.speed --budget={budget:g}",
                     "machine": provenance(),

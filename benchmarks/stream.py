@@ -26,8 +26,8 @@ from PIL import Image
 
 import batches
 import data
+from adadagrad.order import SampleOrder
 from batches.augment import Normalise
-from batches.order import SampleOrder
 from benchmarks.cases import RESULTS, provenance
 from imagenet import convert, sources
 

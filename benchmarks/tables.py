@@ -219,6 +219,45 @@ def robustness() -> str:
     return markdown(["problem", "method", "rate", "a third of it", "three times it"], body)
 
 
+OPTIMIZER_NAMES = {
+    "sgd": "SGD, momentum 0.9",
+    "adam": "Adam, β₂ = 0.95",
+    "adam999": "Adam, β₂ = 0.999",
+    "adamw": "AdamW, decay 0.1",
+    "adagrad": "AdaGrad",
+    "muon": "Muon with AdamW",
+}
+
+
+VARIANTS = {"full": "full", "rate": "rate", "none": "none", "waste10": "full, W = 10"}
+
+
+def couplings() -> str:
+    """The perceptron with every optimizer: `steady` with P given over the best constant, in modelled time, by what
+    follows the batch (optimizer state, rate and decay; the rate; nothing), and with a looser bound on samples."""
+    body = []
+    for optimizer, name in OPTIMIZER_NAMES.items():
+        problem = f"mlp_{optimizer}"
+        if not (KEPT / problem).exists():
+            continue
+        for knee in KNEES:
+            for target in PARTS[problem].targets:
+                best, constant = best_constant(problem, target, knee)
+                row = [name, str(knee), in_words(problem, target), constant.removeprefix("constant_")]
+                for variant in VARIANTS:
+                    method = f"steady_knee{knee}_{variant}"
+                    own = costs(problem, method, target, knee)
+                    row.append(with_interval(own, best) if own else arrived(problem, method, target))
+                body.append(row)
+    return markdown(["optimizer", "P", "to", "best constant", *VARIANTS.values()], body)
+
+
+def arrived(problem: str, method: str, target: float) -> str:
+    """How many of the runs came to the target, in words."""
+    reached = [run.reached(target) is not None for run in final_runs(problem, method)]
+    return f"{sum(reached)} of {len(reached)} runs" if any(reached) else "never"
+
+
 def published() -> str:
     """The published settings of logistic regression on MNIST."""
     body = []
@@ -238,6 +277,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "against_norm_test": against_norm_test,
     "price_of_tuning": price_of_tuning,
     "robustness": robustness,
+    "couplings": couplings,
     "published": published,
 }
 TABLE = re.compile(r"(<!-- table: ([^\n]*) -->\n).*?(<!-- end of table -->)", re.DOTALL)
