@@ -230,9 +230,9 @@ GIVEN = {"network": "plain", "precision": "64-true", "strategy": "auto", "ranks"
 GIVEN |= {"test_gradients": "auto", "log_interval": "1", "monitor_modules": "no"}
 FREE = {factor for factor in FACTORS if factor not in GIVEN}
 EXACT, _ = covering_array(FACTORS, GIVEN)
+"""Those in which another cut, or another number of ranks, changes nothing but rounding."""
 # A third of these rows, as they take long; ADADAGRAD_ALL_PAIRS=1: all.
 SOME = range(0, len(EXACT), 1 if os.environ.get("ADADAGRAD_ALL_PAIRS") else 3)
-"""Those in which another cut, or another number of ranks, changes nothing but rounding."""
 
 
 def plain(image_shape, num_classes) -> nn.Module:
