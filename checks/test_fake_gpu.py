@@ -77,7 +77,7 @@ def vit_b_16(image_shape, num_classes) -> nn.Module:
     return torchvision.models.vit_b_16(num_classes=num_classes)
 
 
-def unchecked(name, *arguments, probe, autocast, in_training_pass, num_groups, notify, recheck):
+def unchecked(name, *arguments, probe, autocast, in_training_pass, num_groups, notify, recheck=False):
     """As `gradients.build`, without the check at the start: it compares numbers, and there are none."""
     arguments = (*arguments, autocast)
     if name == "micro_batch":
