@@ -1,7 +1,7 @@
 # make quickstart: set up and train once.   make test: set up and run the test suite, but for what takes long.
 # make test-all: the whole of it.
 # make install-imagenet: what ffcv files need beside the system's libraries (docs/imagenet.md).
-# make install-integrations: other people's trainers, for their tests (docs/integrations.md).
+# make install-integrations: other people's trainers and Ray, for their tests (docs/integrations.md).
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
@@ -35,8 +35,8 @@ install: .venv/.installed
 
 install-integrations: .venv/.installed-integrations
 
-.venv/.installed-integrations: .venv/.installed requirements-integrations.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-integrations.txt
+.venv/.installed-integrations: .venv/.installed requirements-integrations.txt requirements-ray.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-integrations.txt -r requirements-ray.txt
 	touch $@
 
 install-imagenet: .venv/.installed-imagenet
