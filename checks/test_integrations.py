@@ -4,6 +4,7 @@ weights whatever the batch has done, and where it does not change the loss is th
 
 import contextlib
 import functools
+import gc
 import itertools
 import os
 import re
@@ -37,8 +38,12 @@ from checks.test_library import (
     taken,
 )
 
+pytestmark = pytest.mark.xdist_group("integrations")  # what the fixtures have found serves several tests
 PIECE, STEPS, LARGEST = 8, 20, 1432
 """Samples of a micro-batch, over all processes; both numbers divide by it."""
+
+
+digits = functools.cache(Samples)  # read once a process
 
 
 def controller() -> Controller:
@@ -75,6 +80,7 @@ def _joined(rank: int, port: int, function: Callable[[int, Path], dict], folder:
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
     own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "checks"}
     os.environ.update({name: str(value) for name, value in own.items()})
+    gc.freeze()  # trainers collect garbage often, among all that has been imported
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     torch.distributed.init_process_group("gloo")
@@ -123,7 +129,7 @@ def arguments(folder: Path, **more):
 
 
 def rows(number: int) -> list[dict]:
-    x, labels = Samples()(range(number))
+    x, labels = digits()(range(number))
     return [{"x": own, "labels": int(label)} for own, label in zip(x, labels)]
 
 
@@ -299,7 +305,7 @@ def in_accelerate(rank: int, folder: Path) -> dict:
         optimizer.optimizer.register_step_pre_hook(step)
         own = PIECE // accelerator.num_processes
         for start in itertools.count(0, PIECE):
-            x, y = (rows[accelerator.process_index * own :][:own] for rows in Samples()(range(start, start + PIECE)))
+            x, y = (rows[accelerator.process_index * own :][:own] for rows in digits()(range(start, start + PIECE)))
             around = (
                 adaptive_accumulate(accelerator, scaler, model, x, y) if adaptive else accelerator.accumulate(model)
             )
@@ -325,7 +331,7 @@ def in_accelerate(rank: int, folder: Path) -> dict:
 
     names = {"Accelerator": functools.partial(Accelerator, cpu=True), "adaptive_accumulate": adaptive_accumulate}
     names |= {"BatchScaler": BatchScaler, "cross_entropy": cross_entropy, "torch": torch, "model": seeded_model()}
-    names["loader"] = DataLoader(TensorDataset(*Samples()(range(600))), batch_size=4, shuffle=True, drop_last=True)
+    names["loader"] = DataLoader(TensorDataset(*digits()(range(600))), batch_size=4, shuffle=True, drop_last=True)
     exec(example("with adaptive_accumulate("), names)
     found["example"] = names["scaler"].samples, names["scaler"].batch_size, weights(names["model"])
     return found
@@ -380,7 +386,7 @@ def in_lightning(rank: int, folder: Path, samples: int) -> dict:
     own = PIECE // 2
 
     def loader(first: int, last: int):
-        pieces = [Samples()(range(start, start + PIECE)) for start in range(first, last, PIECE)]
+        pieces = [digits()(range(start, start + PIECE)) for start in range(first, last, PIECE)]
         return DataLoader([tuple(rows[rank * own :][:own] for rows in piece) for piece in pieces], batch_size=None)
 
     class Steps(pl.Callback):
@@ -456,7 +462,7 @@ def in_lightning(rank: int, folder: Path, samples: int) -> dict:
     }
     names = {"Trainer": functools.partial(pl.Trainer, accelerator="cpu", devices=2, strategy="ddp", **quiet)}
     names |= {"AdaptiveBatchSize": AdaptiveBatchSize, "cross_entropy": cross_entropy, "DataLoader": DataLoader}
-    names |= {"module": lightning_module(), "data": TensorDataset(*Samples()(range(200)))}
+    names |= {"module": lightning_module(), "data": TensorDataset(*digits()(range(200)))}
     exec(example("AdaptiveBatchSize(cross_entropy"), names)
     scaler = names["callback"].scaler
     found["example"] = scaler.samples, scaler.batch_size, weights(names["module"].model)
@@ -492,7 +498,7 @@ def test_lightnings_smaller_batch_at_the_end_of_an_epoch(of_lightning, in_double
     """Its mean is over its own samples, and so are the statistics."""
     model, found = seeded_model(), of_lightning[0]
     for (size, rate), first in zip(found["short"], (0, 32)):
-        x, y = Samples()(range(first, first + int(size)))
+        x, y = digits()(range(first, first + int(size)))
         gradients = torch.autograd.grad(cross_entropy(model(x), y), list(model.parameters()))
         with torch.no_grad():
             for parameter, gradient in zip(model.parameters(), gradients):
@@ -531,7 +537,7 @@ def in_plain(rank: int, folder: Path) -> dict:
 
     def next_micro_batch():
         first = next(positions)
-        return tuple(rows[rank * PIECE // 2 :][: PIECE // 2] for rows in Samples()(range(first, first + PIECE)))
+        return tuple(rows[rank * PIECE // 2 :][: PIECE // 2] for rows in digits()(range(first, first + PIECE)))
 
     for _ in range(STEPS):
         names["train_step"](model, scaler, cross_entropy, next_micro_batch, PIECE // 2)
@@ -550,7 +556,7 @@ def in_plain(rank: int, folder: Path) -> dict:
     for name, own_model in (("whole", seeded_model()), ("sharded", sharded)):
         optimizer = torch.optim.Adam(own_model.parameters(), lr=1e-5, betas=(0.9, 0.95))
         for step in range(20):
-            x, y = Samples()(range(8 * step, 8 * step + 8))
+            x, y = digits()(range(8 * step, 8 * step + 8))
             cross_entropy(own_model(x), y).backward()  # on both ranks the same
             optimizer.step()
             optimizer.zero_grad()
