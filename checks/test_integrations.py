@@ -9,7 +9,9 @@ import itertools
 import os
 import re
 import sys
+import sysconfig
 import types
+import venv
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -25,13 +27,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from adadagrad import BatchScaler, Constant, Controller, LearningRateScaling, Limits, Moments, NoiseScale, NormTest
 from adadagrad.control import CRITICAL
-from checks.conftest import ROOT, column, forks, launch, train, unused_port
+from checks.conftest import column, forks, launch, train, unused_port
 from checks.test_library import (
     B0,
     OPTIONS,
     RATE,
     Samples,
     example,
+    installed,  # noqa: F401  a fixture
     new_controller,
     same,
     seeded_model,
@@ -696,24 +699,44 @@ def test_a_compiled_model_decides_as_main_does(of_main, in_double):
     assert same(taken(compiled, scaler, STEPS), of_main)
 
 
-# The page's own program
+# The page's own program, where nothing else of this folder is
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
-def test_a_small_llama_on_the_standard_librarys_text(tmp_path, processes):
+@pytest.fixture(scope="module")
+def fresh(request, tmp_path_factory) -> str:
+    """Python of an environment of its own, for which pip has installed adadagrad[transformers] from the wheel; all else
+    that this needs is the suite's."""
+    folder = tmp_path_factory.mktemp("fresh")
+    venv.create(folder)
+    python = str(folder / "bin" / "python")
+    own = launch(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip()
+    Path(own, "suite.pth").write_text(sysconfig.get_path("purelib"))
+    (wheel,) = request.getfixturevalue("installed").parent.glob("*.whl")
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index"]
+    done = launch(*pip, f"{wheel}[transformers]", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert Path(own, "adadagrad").is_dir()
+    return python
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_small_llama_on_the_standard_librarys_text(tmp_path, processes, request):
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
+    python = request.getfixturevalue("fresh")
     program = example("AdaptiveBatchTrainer(model, args")
-    program += "print('END', trainer.scaler.samples, trainer.scaler.batch_size, trainer.state.log_history[-1])\n"
-    program = program.replace(
-        "max_steps=200", "max_steps=200, logging_steps=1, use_cpu=True, save_strategy='no', report_to='none'"
-    )
-    (tmp_path / "llama.py").write_text(program)
+    program += "import adadagrad\n"
+    program += "print('END', trainer.scaler.samples, trainer.scaler.batch_size, adadagrad.__file__)\n"
+    shorter = "max_steps=100, logging_steps=1, use_cpu=True, save_strategy='no', report_to='none'"
+    (tmp_path / "llama.py").write_text(program.replace("max_steps=200", shorter))
     torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={unused_port()}"]
-    done = launch(sys.executable, *(torchrun if processes > 1 else []), "llama.py", cwd=tmp_path, PYTHONPATH=str(ROOT))
+    done = launch(python, *(torchrun if processes > 1 else []), "llama.py", cwd=tmp_path, PYTHONPATH="")
     assert done.returncode == 0, done.stdout + done.stderr
     ends = [line.split() for line in done.stdout.splitlines() if line.startswith("END")]
     losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", done.stdout)]
-    assert len(ends) == processes and len({tuple(end[1:3]) for end in ends}) == 1
-    assert int(ends[0][1]) >= 1600 and int(ends[0][2]) > 8
-    assert losses[0] > 5 > 3.5 > losses[-1]
+    assert len(ends) == processes and len({tuple(end) for end in ends}) == 1
+    _, samples, batch_size, file = ends[0]
+    assert int(samples) >= 800 and int(batch_size) > 8
+    assert Path(file).is_relative_to(Path(python).parents[1])
+    assert losses[0] > 5 > 3.7 > losses[-1]
