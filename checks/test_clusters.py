@@ -1,4 +1,6 @@
-"""examples/kubernetes and examples/skypilot.yaml: what they say to the cluster, and to main.py."""
+"""examples/kubernetes and examples/skypilot.yaml: what they say to the cluster, and to main.py; and the documentation's
+loader for a group whose members come and go.
+"""
 
 from pathlib import Path
 
@@ -6,6 +8,7 @@ import pytest
 import yaml
 
 from checks.conftest import ROOT
+from checks.test_library import example
 from options import command_line
 
 FILES = sorted([*(ROOT / "examples" / "kubernetes").glob("*.yaml"), ROOT / "examples" / "skypilot.yaml"])
@@ -56,3 +59,23 @@ def test_interruptions_are_no_failures():
     (job,) = objects(ROOT / "examples" / "kubernetes" / "pytorchjob.yaml")
     policies = {replica["restartPolicy"] for replica in job["spec"]["pytorchReplicaSpecs"].values()}
     assert policies == {"OnFailure"}
+
+
+def test_a_loader_under_a_changing_group():
+    """Two epochs of 20 samples: each twice, and a batch is the same whoever takes it."""
+    names, used = {}, []
+    exec(example("class Loader:"), names)
+    members = [names["Loader"](range(20)) for _ in range(4)]  # those who are away are told where the others are
+
+    def batch(size, world_size):
+        shares = [member.share(size, rank, world_size) for rank, member in enumerate(members[:world_size])]
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        return sorted(sum(shares, []))
+
+    for size, world_size in ((8, 2), (8, 3), (6, 1), (10, 4), (8, 3)):
+        taken = batch(size, world_size)
+        assert len(taken) == size and taken == batch(size, world_size % 4 + 1)  # a step that another group takes again
+        used += taken
+        for member in members:
+            member.advance(size)
+    assert sorted(used) == sorted([*range(20)] * 2)

@@ -45,8 +45,10 @@ EXAMPLES = (
     "def after_step(",
     "scaler.scaling(len(inputs))",
     "register_comm_hook",
+    "class Loader:",
 )
-"""What tells the Python examples from each other; each is run below, by test_library.py or test_integrations.py."""
+"""What tells the Python examples from each other; each is run below, by test_library.py, test_integrations.py or
+test_clusters.py."""
 
 
 def commands() -> set[str]:
