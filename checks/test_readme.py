@@ -46,9 +46,10 @@ EXAMPLES = (
     "scaler.scaling(len(inputs))",
     "register_comm_hook",
     "class Loader:",
+    "# policy.py",
 )
-"""What tells the Python examples from each other; each is run below, by test_library.py, test_integrations.py or
-test_clusters.py."""
+"""What tells the Python examples from each other; each is run below, by test_library.py, test_integrations.py,
+test_clusters.py or test_status.py."""
 
 
 def commands() -> set[str]:
@@ -77,6 +78,11 @@ def test_every_command_can_be_typed():
         elif "expt.sh" not in command:  # that is run below
             assert program in ("source", "apt-get", "pip"), command
     assert {language for language, _ in FENCES} <= {"bash", "python", "bibtex", "text"}
+
+
+def test_every_example_is_known():
+    found = [[marker for marker in EXAMPLES if marker in block] for block in BLOCKS]
+    assert sorted(found) == sorted([marker] for marker in EXAMPLES)
 
 
 def test_tables_of_what_to_type():
