@@ -28,6 +28,7 @@ from torch.utils.data import Subset
 
 import data
 import main
+from runs import figures
 
 TIMES = {"step_time", "test_time", "samples_per_second"}
 OPTIONS = """
@@ -101,6 +102,7 @@ def start(*options: str) -> multiprocessing.Process:
 
 
 def _run(options: Sequence[str]) -> None:
+    figures.curves = lambda folder: None  # it takes longer than the run itself
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         sys.exit(main.main([*OPTIONS, *options]))
 
