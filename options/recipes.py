@@ -1,13 +1,11 @@
 """What a recipe sets of the options that are not given, and which one a command line gets."""
 
 from collections.abc import Collection
-from dataclasses import fields
 from typing import Any
 
 from adadagrad.control import STEADY
 from adadagrad.control.learning_rate import MEASURED
-from adadagrad.tests import TESTS
-from options.schedules import options_of_other_rules
+from options.schedules import PARAMETERS_OF_TESTS, options_of_other_rules
 
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -23,7 +21,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 EARLIER = {"max_growth": 2.0, "test_interval": 8, "max_waste": None, "free_start": False, "coupling": "rate"}
 """What options of `steady` were in runs of November 2026, which are read again under its name."""
-PUBLISHED = {"test_type", "ramp_up_type", *(entry.name for test in TESTS.values() for entry in fields(test))}
+PUBLISHED = {"test_type", "ramp_up_type", *PARAMETERS_OF_TESTS}
 """Whoever gives one of these asks for the published rule."""
 
 

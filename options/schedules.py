@@ -35,3 +35,6 @@ def options_of_other_rules(options: Mapping[str, Any]) -> set[str]:
 def test_parameters(options: Mapping[str, Any]) -> tuple[str, ...]:
     """The options that are parameters of the test that the options name."""
     return tuple(entry.name for entry in fields(TESTS[options["test_type"]]))
+
+
+PARAMETERS_OF_TESTS = sorted({entry.name for test in TESTS.values() for entry in fields(test)})

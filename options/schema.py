@@ -1,25 +1,18 @@
-"""Every option: its name, type, default and unit, and which combinations are refused.
+"""Every option: its name, type, default and unit.
 
-`Config` is one dataclass made of one class per topic. How a user's words become one: command_line.py.
+`Config` is one dataclass made of one class per topic. How a user's words become one: command_line.py; which values and
+combinations are refused: refusals.py.
 """
 
-import math
-import re
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from adadagrad.control import CRITICAL, RULES
+from adadagrad.control import CRITICAL
 from adadagrad.tests import OTHER_SCALES, TESTS
-from options.errors import UsageError
-from options.names import expanded, unknown
-from options.schedules import rule_class, test_parameters
-
-MEASURED_SCALINGS = ("adascale", "critical")
-"""Values of lr_scaling that read the statistics."""
-KINDS = ("bias", "norm", "embedding")
-"""Kinds of parameters, for no_weight_decay."""
+from options import refusals
+from options.names import expanded
 
 
 @dataclass
@@ -335,7 +328,7 @@ class Config(
     """All options of a run."""
 
     def __post_init__(self):
-        """Refuse what can be refused without looking at data, model or devices.
+        """Fill in what follows from other options, and refuse what can be refused without data, model or devices.
 
         Raises:
             UsageError: a value is out of range or options contradict each other.
@@ -343,222 +336,23 @@ class Config(
         self.lr_decay_type = self.lr_decay_type or self.training_type
         if self.learning_rate is None:
             self.learning_rate = 0.002 if self.dataset in ("tokens", "stdlib") else 0.01
-        self._expand_paths()
-        self._check_names()
-        self._check_ranges()
-        self._check_without_effect()
-        self._check_batch_sizes()
-        self._check_schedules()
-        self._check_branch()
-        if self.run_name is not None and (self.run_name in ("", ".", "..") or set(self.run_name) & set("/\\$\0")):
-            raise UsageError(f"--run_name='{self.run_name}' must be the name of a folder: one word without '/' or '$'")
-
-    def _expand_paths(self):
         self.data_dir, self.out_dir = expanded("data_dir", self.data_dir), expanded("out_dir", self.out_dir)
         if self.resume not in (None, "auto"):
             self.resume = str(expanded("resume", self.resume))
-
-    def _check_names(self):
-        for option in ("model", "dataset", "optimizer", "ramp_up_type"):
-            if problem := unknown(option, getattr(self, option)):
-                raise UsageError(problem)
-        for kind in self.without_weight_decay:
-            if kind not in KINDS:
-                raise UsageError(f"--no_weight_decay={self.no_weight_decay}: '{kind}' is none of {', '.join(KINDS)}")
+        refusals.check(self, DEFAULTS)
+        if self.seesaw_ramp_up:
+            self.lr_scaling = "sqrt"
 
     @property
     def without_weight_decay(self) -> list[str]:
         """The kinds in no_weight_decay."""
         return [kind.strip() for kind in self.no_weight_decay.split(",") if kind.strip()]
 
-    def _check_ranges(self):
-        positive = (
-            "batch_size max_batch_size max_micro_batch_size eval_micro_batch_size max_test_micro_batch_size "
-            "gradient_accumulation_steps test_interval test_groups learning_rate max_lr gamma "
-            "max_samples max_iters devices num_nodes log_interval linear_ramp_up_increment lr_decay_samples "
-            "lr_decay_iters keep_checkpoints timeout_minutes batch_size_multiple max_waste "
-            "knee critical branch eval_samples validation_samples"
-        )
-        not_negative = (
-            "num_workers weight_decay grad_clip min_lr warmup_samples warmup_iters eval_interval momentum seed "
-            "checkpoint_interval checkpoint_minutes smoothing monitor_interval branch_gain"
-        )
-        for name in positive.split():
-            _require_range(name, getattr(self, name), "positive", lambda value: value > 0)
-        for name in not_negative.split():
-            _require_range(name, getattr(self, name), "zero or positive", lambda value: value >= 0)
-        for name in ("beta1", "beta2"):
-            _require_range(name, getattr(self, name), "in [0, 1)", lambda value: 0 <= value < 1)
-        for value in self.lr_factors.values():
-            _require_range("lr_factors", value, "factors, zero or positive", lambda value: value >= 0)
-        for name in ("global_batch_sizes", "samples_stages", "milestones"):
-            for value in getattr(self, name):
-                _require_range(name, value, "a list of positive numbers", lambda value: value > 0)
-        for name in PARAMETERS_OF_TESTS:  # their squares are needed
-            _require_range(name, getattr(self, name), "positive", lambda value: value > 0)
-            _require_range(name, getattr(self, name), "from 1e-100 to 1e100", lambda value: 1e-100 <= value <= 1e100)
-        sizes = [("global_batch_sizes", size) for size in self.global_batch_sizes]
-        sizes += [(name, getattr(self, name)) for name in ("batch_size", "max_batch_size", "linear_ramp_up_increment")]
-        for name, size in sizes:
-            _require_range(name, size, "below 2^31", lambda value: value < 2**31)
-        for value in self.samples_stages:
-            if isinstance(value, str) and not re.fullmatch(r"\d+(\.\d+)?%", value):
-                raise UsageError(f"--samples_stages: '{value}' is neither a number of samples nor a share such as 25%")
-        _require_range("seed", self.seed, "below 2^32", lambda value: value < 2**32)
-        _require_range("smoothing", self.smoothing, "at most 1e15", lambda value: value <= 1e15)
-        _require_range("timeout_minutes", self.timeout_minutes, "at most a year", lambda value: value <= 365 * 24 * 60)
-        for name in ("ramp_up_factor", "max_growth"):
-            _require_range(name, getattr(self, name), "larger than 1", lambda value: value > 1)
 
-    def _check_without_effect(self):
-        """Refuse options that nothing would read: whoever sets them expects something else of the run."""
-        for names, other, value in (
-            ("eval_samples", "eval_interval", 0),
-            ("shard_modules", "strategy", "fsdp"),
-            (
-                "warmup_samples warmup_iters min_lr scheduler lr_decay_samples lr_decay_iters",
-                "decay_lr",
-                True,
-            ),
-            ("warmup_iters lr_decay_iters", "lr_decay_type", "iter"),
-            ("warmup_samples lr_decay_samples", "lr_decay_type", "sample"),
-            ("milestones gamma", "scheduler", "multistep"),
-            ("max_iters", "training_type", "iter"),
-        ):
-            for name in names.split():
-                if getattr(self, name) != getattr(DEFAULTS, name) and getattr(self, other) != value:
-                    raise UsageError(f"--{name} acts only with --{other}={value}: add that, or leave --{name} out")
-        if not self.branch:
-            self._check_options_of_other_rules()
-        reads_critical = not self.test or self.lr_scaling == "critical" or rule_class(vars(self)).name == "goodput"
-        if self.critical != CRITICAL and not reads_critical:
-            raise UsageError("--critical acts only with --ramp_up_type=goodput or --lr_scaling=critical: add one")
-        measured = self.test or self.monitor_interval
-        for name in ("statistics", "smoothing"):
-            if getattr(self, name) != getattr(DEFAULTS, name) and not measured:
-                raise UsageError(f"--{name} acts only with --test=True or --monitor_interval: add one, or leave it out")
-        if self.coupling != DEFAULTS.coupling and self.lr_scaling not in MEASURED_SCALINGS:
-            raise UsageError(f"--coupling={self.coupling} acts only with --lr_scaling=adascale or critical: add one")
-        if self.monitor_modules and not measured:
-            raise UsageError("--monitor_modules acts only with --test=True or --monitor_interval: add one")
-        if self.monitor_metrics and not measured:
-            raise UsageError("--monitor_metrics acts only with --test=True or --monitor_interval: add one")
-        if self.lr_scaling in MEASURED_SCALINGS and not measured:
-            raise UsageError(
-                f"--lr_scaling={self.lr_scaling} needs the statistics: add --test=True or --monitor_interval=N"
-            )
-
-    def _check_options_of_other_rules(self):
-        """(A run's config.yaml makes its baseline by --test=False: what a test reads may then be left over.)"""
-        chosen = rule_class(vars(self))
-        for rule in RULES.values():
-            for name in set(rule.options) - set(chosen.options) - GENERAL:
-                left_over = rule.measures and not chosen.measures
-                if getattr(self, name) != getattr(DEFAULTS, name) and not left_over:
-                    raise UsageError(f"--{name} acts only with {rule.chosen_by}: add that, or leave --{name} out")
-        if chosen.measures and "test_type" not in chosen.options:
-            for name in ("test_type", *PARAMETERS_OF_TESTS):
-                if getattr(self, name) != getattr(DEFAULTS, name):
-                    raise UsageError(
-                        f"--{name}: {chosen.chosen_by} makes no test: leave --{name} out, or take another type"
-                    )
-
-    def _check_batch_sizes(self):
-        if self.max_batch_size is not None and self.batch_size > self.max_batch_size:
-            raise UsageError(
-                f"--batch_size={self.batch_size} is above --max_batch_size={self.max_batch_size} "
-                "(default: the size of the training set): lower one or raise the other"
-            )
-        ramps = [n for n in ("stagewise_ramp_up", "linear_ramp_up", "seesaw_ramp_up") if getattr(self, n)]
-        if self.test and ramps:
-            raise UsageError(f"--{ramps[0]} contradicts --test=True: add --test=False to ramp up without a test")
-        if len(ramps) > 1:
-            raise UsageError(f"--{ramps[0]} and --{ramps[1]} contradict each other: choose one")
-        if self.max_growth and (self.test or ramps):
-            first = -(-(self.batch_size + 1) // self.batch_size_multiple) * self.batch_size_multiple
-            if first > self.batch_size * self.max_growth:
-                raise UsageError(
-                    f"--max_growth={self.max_growth}: from --batch_size={self.batch_size} the next size is {first}, "
-                    "which is more: raise it, or lower --batch_size_multiple"
-                )
-        if self.stagewise_ramp_up and not self.global_batch_sizes:
-            raise UsageError("--stagewise_ramp_up needs --global_batch_sizes=[SIZE,SIZE,…]")
-        if self.samples_stages and len(self.samples_stages) != len(self.global_batch_sizes):
-            raise UsageError(
-                f"--samples_stages has {len(self.samples_stages)} entries for the {len(self.global_batch_sizes)} of "
-                "--global_batch_sizes: give as many"
-            )
-        if self.stagewise_ramp_up and self.training_type == "iter" and not self.samples_stages:
-            raise UsageError("--stagewise_ramp_up with --training_type=iter needs --samples_stages=[SAMPLES,SAMPLES,…]")
-        largest = max(self.global_batch_sizes, default=0)
-        if self.max_batch_size is not None and largest > self.max_batch_size:
-            raise UsageError(f"--global_batch_sizes has {largest}, above --max_batch_size={self.max_batch_size}")
-        if self.test and self.batch_size == 1:
-            raise UsageError("--batch_size=1 has no variance to test: start with 2 or more, or add --test=False")
-
-    def _check_schedules(self):
-        if self.seesaw_ramp_up:
-            if not self.decay_lr or self.scheduler == "multistep" or self.lr_decay_type != "sample":
-                raise UsageError(
-                    "--seesaw_ramp_up needs a learning rate that falls with the samples: --decay_lr=True with "
-                    "--scheduler=cosine or linear and --lr_decay_type=sample"
-                )
-            if self.lr_scaling not in ("none", "sqrt"):
-                raise UsageError(f"--lr_scaling={self.lr_scaling}: --seesaw_ramp_up scales by sqrt: leave it out")
-            self.lr_scaling = "sqrt"
-        if not self.decay_lr:
-            return
-        if self.min_lr > self.learning_rate:
-            raise UsageError(f"--min_lr={self.min_lr} is above the peak --learning_rate={self.learning_rate}")
-        if self.scheduler == "multistep" and not self.milestones:
-            raise UsageError("--scheduler=multistep needs --milestones=[N,N,…]")
-        if sorted(self.milestones) != self.milestones:
-            raise UsageError(f"--milestones={self.milestones} must rise: sort them")
-        if self.scheduler != "multistep":
-            self._check_end_of_decay()
-        self._check_warmup()
-
-    def _check_end_of_decay(self):
-        if self.lr_decay_type == "iter" and self.lr_decay_iters is None and self.training_type == "sample":
-            raise UsageError("--lr_decay_type=iter needs --lr_decay_iters (or --training_type=iter with --max_iters)")
-        if self.lr_decay_type == "sample" and self.lr_decay_samples is None and self.training_type == "iter":
-            raise UsageError("--lr_decay_type=sample needs --lr_decay_samples here (or take --lr_decay_type=iter)")
-
-    def _check_branch(self):
-        if self.branch_gain != DEFAULTS.branch_gain and not self.branch:
-            raise UsageError("--branch_gain acts only with --branch: add that, or leave --branch_gain out")
-        if self.branch and not self.resume:
-            raise UsageError("--branch acts only with --resume=CHECKPOINT: add that, or leave --branch out")
-        if self.branch and self.decay_lr and self.lr_decay_type == "iter":
-            raise UsageError(
-                "--branch: the learning rate follows the steps, of which a branch has other ones: take a run with "
-                "--lr_decay_type=sample"
-            )
-
-    def _check_warmup(self):
-        unit = "samples" if self.lr_decay_type == "sample" else "iters"
-        warmup = getattr(self, f"warmup_{unit}")
-        for name in (f"lr_decay_{unit}", f"max_{unit}"):
-            end = getattr(self, name)
-            if end is not None:
-                if warmup >= end:
-                    raise UsageError(f"--warmup_{unit}={warmup} is not before --{name}={end}: shorten the warm-up")
-                return
-
-
-PARAMETERS_OF_TESTS = sorted({name for test in TESTS for name in test_parameters({"test_type": test})})
-GENERAL = {"batch_size", "max_batch_size", "test_type"}
-"""Options that are no single rule's."""
 DEFAULTS = SimpleNamespace(
     **{
         entry.name: entry.default_factory() if entry.default_factory is not MISSING else entry.default
         for entry in fields(Config)
     }
 )
-
-
-def _require_range(name: str, value, words: str, holds) -> None:
-    if value is None or isinstance(value, str):
-        return
-    if not (math.isfinite(value) and holds(value)):
-        raise UsageError(f"--{name} must be {words}, not {value}")
+"""Every option as it is where nobody says anything."""

@@ -28,7 +28,8 @@ import tests
 from launch.ending import errors_go_to
 from launch.environments import resume_command
 from options.errors import UsageError
-from options.schema import PARAMETERS_OF_TESTS, Config
+from options.schedules import PARAMETERS_OF_TESTS
+from options.schema import Config
 from runs import figures, results
 from runs.checkpoint import plain, plain_options, remove_left_overs, replacing, unwritable
 from runs.lock import locked

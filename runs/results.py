@@ -15,10 +15,12 @@ from typing import Any
 import yaml
 
 import tests
+from adadagrad.control.learning_rate import MEASURED
 from options.errors import UsageError
 from options.names import nearest
 from options.recipes import EARLIER, RECIPES
-from options.schema import MEASURED_SCALINGS, PARAMETERS_OF_TESTS, CheckpointOptions, Config
+from options.schedules import PARAMETERS_OF_TESTS
+from options.schema import CheckpointOptions, Config
 
 FILES = ("config.yaml", "metrics.csv", "summary.json")
 NOT_COMPARED = {"seed", "run_name", "recipe", "out_dir", "data_dir", "num_workers"}
@@ -312,7 +314,7 @@ def without_effect(options: dict[str, Any]) -> set[str]:
         unused |= {"batch_size", "max_batch_size"}
     else:
         unused -= {"batch_size"} | (set() if rule.name == "constant" else {"max_batch_size"})
-    scales = options["lr_scaling"] in MEASURED_SCALINGS
+    scales = options["lr_scaling"] in MEASURED
     if not rule.measures:
         unused |= {"test_interval", "ramp_up_type", "statistics", "test_groups"} | (set() if scales else MEASURING)
     if rule.measures or not scales:  # then a monitor changes nothing
