@@ -23,18 +23,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-import matplotlib.figure
 import pytest
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from options import command_line, errors
+from runs import figures
 
 errors.GRACE = 0.0  # no launcher ends these processes
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes to come
 torch.set_num_threads(1)
 command_line.build_parser = functools.cache(command_line.build_parser)  # a thousand times the same one
+command_line.build_parser()  # here, so that forked processes have it
+draw_curves, figures.curves = figures.curves, lambda folder: None
+"""It takes longer than a short run itself: a test of the figure puts it back, and real command lines draw it."""
 FIXED_CUT = "--max_micro_batch_size=4096"
 """By default the size is measured: it differs from run to run, and sums with it, in the last digits."""
 
@@ -45,12 +48,18 @@ def launch(*command: str, timeout: float = 300, cwd: Path = ROOT, **environment:
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd, env=env)
 
 
+IMPORTED_LATER = ("sklearn.datasets", "sklearn.model_selection", "scipy.special", "PIL.Image")
+IMPORTED_LATER += ("torch.utils.tensorboard", "tensorboard.plugins.hparams.metadata")
+IMPORTED_LATER += ("tensorboard.plugins.custom_scalar.summary", "fsspec.implementations.local")
+"""What the program imports where it needs it."""
+
+
 @functools.cache
 def forks() -> multiprocessing.context.BaseContext:
     """Makes processes that have imported the program already, off a server that has done nothing else: no thread, no
     kernel, no backward pass, which a forked process would not bear."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["checks.conftest", "main", "sklearn.datasets", "scipy.special", "PIL.Image"])
+    context.set_forkserver_preload(["checks.conftest", "main", *IMPORTED_LATER])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))  # whatever the folder is in which the tests are at the moment
         multiprocessing.forkserver.ensure_running()
@@ -74,7 +83,6 @@ def _as_main(
     for name, seconds in clocks.items():
         module, _, constant = name.rpartition(".")
         setattr(importlib.import_module(module), constant, seconds)
-    matplotlib.figure.Figure.savefig = lambda *_, **__: None  # it takes longer than a short run itself
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

@@ -25,7 +25,6 @@ from torch.utils.data import Dataset, TensorDataset
 import main
 from data import DataSet
 from options.schema import Config
-from runs import figures
 
 HERE = "checks.test_every_option"
 EXAMPLES = int(os.environ.get("ADADAGRAD_EXAMPLES", 150))
@@ -119,7 +118,7 @@ WORDS = st.sampled_from(list(OPTIONS)).flatmap(
 
 @pytest.fixture(scope="module", autouse=True)
 def two_steps():
-    """Runs end after two steps, and no figures are drawn, which takes longer than all the rest."""
+    """Runs end after two steps."""
     leave, here = os._exit, os.getpid()
 
     def no_abrupt_end(status: int):
@@ -130,7 +129,6 @@ def two_steps():
     with pytest.MonkeyPatch.context() as patch:
         finished = main.Trainer.finished
         patch.setattr(main.Trainer, "finished", lambda trainer: trainer.controller.steps >= 2 or finished(trainer))
-        patch.setattr(figures, "curves", lambda folder: None)
         patch.setattr(os, "_exit", no_abrupt_end)
         yield
 

@@ -14,7 +14,7 @@ from tensorboard.plugins import base_plugin
 from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment, list_session_groups
 
 import main
-from checks.conftest import FIXED_CUT
+from checks.conftest import FIXED_CUT, draw_curves
 from runs import figures, results
 from runs import log as runlog
 
@@ -40,7 +40,8 @@ def test_a_log_file_gets_lines_while_nothing_is_evaluated(tmp_path, monkeypatch,
     assert (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0] == COLUMNS
 
 
-def test_a_diverged_run_leaves_strict_json(tmp_path, capsys):
+def test_a_diverged_run_leaves_strict_json(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(figures, "curves", draw_curves)
     options = ["--optimizer=sgd", "--learning_rate=1e30", "--max_samples=200", f"--out_dir={tmp_path}"]
     assert main.main([*options, "--run_name=run", "--accelerator=cpu", "--devices=1"]) == 3
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(), parse_constant=lambda word: 1 / 0)

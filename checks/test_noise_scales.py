@@ -16,7 +16,6 @@ from adadagrad.gradients.noise_scales import NoiseScales
 from adadagrad.tests import OTHER_SCALES
 from checks.conftest import train
 from checks.test_every_option import HERE
-from runs import figures
 
 N, NAMES = 12, tuple(OTHER_SCALES)
 
@@ -154,26 +153,24 @@ WORDS = (
 
 def test_a_run_is_the_same_with_them(tmp_path):
     """Nothing of the training changes; columns, and a continuation whose averages go on."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "curves", lambda folder: None)
-        rows = {}
-        for name, more in {"plain": [], "all": [f"--monitor_metrics=[{','.join(NAMES)}]"]}.items():
-            words = [*WORDS.split(), "--max_micro_batch_size=8", "--statistics=unbiased", "--checkpoint_interval=11"]
-            words += [f"--out_dir={tmp_path}", f"--run_name={name}", *more]
-            assert main.main(words) == 0
-            rows[name] = list(csv.DictReader((tmp_path / name / "metrics.csv").open()))
-        timed = ("step_time", "test_time", "samples_per_second")
-        same = [{k: v for k, v in row.items() if k in rows["plain"][0] and k not in timed} for row in rows["all"]]
-        assert same == [{k: v for k, v in row.items() if k not in timed} for row in rows["plain"]]
-        measured = [row for row in rows["all"] if row["variance"]]
-        assert all(float(row["noise_scale_l1"]) > 0 for row in measured)
-        assert sum(bool(row["noise_scale_optimizer"]) for row in measured) > len(measured) / 2
-        assert sum(bool(row["noise_scale_curvature"]) for row in measured) > len(measured) / 2
-        again = [*words, f"--resume={tmp_path / 'all' / 'checkpoints' / 'step-00000011.pt'}", "--run_name=on"]
-        assert main.main(again) == 0
-        on = list(csv.DictReader((tmp_path / "on" / "metrics.csv").open()))
-        names = [f"noise_scale_{name}" for name in NAMES]
-        assert [[row[n] for n in names] for row in on] == [[row[n] for n in names] for row in rows["all"]]
+    rows = {}
+    for name, more in {"plain": [], "all": [f"--monitor_metrics=[{','.join(NAMES)}]"]}.items():
+        words = [*WORDS.split(), "--max_micro_batch_size=8", "--statistics=unbiased", "--checkpoint_interval=11"]
+        words += [f"--out_dir={tmp_path}", f"--run_name={name}", *more]
+        assert main.main(words) == 0
+        rows[name] = list(csv.DictReader((tmp_path / name / "metrics.csv").open()))
+    timed = ("step_time", "test_time", "samples_per_second")
+    same = [{k: v for k, v in row.items() if k in rows["plain"][0] and k not in timed} for row in rows["all"]]
+    assert same == [{k: v for k, v in row.items() if k not in timed} for row in rows["plain"]]
+    measured = [row for row in rows["all"] if row["variance"]]
+    assert all(float(row["noise_scale_l1"]) > 0 for row in measured)
+    assert sum(bool(row["noise_scale_optimizer"]) for row in measured) > len(measured) / 2
+    assert sum(bool(row["noise_scale_curvature"]) for row in measured) > len(measured) / 2
+    again = [*words, f"--resume={tmp_path / 'all' / 'checkpoints' / 'step-00000011.pt'}", "--run_name=on"]
+    assert main.main(again) == 0
+    on = list(csv.DictReader((tmp_path / "on" / "metrics.csv").open()))
+    names = [f"noise_scale_{name}" for name in NAMES]
+    assert [[row[n] for n in names] for row in on] == [[row[n] for n in names] for row in rows["all"]]
 
 
 @pytest.mark.parametrize(
