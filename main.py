@@ -18,12 +18,9 @@ from launch import entry
 CONFIG = entry.parse_or_exit() if __name__ == "__main__" else None
 
 import contextlib
-import itertools
-import logging
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -36,7 +33,6 @@ import optim
 import tests
 from adadagrad.control import carry_over
 from launch import ending, processes
-from launch.collectives import on_all_ranks
 from launch.signals import Interrupts
 from options import command_line
 from options.errors import REFUSED, UsageError
@@ -75,18 +71,12 @@ class Trainer:
         self.state = State(parts, self.controller, self.totals, self.validation, self.reporter)
         self.reporter.first_not_finite = parts.stream.not_finite
         marks = self.state.restore(parts.resumed) if parts.resumed else None
-        on_all_ranks(fabric, lambda: fabric.is_global_zero and self.open_log(marks))
-        self.state.open(self.reporter.log and self.reporter.log.folder)
-        self.reporter.introduce(parts, [*parts.notices, *lines])
-
-    def open_log(self, marks: dict[str, Any] | None) -> None:
-        resumed, say = self.parts.resumed, self.reporter.say
         measured = [*(f"train_{name}" for name in self.totals.metrics), *self.validation.names]
-        self.reporter.open(self.config, self.fabric.world_size, measured, resumed, marks)
-        if resumed:
-            say(f"resuming from {resumed}: step {self.controller.steps:,}, samples {self.controller.samples:,}")
-            if warning := self.learning_rate.idle_end():
-                say(warning)
+        self.reporter.open(parts, measured, marks)
+        self.state.open(self.reporter.log and self.reporter.log.folder)
+        if parts.resumed:
+            self.reporter.resuming(parts.resumed, self.controller, self.learning_rate)
+        self.reporter.introduce(parts, [*parts.notices, *lines])
 
     def fit(self) -> str:
         """Train to the end; returns the run's status."""
@@ -163,14 +153,8 @@ class Trainer:
         # DDP averages over ranks: together this is the mean over the global batch, however it was cut.
         loss_scale = self.fabric.world_size / plan.batch_size
         for i, batch in enumerate(parts.stream.raw(micro_batches), start=1):
-            self.pass_micro_batch(
-                batch,
-                len(micro_batches[i - 1]),
-                loss_scale,
-                measured,
-                whole=len(micro_batches) == 1,
-                last=i == len(micro_batches),
-            )
+            n, whole, last = len(micro_batches[i - 1]), len(micro_batches) == 1, i == len(micro_batches)
+            self.pass_micro_batch(batch, n, loss_scale, measured, whole, last)
         moments = None
         if measured:
             with self.clock.measuring():
@@ -219,17 +203,10 @@ class Trainer:
 
         None where a signal cuts it off, on any rank: launchers do not wait for the end of a long evaluation.
         """
-        parts, size = self.parts, self.config.eval_micro_batch_size
-        rank, world_size = self.fabric.global_rank, self.fabric.world_size
-        with self.clock.pause(), parts.evaluating():
-            last = parts.stream.read(range(1)) if parts.sharded else None
-            rounds = -(-parts.validation_samples // (size * world_size))  # the last one is not every rank's
-            for _, batch in itertools.zip_longest(range(rounds), parts.stream.validation(rank, world_size, size)):
-                if batch:
-                    last = batch
-                    self.validation.update(parts.forward(batch[0]), batch[1])
-                elif parts.sharded:  # the others gather the layers: with this rank, or not at all
-                    parts.forward(last[0])
+        with self.clock.pause(), self.parts.evaluating():
+            for evaluated in self.parts.evaluated():
+                if evaluated:
+                    self.validation.update(*evaluated)
                 self.stop_signal = self.state.signal(self.interrupts)
                 if self.stop_signal:
                     return None
@@ -271,10 +248,7 @@ def run(config: Config) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program on these arguments (default: `sys.argv`, read already); returns the exit status."""
-    for name in ("lightning.fabric", "lightning.fabric.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
-    warnings.filterwarnings("ignore", message=".*torch.jit.script")  # of torch's own forward-mode formulas
+    processes.quieten_libraries()
     try:
         status = run(CONFIG or command_line.parse(arguments))
     except UsageError as error:

@@ -29,6 +29,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from options import command_line, errors
 from runs import figures
+from training import tuner
 
 errors.GRACE = 0.0  # no launcher ends these processes
 ROOT = Path(__file__).parent.parent
@@ -36,6 +37,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes to come
 torch.set_num_threads(1)
 command_line.build_parser = functools.cache(command_line.build_parser)  # a thousand times the same one
 command_line.build_parser()  # here, so that forked processes have it
+tuner.ROUNDS = (1, 1)  # a knee that is measured need not be right here
 draw_curves, figures.curves = figures.curves, lambda folder: None
 """It takes longer than a short run itself: a test of the figure puts it back, and real command lines draw it."""
 FIXED_CUT = "--max_micro_batch_size=4096"

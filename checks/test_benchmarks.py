@@ -10,7 +10,7 @@ from scipy.stats import ttest_ind
 
 import report
 from benchmarks import calibration, cases, comparison, speed, tables, torchvision_models
-from checks.conftest import ROOT
+from checks.conftest import ROOT, forks
 from options import command_line
 from runs import results
 
@@ -106,6 +106,7 @@ def test_comparison_tunes_and_keeps_what_a_report_needs(tmp_path, monkeypatch, c
     part = comparison.Part(shared, methods, (0.3, 0.8), learning_rates=(0.01, 0.03))
     monkeypatch.setattr(comparison, "PARTS", {"small": part})
     monkeypatch.setattr(comparison, "SEEDS", (1,))
+    monkeypatch.setattr(comparison, "_forks", forks)
     (tmp_path / "out" / "small" / "final" / "constant_8_seed1").mkdir(parents=True)  # main.py would refuse it
     words = ["small", "-j", "2", f"--out_dir={tmp_path / 'out'}", f"--results={tmp_path / 'results'}"]
     comparison.main([*words, "--validation_samples=200"])

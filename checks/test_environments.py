@@ -1,13 +1,11 @@
 """What containers, batch systems and shells leave in the environment: taken for what it is, in little time."""
 
-import os
 import socket
-import subprocess
 import sys
 
 import pytest
 
-from checks.conftest import ROOT, Started, launch
+from checks.conftest import ROOT, Started, launch, run
 from launch import environments
 from options.errors import UsageError
 
@@ -79,9 +77,8 @@ def test_what_was_meant(monkeypatch, env, words):
     ids=["container", "one left over", "batch script"],
 )
 def test_left_overs_are_left_alone(tmp_path, env, devices):
-    done = launch(
-        sys.executable, str(ROOT / "main.py"), *QUICK, f"--devices={devices}", cwd=tmp_path, timeout=90, **env
-    )
+    words = [*QUICK, f"--devices={devices}"]
+    done = launch(sys.executable, str(ROOT / "main.py"), *words, cwd=tmp_path, timeout=90, **env)
     assert done.returncode == 0 and f", {devices} × cpu" in done.stdout, done.stdout + done.stderr
     assert (tmp_path / "out" / "run" / "summary.json").exists()
 
@@ -125,15 +122,11 @@ def test_an_operators_variables():
 @pytest.mark.long
 def test_started_by_an_operator(tmp_path, free_port):
     """Two machines of one process each, which know of each other by the variables alone."""
-    env = {**os.environ, **OPERATOR, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port)}
-    command = [sys.executable, str(ROOT / "main.py"), *QUICK, "--launcher=env"]
-    processes = [
-        subprocess.Popen(command, cwd=tmp_path, env=env | {"RANK": rank}, text=True, stdout=subprocess.PIPE)
-        for rank in "01"
-    ]
-    told = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0] and "2 × cpu" in told[0]
-    refused = launch(*command, cwd=tmp_path, RANK="0", WORLD_SIZE="2")
+    env, words = OPERATOR | {"MASTER_PORT": str(free_port)}, [*QUICK, "--launcher=env"]
+    machines = [Started(*words, cwd=tmp_path, **env | {"RANK": rank}) for rank in "01"]
+    ended = [machine.wait(timeout=120) for machine in machines]
+    assert [done.returncode for done in ended] == [0, 0] and "2 × cpu" in ended[0].stdout
+    refused = run(*words, cwd=tmp_path, RANK="0", WORLD_SIZE="2")
     assert refused.returncode == 2 and "--launcher=env: MASTER_ADDR, MASTER_PORT not set" in refused.stderr
 
 

@@ -156,6 +156,7 @@ def test_refused(program, words, message):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.long
 def test_a_real_sweep(tmp_path, free_port):
     """Two points that train, one that is refused; the second time nothing is left to train."""
     words = [

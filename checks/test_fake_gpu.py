@@ -74,7 +74,9 @@ def resnet18_group_norm(image_shape, num_classes) -> nn.Module:
 
 
 def vit_b_16(image_shape, num_classes) -> nn.Module:
-    return torchvision.models.vit_b_16(num_classes=num_classes)
+    """Two of its twelve blocks."""
+    sizes = {"image_size": 224, "patch_size": 16, "hidden_dim": 768, "mlp_dim": 3072, "num_heads": 12}
+    return torchvision.models.VisionTransformer(num_layers=2, num_classes=num_classes, **sizes)
 
 
 def unchecked(name, *arguments, probe, autocast, in_training_pass, num_groups, notify, recheck=False):

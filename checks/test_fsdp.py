@@ -18,7 +18,6 @@ from options.errors import UsageError
 STEPS = ["--training_type=iter", "--precision=64-true", "--batch_size=5", "--max_batch_size=61", "--log_interval=1"]
 TESTS = {
     "norm": ["--test_type=norm", "--eta=0.4"],
-    "ip": ["--test_type=ip", "--theta=0.08"],
     "ip+orth": ["--test_type=ip+orth", "--theta=0.3", "--nu=0.3"],
     "worker": ["--test_type=norm", "--eta=0.4", "--test_gradients=worker", "--max_micro_batch_size=31"],
 }
@@ -61,7 +60,7 @@ def options_of(model: str, words) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "model, test_type", [("gpt", name) for name in TESTS] + [("resnet", name) for name in ("norm", "ip+orth", "worker")]
+    "model, test_type", [("gpt", name) for name in TESTS] + [("resnet", name) for name in ("ip+orth", "worker")]
 )
 def test_as_ddp(tmp_path, words, model, test_type):
     """The same batch sizes over 12 steps, losses and weights equal to rounding, in pieces and whole."""

@@ -28,6 +28,7 @@ COLUMNS = (
 
 def test_a_log_file_gets_lines_while_nothing_is_evaluated(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runlog, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr("launch.processes.LONG", 60.0)  # whatever else the machine does
     options = ["--model=logistic", "--test_type=ip+orth", "--max_samples=96", "--batch_size=32", "--max_batch_size=32"]
     options += [FIXED_CUT]
     assert main.main([*options, f"--out_dir={tmp_path}", "--run_name=run", "--accelerator=cpu", "--devices=1"]) == 0

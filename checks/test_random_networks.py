@@ -1,6 +1,6 @@
 """Random small networks against the loop over samples, all five numbers.
 
-RANDOM_NETWORKS=5000 python -m pytest checks/test_random_networks.py     # the long version; 300 networks by default
+RANDOM_NETWORKS=5000 python -m pytest checks/test_random_networks.py     # the long version; 200 networks by default
 """
 
 import os
@@ -19,7 +19,7 @@ from adadagrad.gradients.samples import chunks
 from checks import oracle
 from checks.kinds import CLASSES, ToLogits
 
-NETWORKS = int(os.environ.get("RANDOM_NETWORKS", 300))
+NETWORKS = int(os.environ.get("RANDOM_NETWORKS", 200))
 
 
 class Step(nn.Module):

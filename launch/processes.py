@@ -1,8 +1,10 @@
 """Processes: Fabric on the devices of every launcher."""
 
 import contextlib
+import logging
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -26,6 +28,14 @@ PATIENCE = 10.0
 """Seconds after which a start that waits for other processes says so."""
 LONG = 5.0
 """Seconds after which whatever goes on says what it is."""
+
+
+def quieten_libraries() -> None:
+    """What they say of themselves is not for this program's users."""
+    for name in ("lightning.fabric", "lightning.fabric.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message=".*torch.jit.script")  # of torch's own forward-mode formulas
 
 
 def start_fabric(config: Config) -> Fabric:

@@ -104,7 +104,8 @@ def _ranges(c: Config) -> None:
         if isinstance(value, str) and not re.fullmatch(r"\d+(\.\d+)?%", value):
             raise UsageError(f"--samples_stages: '{value}' is neither a number of samples nor a share such as 25%")
     _require("seed", c.seed, "below 2^32", lambda value: value < 2**32)
-    _require("smoothing", c.smoothing, "at most 1e15", lambda value: value <= 1e15)
+    for name in ("smoothing", "critical", "knee", "max_waste"):  # their products are needed
+        _require(name, getattr(c, name), "at most 1e15", lambda value: value <= 1e15)
     _require("timeout_minutes", c.timeout_minutes, "at most a year", lambda value: value <= 365 * 24 * 60)
     for name in ("ramp_up_factor", "max_growth"):
         _require(name, getattr(c, name), "larger than 1", lambda value: value > 1)

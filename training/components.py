@@ -8,6 +8,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -374,6 +375,17 @@ class Components:
             yield
         self.model.train()
         optim.set_training(self.optimizer, True)
+
+    def evaluated(self) -> Iterator[tuple[Any, Any] | None]:
+        """Outputs and targets of this rank's validation micro-batches; None where other ranks still have one."""
+        rank, world_size, size = self.fabric.global_rank, self.fabric.world_size, self.config.eval_micro_batch_size
+        rounds = range(-(-self.validation_samples // (size * world_size)))
+        last = self.stream.read(range(1)) if self.sharded else None
+        for _, batch in zip_longest(rounds, self.stream.validation(rank, world_size, size)):
+            last = batch or last
+            # (Where layers are shards, the others gather them: with this rank, or not at all.)
+            outputs = self.forward(last[0]) if batch or self.sharded else None
+            yield (outputs, batch[1]) if batch else None
 
 
 def draw_by_rank(seed: int) -> None:

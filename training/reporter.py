@@ -4,9 +4,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import optim
 import tests
 from adadagrad import gradients
-from options.schema import Config
+from adadagrad.control import Controller
+from launch.collectives import on_all_ranks
 from runs import log as texts
 from runs.log import RunLog
 from training.components import Components
@@ -31,16 +33,21 @@ class Reporter:
         self.positions: dict[int, range] = {}  # of the steps whose losses nobody has looked at yet
         self.seen = 0  # steps before the row that is not yet written
 
-    def open(
-        self,
-        config: Config,
-        world_size: int,
-        measured: Sequence[str],
-        resumed: Path | None,
-        marks: dict[str, Any] | None,
-    ) -> None:
-        """Make or continue the run's folder; on the first rank alone. Arguments and errors as of `RunLog`."""
-        self.log = RunLog(config, world_size, measured, resumed, marks)
+    def open(self, parts: Components, measured: Sequence[str], marks: dict[str, Any] | None) -> None:
+        """Make or continue the run's folder, on the first rank. Other arguments and errors as of `RunLog`."""
+        fabric = parts.fabric
+
+        def make() -> None:
+            if fabric.is_global_zero:
+                self.log = RunLog(parts.config, fabric.world_size, measured, parts.resumed, marks)
+
+        on_all_ranks(fabric, make)
+
+    def resuming(self, checkpoint: Path, controller: Controller, learning_rate: optim.LearningRate) -> None:
+        """Where the run goes on; and where nothing would be learnt there."""
+        self.say(f"resuming from {checkpoint}: step {controller.steps:,}, samples {controller.samples:,}")
+        if warning := learning_rate.idle_end():
+            self.say(warning)
 
     def introduce(self, parts: Components, notices: Sequence[str]) -> None:
         """The run in a line, and what the user should be told of it once."""
