@@ -18,7 +18,7 @@ from adadagrad.gradients import contributions, ghost
 from benchmarks.cases import for_comparison
 from checks import oracle
 from checks.kinds import CLASSES, KINDS, Tied, ToLogits
-from checks.test_gradients import assert_matches
+from checks.test_gradients import SMALL, assert_matches
 
 
 def assert_ghost_is_exact(model: nn.Module, inputs: torch.Tensor, rel: float = 1e-9, covered: bool = True) -> None:
@@ -188,28 +188,17 @@ def test_parameters_without_a_rule_take_per_sample_gradients():
 
 # Under BatchNorm the reference itself is only good to some 1e-4 in float32 (measured: resnet18 2e-4, densenet121 6e-4).
 FLOATS = {torch.float64: 1e-8, torch.float32: 1e-4}
-FAMILIES = ["resnet18", "swin_t", "vit_b_32", "convnext_tiny", "mobilenet_v3_small"]
-
-
-LEFT_OUT = [("resnet18", torch.float32), ("vit_b_32", torch.float64)]  # the latter: half a minute, as swin_t
-
-
-QUICK = ["resnet18", "mobilenet_v3_small"]
+FAMILIES = ["resnet18", "mobilenet_v3_small", *SMALL]
 
 
 @pytest.mark.parametrize(
-    "name, dtype",
-    [
-        pytest.param(name, dtype, marks=[] if name in QUICK else pytest.mark.long)
-        for name in FAMILIES
-        for dtype in FLOATS
-        if (name, dtype) not in LEFT_OUT
-    ],
+    "name, dtype", [pair for pair in itertools.product(FAMILIES, FLOATS) if pair != ("resnet18", torch.float32)]
 )
 def test_torchvision_models_equal_vmap(name, dtype):
     """Training mode, no dropout: the fast path agrees with the reference."""
     torch.manual_seed(0)
-    model = models.build(name, (3, 64, 64), CLASSES).to(dtype)
+    model = SMALL[name](CLASSES) if name in SMALL else models.build(name, (3, 64, 64), CLASSES)
+    model.to(dtype)
     for_comparison(model)
     inputs, targets = images(4, 3, 64, 64).to(dtype), torch.arange(4) % CLASSES
     ours, _ = gradients.build("auto", model, cross_entropy, True, 4, (inputs, targets))

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torchvision.models.convnext import CNBlockConfig
 
 import models
 import tests
@@ -84,15 +86,32 @@ def test_dropout_draws_per_sample_and_agrees_between_passes():
     assert moments.sum_inner == pytest.approx(32 * moments.grad_norm_sq, rel=1e-9)
 
 
-LIGHT, HEAVY = ["resnet18", "mobilenet_v3_small", "efficientnet_b0"], ["convnext_tiny", "vit_b_32"]
+def convnext(classes: int) -> nn.Module:
+    blocks = [CNBlockConfig(16, 32, 1), CNBlockConfig(32, 48, 2), CNBlockConfig(48, None, 1)]
+    return torchvision.models.ConvNeXt(blocks, stochastic_depth_prob=0.2, num_classes=classes)
 
 
-@pytest.mark.parametrize("name", [*LIGHT, *(pytest.param(name, marks=pytest.mark.long) for name in HEAVY)])
+def swin(classes: int) -> nn.Module:
+    sizes = {"embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": [4, 4]}
+    return torchvision.models.SwinTransformer([4, 4], stochastic_depth_prob=0.2, num_classes=classes, **sizes)
+
+
+def vit(classes: int) -> nn.Module:
+    sizes = {"num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 64}
+    return torchvision.models.VisionTransformer(64, 16, num_classes=classes, **sizes)
+
+
+SMALL = {"convnext": convnext, "swin": swin, "vit": vit}
+"""torchvision's blocks, in networks of seconds; benchmarks/results/checked.md has all of them in their own sizes."""
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "efficientnet_b0", "convnext", "vit"])
 def test_torchvision_families(name):
     """Dropout and stochastic depth included: finite, and the two passes agree."""
     torch.manual_seed(0)
-    model = models.build(name, (3, 32, 32), 4)
-    inputs, targets = batch(3, (3, 32, 32))
+    size = 64 if name in SMALL else 32
+    model = SMALL[name](4) if name in SMALL else models.build(name, (3, size, size), 4)
+    inputs, targets = batch(3, (3, size, size))
     moments = gradients.moments(model, cross_entropy, inputs.float(), targets, max_micro_batch_size=2)
     assert 0 < moments.variance < float("inf")
     assert moments.sum_inner == pytest.approx(3 * moments.grad_norm_sq, rel=1e-3)
