@@ -126,13 +126,13 @@ def test_the_measured_size_leaves_no_trace(tmp_path):
     """auto against a number, float64: the same batch sizes, losses equal to rounding; a continuation keeps the size."""
     options = ["--precision=64-true", "--eta=0.8", "--learning_rate=0.003", "--lr_decay_samples=3000", "--seed=1"]
     options += ["--model=checks.fault_drill:Net", "--test_gradients=vmap"]  # dropout, running statistics
-    fixed = train(tmp_path, *options, "--max_samples=1500", "--eval_micro_batch_size=50", name="fixed")
+    fixed = train(tmp_path, *options, "--max_samples=1500", name="fixed")
     train(tmp_path, *options, "--max_samples=700", "--max_micro_batch_size=auto", name="auto")
     auto = train(tmp_path, *options, "--max_samples=1500", "--max_micro_batch_size=auto", "--resume=auto", name="auto")
     assert "max_micro_batch_size=auto takes" not in auto.stdout
     recorded = yaml.safe_load((auto.folder / "config.yaml").read_text())
-    assert type(recorded["max_micro_batch_size"]) is type(recorded["eval_micro_batch_size"]) is int
-    assert auto.summary["measured_options"] == ["max_micro_batch_size", "eval_micro_batch_size"]
+    assert type(recorded["max_micro_batch_size"]) is int
+    assert auto.summary["measured_options"] == ["max_micro_batch_size"]
     assert column(auto, "val_loss")[-1] == pytest.approx(column(fixed, "val_loss")[-1], rel=1e-9)
     assert column(auto, "batch_size") == column(fixed, "batch_size") and column(fixed, "batch_size")[-1] > 16
     assert column(auto, "train_loss") == pytest.approx(column(fixed, "train_loss"), rel=1e-9)

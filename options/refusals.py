@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from options.schema import Config
 
 POSITIVE = (
-    "batch_size max_batch_size max_micro_batch_size eval_micro_batch_size max_test_micro_batch_size "
+    "batch_size max_batch_size max_micro_batch_size max_test_micro_batch_size "
     "gradient_accumulation_steps test_interval test_groups learning_rate max_lr gamma "
     "max_samples max_iters devices num_nodes log_interval linear_ramp_up_increment lr_decay_samples "
     "lr_decay_iters keep_checkpoints timeout_minutes batch_size_multiple max_waste "

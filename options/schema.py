@@ -61,10 +61,8 @@ class BatchOptions:
     """largest global batch size [samples]; default: the size of the training set, or the largest stage"""
     max_micro_batch_size: int | Literal["auto"] = "auto"
     """most samples a device processes at once; larger batches are accumulated [samples per device]; auto: the smallest
-    size that is about as quick as any and fits into the device's memory, measured before the training"""
-    eval_micro_batch_size: int | Literal["auto"] = "auto"
-    """most samples a device evaluates at once; auto: measured in the same way where max_micro_batch_size is, else that
-    size, at most 1024"""
+    size that is about as quick as any and fits into the device's memory, measured before the training. Evaluations
+    take as many, at most 1024"""
     gradient_accumulation_steps: int = 1
     """least number of accumulation steps in a batch"""
     batch_size_multiple: int = 1

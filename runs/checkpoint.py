@@ -37,7 +37,7 @@ from runs.lock import refuse_another_writer
 # is cut over devices and passes. All else changes the mathematics.
 FREE = """
     data_dir num_workers compile gradient_accumulation_steps
-    launcher max_micro_batch_size eval_micro_batch_size max_test_micro_batch_size
+    launcher max_micro_batch_size max_test_micro_batch_size
     knee recheck accelerator strategy shard_modules devices num_nodes timeout_minutes deterministic recipe
     out_dir run_name log_interval eval_interval eval_samples checkpoint_interval checkpoint_minutes keep_checkpoints
     resume
@@ -298,10 +298,8 @@ def continued(config: Config, path: Path, hardware: tuple[str, int]) -> Config:
     except OSError as error:
         raise UsageError(f"--resume: {path}: {error.strerror}: all machines must see the run's folder") from None
     kept = {name: old[name] for name in FROM_THE_LENGTH if not getattr(config, name) and old[name]}
-    if config.max_micro_batch_size == "auto":  # measured already, and with it:
+    if config.max_micro_batch_size == "auto":  # measured already
         kept["max_micro_batch_size"] = old["max_micro_batch_size"]
-        if config.eval_micro_batch_size == "auto" and "eval_micro_batch_size" in old:
-            kept["eval_micro_batch_size"] = old["eval_micro_batch_size"]
     reads_knee = "knee" in rule_class(vars(config)).options and config.knee is None
     if reads_knee and hardware == (old["accelerator"], old["devices"] * old["num_nodes"]):
         kept["knee"] = old["knee"]  # on other hardware it is another one

@@ -38,6 +38,9 @@ from training.averages import WeightAverage
 from training.clock import Clock
 from training.metrics import average_over_ranks
 
+LARGEST_IN_EVALUATION = 1024
+"""Samples of a micro-batch; where training takes fewer at once, evaluations do, too."""
+
 
 class Components:
     """What one process of a run works with.
@@ -369,7 +372,7 @@ class Components:
         average_over_ranks(self.module.buffers(), self.fabric.world_size)
         self.model.eval()
         optim.set_training(self.optimizer, False)
-        memory = OutOfMemory("a validation micro-batch", "lower --eval_micro_batch_size")
+        memory = OutOfMemory("a validation micro-batch", "lower --max_micro_batch_size")
         averaged = self.average.in_place() if self.average else contextlib.nullcontext()
         with memory, fsdp.forward_only(self.module), averaged:
             yield
@@ -378,7 +381,8 @@ class Components:
 
     def evaluated(self) -> Iterator[tuple[Any, Any] | None]:
         """Outputs and targets of this rank's validation micro-batches; None where other ranks still have one."""
-        rank, world_size, size = self.fabric.global_rank, self.fabric.world_size, self.config.eval_micro_batch_size
+        rank, world_size = self.fabric.global_rank, self.fabric.world_size
+        size = min(self.config.max_micro_batch_size, LARGEST_IN_EVALUATION)
         rounds = range(-(-self.validation_samples // (size * world_size)))
         last = self.stream.read(range(1)) if self.sharded else None
         for _, batch in zip_longest(rounds, self.stream.validation(rank, world_size, size)):

@@ -19,22 +19,19 @@ import tests
 from adadagrad import gradients
 from adadagrad.control.step_time import StepTime
 from adadagrad.gradients.isolation import random_states, set_random_states
-from launch import fsdp
 from launch.collectives import all_gather_object
 from options.errors import RunError
 from options.schema import Config
 from training.clock import Event
 from training.components import Components
-from training.metrics import Validation, weights_of
+from training.metrics import weights_of
 
-MEASURED = ("max_micro_batch_size", "eval_micro_batch_size", "knee")
+MEASURED = ("max_micro_batch_size", "knee")
 """The options that are found out here where they say nothing."""
 REPETITIONS = 5
 """At most so many timed passes of a size."""
 ENOUGH = 0.2
 """Seconds of them after which no more are needed."""
-LARGEST_OF_EVALUATION = 1024
-"""Where nothing is measured [samples]."""
 
 
 def tune(parts: Components) -> tuple[dict[str, Any], list[str]]:
@@ -49,14 +46,13 @@ def tune(parts: Components) -> tuple[dict[str, Any], list[str]]:
         # a run, and of its continuation, would sum in another order than the steps after it.
         seconds_of_pass(parts, parts.min_micro_batch_size, in_step=False)
     size, lines = _size_of_training(parts)
-    evaluation_size, of_evaluation = _size_of_evaluation(parts, size)
     knee, of_knee = parts.config.knee, []
     if is_knee_needed(parts.config):
         knee, of_knee = _knee(parts, size)
     if fabric.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    return dict(zip(MEASURED, (size, evaluation_size, knee))), lines + of_evaluation + of_knee
+    return dict(zip(MEASURED, (size, knee))), lines + of_knee
 
 
 def is_knee_needed(config: Config) -> bool:
@@ -78,45 +74,18 @@ def _size_of_training(parts: Components) -> tuple[int, list[str]]:
         return size, []
     largest = min(largest, parts.largest_micro_batch or largest)
     least = min(largest, max(8, parts.min_micro_batch_size))
-    size, rates = batches.quickest(lambda n: samples_per_second(parts, n, seconds_of_pass), least, largest)
+    size, rates = batches.quickest(lambda n: samples_per_second(parts, n), least, largest)
     if not size:
         raise RunError(f"out of memory on the device with {least} samples: take a smaller --model")
-    return size, [_line("max_micro_batch_size", size, rates)]
+    by_size = ", ".join(f"{n}: {rate:,.0f}" for n, rate in rates.items())
+    return size, [f"max_micro_batch_size=auto takes {size} (samples/s by size: {by_size})"]
 
 
-def _size_of_evaluation(parts: Components, size_of_training: int) -> tuple[int, list[str]]:
-    c, fabric = parts.config, parts.fabric
-    share = -(-parts.validation_samples // fabric.world_size)
-    size = c.eval_micro_batch_size
-    if size != "auto":
-        if fabric.device.type != "cpu" and math.isinf(seconds_of_evaluation(parts, min(size, share))):
-            raise RunError(
-                f"out of memory on the device in an evaluation of {min(size, share)} samples: lower "
-                "--eval_micro_batch_size"
-            )
-        return size, []
-    if c.max_micro_batch_size != "auto":
-        return min(size_of_training, LARGEST_OF_EVALUATION), []
-    largest = min(share, parts.largest_micro_batch or share)
-    least = min(size_of_training, largest)
-    size, rates = batches.quickest(lambda n: samples_per_second(parts, n, seconds_of_evaluation), least, largest)
-    return size or least, [_line("eval_micro_batch_size", size or least, rates)]
-
-
-def _line(option: str, size: int, rates: dict[int, float]) -> str:
-    measured = ", ".join(f"{n}: {rate:,.0f}" for n, rate in rates.items())
-    return f"{option}=auto takes {size} (samples/s by size: {measured})"
-
-
-def samples_per_second(parts: Components, size: int, seconds_of: Callable[..., float]) -> float:
-    """Of a device, with micro-batches of so many samples; 0 where they do not fit into the memory of every rank's.
-
-    Args:
-        seconds_of: (parts, size) → seconds of a pass, which are measured.
-    """
-    seconds = [seconds_of(parts, size)]  # the first one makes plans and fills caches
+def samples_per_second(parts: Components, size: int) -> float:
+    """Of a device, with micro-batches of so many samples; 0 where they do not fit into the memory of every rank's."""
+    seconds = [seconds_of_pass(parts, size)]  # the first one makes plans and fills caches
     while not math.isinf(seconds[-1]) and len(seconds) <= REPETITIONS and sum(seconds[1:]) < ENOUGH:
-        seconds.append(seconds_of(parts, size))
+        seconds.append(seconds_of_pass(parts, size))
     return size / min(seconds[1:], default=math.inf)
 
 
@@ -221,17 +190,6 @@ def _without_learning(parts: Components) -> Iterator[None]:
         for group, before in zip(optimizer.param_groups, groups):
             group.update(before)
         precision.load_state_dict(scaler)
-
-
-def seconds_of_evaluation(parts: Components, size: int) -> float:
-    """The slowest rank's time for a micro-batch of the evaluation; infinite where one runs out of memory."""
-    validation = Validation(parts.loss, parts.metrics, parts.fabric.device)
-    with leaving_no_trace(parts), torch.no_grad(), fsdp.forward_only(parts.module):
-        parts.model.eval()
-        try:
-            return _slowest(parts, lambda inputs, targets: validation.update(parts.forward(inputs), targets), size)
-        finally:
-            validation.forget()
 
 
 def _samples(parts: Components, size: int) -> batches.Batch:
