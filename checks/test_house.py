@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
@@ -58,6 +59,11 @@ def imported(path) -> set[str]:
 def test_every_room_is_known():
     rooms = {path.stem for path in ROOT.glob("*.py")} | {path.parent.name for path in ROOT.glob("*/__init__.py")}
     assert rooms - {"checks", "benchmarks"} == set(ARROWS)
+
+
+def test_no_name_of_a_file_occurs_twice():
+    names = Counter(path.name for room in (*ARROWS, "checks", "benchmarks", "examples") for path in modules(room))
+    assert {name for name, times in names.items() if times > 1} == {"__init__.py", "tests.py"}
 
 
 @pytest.mark.parametrize("room", ARROWS)

@@ -1,6 +1,6 @@
 """The noise scale without hooks against the exact one: `NoiseScale.from_micro_batches` and `NoiseScale.from_adam`.
 
-    python -m benchmarks.noise_scale --data_dir=data       # writes noise_scale.md, .json, .png in benchmarks/results
+    python -m benchmarks.without_hooks --data_dir=data       # writes noise_scale.md, .json, .png in benchmarks/results
 
 A cnn on MNIST and a small GPT on the standard library's text train with Adam. At some steps the per-sample gradients of
 a thousand samples give V and ‖G‖², and so the noise scale B. Beside it: `from_micro_batches` of four micro-batches to a
