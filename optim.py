@@ -274,8 +274,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, decay: floa
             group["lr"].fill_(value)
         else:
             group["lr"] = value
-    if decay == 1.0 and not any("initial_weight_decay" in group for group in optimizer.param_groups):
-        return  # it has never been another one
+    if not any(group.get("weight_decay") for group in optimizer.param_groups):
+        return
     for group in carry_over.decays_apart(optimizer):
         group["weight_decay"] = decay * group.setdefault("initial_weight_decay", group["weight_decay"])
 

@@ -56,6 +56,8 @@ class Components:
         module: the network as the user knows it; its parameters may be shards.
         called: the same as `forward` calls it: compiled, its gradients averaged over ranks.
         model: that in Fabric's wrapper.
+        parameters: of the module; a step drops their gradients.
+        precision: Fabric's plugin, which casts and scales.
         optimizer: torch's own; its step is `step`.
         average: of the weights, where there is to be one.
         min_micro_batch_size: samples that a training pass needs.
@@ -234,7 +236,7 @@ class Components:
         with OutOfMemory("the model", "take a smaller --model"):
             self.model = fabric.setup_module(torch.compile(self.module) if c.compile else self.module)
         self.called = self.model._forward_module
-        self.parameters = list(self.module.parameters())
+        self.parameters, self.precision = list(self.module.parameters()), fabric.strategy.precision
         self.model.train()
         optimizer = on_all_ranks(fabric, lambda: optim.build(self.module, c))
         if self.sharded and isinstance(optimizer, optim.AdaGradNorm):
@@ -297,16 +299,16 @@ class Components:
         """The model's outputs, computed and handed back in the precision of the training.
 
         What Fabric's wrapper does, but for its guard against `loss.backward()`: the wrappers of model, backward pass
-        and optimizer cost a small network half of its step. This and the next two go past them, straight to the
-        strategy.
+        and optimizer cost a small network half of its step. This and the next two go past them, straight to what knows
+        of the precision.
         """
-        precision = self.fabric.strategy.precision
+        precision = self.precision
         with precision.forward_context():
             return precision.convert_output(self.called(precision.convert_input(inputs)))
 
     def backward(self, losses: Tensor, weights: Tensor) -> None:
         """Add the gradients of the losses' weighted sum, scaled where the precision needs it."""
-        self.fabric.strategy.backward(losses, None, gradient=weights)
+        self.precision.backward(losses, None, gradient=weights)
 
     def step(self, max_norm: float = 0.0) -> Tensor | None:
         """The optimizer's step, on gradients clipped to `max_norm` (0: as they are), which are gone then.
@@ -320,7 +322,7 @@ class Components:
             clip = {"max_norm": max_norm, "error_if_nonfinite": False}
             norm = self.fabric.clip_gradients(self.model, self.optimizer, **clip)
             clipped = (norm.full_tensor() if isinstance(norm, DTensor) else norm) > max_norm
-        self.fabric.strategy.optimizer_step(self.optimizer)
+        self.precision.optimizer_step(self.optimizer)
         for parameter in self.parameters:  # the optimizer's own zero_grad takes as long as a small layer
             parameter.grad = None
         return clipped
