@@ -261,7 +261,7 @@ def measure_all(options: argparse.Namespace, launch: Callable[[Sequence[str], Pa
         length, end = length_of(start, options.factors, options.samples), start.options["lr_decay_samples"]
         if start.options["decay_lr"] and end and start.samples + length > end:
             print(
-                f"passed over: {start.path}: {length:,} samples more go beyond the end of its learning-rate schedule, "
+                f"skipped: {start.path}: {length:,} samples more go beyond the end of its learning-rate schedule, "
                 f"at {end:,}: take fewer --samples",
                 file=sys.stderr,
             )

@@ -269,7 +269,7 @@ def report(options: argparse.Namespace) -> None:
         raise UsageError(f"--target={options.target} must be an accuracy between 0 and 1, such as 0.98")
     groups, twins = results.group(chosen)
     for line in problems + twins:
-        print(f"passed over: {line}", file=sys.stderr)
+        print(f"skipped: {line}", file=sys.stderr)
     if not groups:
         raise UsageError("none of the runs can be read: see the lines above")
     if options.format in ("table", "markdown"):

@@ -201,7 +201,7 @@ def _decide(moments: Statistics | Moments, ratios: dict[str, float]) -> Decision
     if moments.grad_norm_sq == 0:
         return Decision(None, b, "the batch gradient is zero")
     if moments.grad_norm_sq < 0:
-        return Decision(None, b, "noise hides the gradient: the estimate of its squared norm is negative")
+        return Decision(None, b, "the gradient is too noisy: the estimate of ‖G‖² is negative")
     unusable = [name for name, ratio in ratios.items() if not math.isfinite(ratio)]
     if unusable:
         return Decision(None, b, f"the {unusable[0]} statistics are not finite")

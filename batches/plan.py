@@ -44,7 +44,7 @@ def _largest(batch_size: int, world_size: int, *how: int | None) -> int:
 def _cuts(share: int, steps: int, min_micro_batch_size: int, size: int | None) -> list[int]:
     """Where a rank cuts its share of so many samples: 0, …, share."""
     if size:
-        # A single sample is a shape of its own kind to a compiler: the one before it lends it company.
+        # torch.compile specialises on size 1, so a sample moves here from the micro-batch before.
         alone = share % size == 1 and share > size > 2
         whole = [*range(0, share, size), share]
         return [*whole[:-2], whole[-2] - alone, share]

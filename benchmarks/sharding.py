@@ -80,7 +80,7 @@ def memory(options: list[str]) -> tuple[int, float, float]:
 
 
 def benchmark(width: int = 768, layers: int = 8, out: Path = RESULTS) -> None:
-    """Memory of a process, whole and shared out.
+    """Memory of a process, whole and sharded.
 
     Args:
         width: of the GPT.

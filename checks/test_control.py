@@ -165,7 +165,7 @@ def test_identity_of_the_unbiased_variances():
 def test_negative_signal_decides_nothing():
     statistics = Statistics(16, 16, -0.1, 5.0)
     decision = NormTest(1.0)(statistics)
-    assert decision.passed is None and "noise hides the gradient" in decision.reason and statistics.noise_scale is None
+    assert decision.passed is None and "the gradient is too noisy" in decision.reason and statistics.noise_scale is None
 
 
 def constant_moments(b: int, variance: float, signal: float) -> Moments:
@@ -399,7 +399,7 @@ def test_goodput_moves_only_for_a_gain_and_shrinks_only_where_it_may():
     assert control.Goodput()(75, 10**4, found) == 75
     assert control.Goodput()(400, 10**4, found) == 400
     assert control.Goodput(may_shrink=True)(400, 10**4, found) == 100
-    assert control.Goodput()(16, 10**4, Observation(None, None, step_time)) == 16  # the noise hides the gradient
+    assert control.Goodput()(16, 10**4, Observation(None, None, step_time)) == 16  # the gradient is too noisy
     assert control.Goodput()(16, 10**4, Observation(None, noise_scale, None)) == 32  # another size, to know the times
     assert control.Goodput()(16, 10**4, Observation(None, 5.0, (1e9, 1.0))) == 100  # ten critical batch sizes
     assert control.Goodput()(16, 240, found) == 20  # a twelfth of the samples so far

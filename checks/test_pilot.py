@@ -207,7 +207,7 @@ def test_what_is_refused(run, tmp_path, capsys):
     ):
         assert report.main([*map(str, words), "--schedule=megatron"]) == 2
         assert says in capsys.readouterr().err
-    with pytest.raises(UsageError, match="noise hides the gradient"):
+    with pytest.raises(UsageError, match="the gradient is too noisy"):
         weak = [re.sub("^", "", row) for row in rows]
         at = head.index("grad_norm_sq")
         weak = [rows[0], *(",".join(c if i != at else c and "0" for i, c in enumerate(r.split(","))) for r in rows[1:])]

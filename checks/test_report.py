@@ -1,4 +1,4 @@
-"""Reports over runs: what is grouped, averaged, shown and passed over; the table's formats; the figures."""
+"""Reports over runs: what is grouped, averaged, shown and skipped; the table's formats; the figures."""
 
 import csv
 import dataclasses
@@ -164,7 +164,7 @@ def test_damaged_folders_are_named_and_passed_over(mixed, capsys):
     metrics = damaged["f"] / "metrics.csv"
     metrics.write_text(metrics.read_text().replace("0.5\n", "x\n"))
     told = report_on(capsys, mixed, "--format=csv", "--target=0.9")
-    assert all(f"passed over: {folder}" in told.err for folder in damaged.values())
+    assert all(f"skipped: {folder}" in told.err for folder in damaged.values())
     assert len(told.err.splitlines()) == len(damaged) and ",1 2 3," in told.out  # and no seed of theirs
     for name in list(damaged):
         assert f" {20 + 'abcdef'.index(name)}," not in told.out
@@ -182,7 +182,7 @@ def test_the_newest_of_two_runs_with_one_seed(tmp_path, capsys):
         folder = write_run(tmp_path / name, seed=1, accuracy=accuracy)
         os.utime(folder / "summary.json", times=(time.time() - age,) * 2)
     told = report_on(capsys, tmp_path)
-    assert "90.00" in told.out and f"passed over: {tmp_path / 'old'}" in told.err
+    assert "90.00" in told.out and f"skipped: {tmp_path / 'old'}" in told.err
 
 
 def test_names_tell_what_differs_and_no_more(tmp_path):

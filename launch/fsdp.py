@@ -1,4 +1,4 @@
-"""`--strategy=fsdp`: parameters, gradients and optimizer states are shared out over the processes (PyTorch's FSDP2).
+"""`--strategy=fsdp`: parameters, gradients and optimizer states are sharded over the processes (PyTorch's FSDP2).
 
 Every process keeps its shard of each parameter; a block of layers is gathered when it is needed. Torch and Fabric do
 all of it; here is which blocks are gathered together, and what a run saves: whole tensors, so that a checkpoint depends

@@ -17,8 +17,8 @@ from options.errors import say_error
 INTERVAL = 3.0
 """Seconds between two signs of life."""
 MISSED = 10
-"""A rank is dead after so many looks without a new one. (Looks, not seconds: a process that was itself suspended has
-not looked either, and does not take the others for dead when it wakes.)"""
+"""A rank is dead after so many polls without a new one: polls, not seconds, so that a process that was suspended does
+not declare the others dead when it wakes."""
 ANSWER = timedelta(seconds=3)
 """So long the store may take to answer."""
 Address = tuple[str, int]

@@ -249,7 +249,7 @@ class DeviceOptions:
     """kind of device"""
     strategy: Literal["auto", "ddp", "ddp_find_unused_parameters_true", "fsdp"] = "auto"
     """how processes work together; ddp_find_unused_parameters_true: where a step may leave out parameters; fsdp:
-    parameters, gradients and optimizer states are shared out, for models that do not fit"""
+    parameters, gradients and optimizer states are sharded, for models that do not fit"""
     shard_modules: list[str] = field(default_factory=list)
     """of strategy=fsdp: classes whose modules are gathered one at a time; default: the model's repeated blocks"""
     launcher: Literal["auto", "env"] = "auto"

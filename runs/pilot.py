@@ -109,7 +109,7 @@ def pieces_of(run: Run, critical: float) -> list[Piece]:
         pieces.append(Piece((end - before) / (1 + batch * signal / critical), 1 / float(signal)))
         before = end
     if not pieces:
-        raise UsageError(f"{run.folder}: noise hides the gradient in all that was measured: measure more often")
+        raise UsageError(f"{run.folder}: the gradient is too noisy in all that was measured: measure more often")
     return pieces
 
 

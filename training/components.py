@@ -86,7 +86,7 @@ class Components:
         data_set = self._read_data(config)
         self._build_module(data_set)
         self._place_on_device(data_set)
-        # Before the parameters are shared out, if they are: single samples are compared on the whole module.
+        # Before the parameters are sharded, if they are: single samples are compared on the whole module.
         with naming_long_work(fabric, "checking the test's statistics on a few samples"):
             self.estimator = on_all_ranks(fabric, lambda: self._build_estimator(notify))
         self._build_optimizer()

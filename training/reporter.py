@@ -115,7 +115,7 @@ class Reporter:
         if decision and decision.reason != self.undecided:
             self.undecided = decision.reason
             if decision.reason:
-                self.say(f"step {step}: the test decides nothing, the batch size stays: {decision.reason}")
+                self.say(f"step {step}: batch size unchanged: {decision.reason}")
 
     def mark(self) -> dict[str, Any] | None:
         """Where the log stands, for a checkpoint; None where there is no log."""

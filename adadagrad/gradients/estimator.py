@@ -250,7 +250,7 @@ def training_gradient(parameters: dict[str, nn.Parameter], grad_scale: float | T
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """This rank's shard of a tensor that is shared out."""
+    """This rank's shard of a sharded tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -144,7 +144,7 @@ class GhostNorms(OwnPass):
             own = (reference.per_sample_gradients(*chunk, buffers, only=names) for chunk in chunks)
             return torch.cat([norms_sq(gradients) for gradients in own])
 
-        failure = None, NotImplementedError("the parameters are shared out over the processes")
+        failure = None, NotImplementedError("the parameters are sharded over the processes")
         while self.references and not self.sharded:
             reference = self.references[0]
             reference.max_micro_batch_size = self.max_micro_batch_size

@@ -32,7 +32,7 @@ class MicroBatchGradients(Estimator):
 
     With a group a worker and accumulation step it is DDP-Norm and FSDP-Norm (Lau et al., arXiv:2412.21124, section 3),
     the groups' variance divided by K − 1 in place of K. Under FSDP2 a group's gradient is seen layer by layer, whole
-    and before it is shared out; inner products would keep it.
+    and before it is sharded; inner products would keep it.
     """
 
     tells_parameters_apart = True
