@@ -18,7 +18,7 @@ from runs import results
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     out = tmp_path_factory.mktemp("calibration")
-    calibration.main("digits", steps=[0, 5], batch_sizes=[128], batches=40, looks=4, out=out)
+    calibration.main("digits", steps=[0, 5], batch_sizes=[128], batches=24, looks=3, out=out)
     return out
 
 

@@ -1,6 +1,7 @@
 """The house: which wing may import which, and that words are answered before anything heavy is imported."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -36,6 +37,7 @@ def modules(room: str) -> list:
     return [ROOT / f"{room}.py"] if (ROOT / f"{room}.py").exists() else sorted((ROOT / room).rglob("*.py"))
 
 
+@functools.cache
 def imported(path) -> set[str]:
     """All that a file imports, wherever in it: dotted names."""
     names = set()
