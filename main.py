@@ -204,9 +204,11 @@ class Trainer:
         None where a signal cuts it off, on any rank: launchers do not wait for the end of a long evaluation.
         """
         with self.clock.pause(), self.parts.evaluating():
-            for evaluated in self.parts.evaluated():
-                if evaluated:
-                    self.validation.update(*evaluated)
+            for batch, counts in self.parts.validation_rounds():
+                if counts:
+                    self.validation.update(self.parts.forward(batch[0]), batch[1])
+                elif batch:
+                    self.parts.forward(batch[0])
                 self.stop_signal = self.state.signal(self.interrupts)
                 if self.stop_signal:
                     return None

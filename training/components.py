@@ -381,17 +381,19 @@ class Components:
         self.model.train()
         optim.set_training(self.optimizer, True)
 
-    def evaluated(self) -> Iterator[tuple[Any, Any] | None]:
-        """Outputs and targets of this rank's validation micro-batches; None where other ranks still have one."""
+    def validation_rounds(self) -> Iterator[tuple[batches.Batch | None, bool]]:
+        """This rank's validation micro-batches, as many as any rank has, and whether they count.
+
+        Where others still have one, this rank has none, or, of shards, whose layers all ranks gather together, one that
+        does not count.
+        """
         rank, world_size = self.fabric.global_rank, self.fabric.world_size
         size = min(self.config.max_micro_batch_size, LARGEST_IN_EVALUATION)
         rounds = range(-(-self.validation_samples // (size * world_size)))
         last = self.stream.read(range(1)) if self.sharded else None
         for _, batch in zip_longest(rounds, self.stream.validation(rank, world_size, size)):
-            last = batch or last
-            # (Where layers are shards, the others gather them: with this rank, or not at all.)
-            outputs = self.forward(last[0]) if batch or self.sharded else None
-            yield (outputs, batch[1]) if batch else None
+            last = batch or last if self.sharded else None
+            yield batch or last, bool(batch)
 
 
 def draw_by_rank(seed: int) -> None:
