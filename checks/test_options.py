@@ -119,6 +119,8 @@ REFUSED = [
     ("--max_growth=1.1 --batch_size=2 --eta=1", "the next size is 3, which is more"),
     ("--max_growth=2 --batch_size_multiple=64", "the next size is 64, which is more"),
     ("--smoothing=-1", "--smoothing must be zero or positive"),
+    ("--weight_average=-1", "--weight_average must be zero or positive"),
+    ("--critical=1e300", "--critical must be at most 1e15"),
     ("--test=False --smoothing=100", "acts only with --test=True or --monitor_interval"),
     ("--test=False --lr_scaling=adascale", "needs the statistics: add --test=True or --monitor_interval=N"),
     ("--ramp_up_type=goodput --eta=0.5", "--ramp_up_type=goodput makes no test"),
