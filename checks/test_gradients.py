@@ -101,6 +101,22 @@ def vit(classes: int) -> nn.Module:
     return torchvision.models.VisionTransformer(64, 16, num_classes=classes, **sizes)
 
 
+@pytest.mark.parametrize("test_gradients", ["ghost", "vmap"])
+@pytest.mark.parametrize("attention_dropout", [0.0, 0.1])
+def test_dropout_behind_attention_agrees_between_passes(attention_dropout, test_gradients):
+    """Its input is transposed in memory, and the forward-mode pass takes another kernel for attention."""
+    torch.manual_seed(0)
+    sizes = {"num_layers": 1, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 64, "num_classes": 4}
+    model = torchvision.models.VisionTransformer(
+        64, 16, dropout=0.1, attention_dropout=attention_dropout, **sizes
+    ).double()
+    nn.init.normal_(model.heads.head.weight)
+    inputs, targets = torch.randn(3, 3, 64, 64, dtype=torch.float64), torch.arange(3)
+    ways = {"test_gradients": test_gradients, "max_micro_batch_size": 2}
+    moments = gradients.moments(model, cross_entropy, inputs, targets, **ways)
+    assert moments.sum_inner == pytest.approx(3 * moments.grad_norm_sq, rel=1e-9)
+
+
 SMALL = {"convnext": convnext, "swin": swin, "vit": vit}
 """torchvision's blocks, in networks of seconds; benchmarks/results/checked.md has all of them in their own sizes."""
 

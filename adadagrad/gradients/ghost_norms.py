@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.distributed.tensor import DTensor
-from torch.func import functional_call, jvp
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .estimator import MicroBatch, dense, first_line, is_out_of_memory, listed, training_gradient
@@ -277,15 +278,16 @@ class GhostNorms(OwnPass):
         direction = {name: direction[name].to(parameter.dtype) for name, parameter in parameters.items()}
         direction |= {name: hook(direction[name]) for name, hook in self.hooks.items()}  # ⟨h(g), d⟩ = ⟨g, h(d)⟩
 
-        def losses(parameters: dict[str, Tensor]) -> Tensor:
-            with self.autocast(), in_wide_range(self.device):
-                outputs = functional_call(self.model, parameters, (inputs,))
-            return self._losses(outputs, targets)
-
         # Of the fused attention kernels none has a forward-mode derivative.
+        # And not by torch.func: there the noise of dropout is laid out otherwise than its input, and so is another one.
         with isolated(self.model, buffers), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch.jit.script")  # of torch's own forward-mode formulas
-            return jvp(losses, (parameters,), (direction,))[1].double()
+            with forward_ad.dual_level():
+                duals = {name: forward_ad.make_dual(own, direction[name]) for name, own in parameters.items()}
+                with self.autocast(), in_wide_range(self.device):
+                    outputs = functional_call(self.model, duals, (inputs,))
+                losses, derivatives = forward_ad.unpack_dual(self._losses(outputs, targets))
+                return torch.zeros_like(losses, dtype=torch.float64) if derivatives is None else derivatives.double()
 
     def _chunks(self, inputs: Batch, targets: Batch) -> Iterator[tuple[Batch, Batch]]:
         # What dropout drew for a whole micro-batch can be drawn again only for the whole of it.
