@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import ASGD, SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .control import Controller, Limits, Update, carry_over, steady
+from .control import Controller, Limits, StepTime, Update, carry_over, steady
 from .gradients import PROBE, Estimator, Loss, build
 from .gradients.samples import Batch, count, some
 from .tests import Moments, Test
@@ -90,6 +90,7 @@ class BatchScaler:
         self.measure_interval = measure_interval
         self.test_gradients, self.max_micro_batch_size, self.autocast = test_gradients, max_micro_batch_size, autocast
         self.estimator: Estimator | None = None  # built on the samples of the first batch that is measured
+        self._of_estimator: dict[str, int] | None = None  # its state, loaded before it was built
         self.moments: Moments | None = None
         self.rank, self.world_size = 0, 1
         if dist.is_available() and dist.is_initialized():
@@ -142,6 +143,8 @@ class BatchScaler:
             return contextlib.nullcontext()
         if self.estimator is None:
             self.estimator = self._build_estimator(inputs, targets)
+            if self._of_estimator:
+                self.estimator.load_state_dict(self._of_estimator)
         return self.estimator.observe(inputs, targets, self._loss_scale, is_whole)
 
     @property
@@ -238,12 +241,26 @@ class BatchScaler:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and dicts, for a checkpoint; the same on all processes. Between two steps."""
-        return self.controller.state_dict()
+        estimator = self.estimator.state_dict() if self.estimator else self._of_estimator
+        return self.controller.state_dict() | {"estimator": estimator, "hardware": self._hardware}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Step times are forgotten where the state is of other hardware, or of another number of processes."""
         self.controller.load_state_dict(state)
+        if state.get("hardware", self._hardware) != self._hardware:
+            self.controller.step_time = StepTime()
+        self._of_estimator = state.get("estimator")  # earlier states have none
+        if self.estimator and self._of_estimator:
+            self.estimator.load_state_dict(self._of_estimator)
         self._timed_from = None
         self._begin_step()
+
+    @property
+    def _hardware(self) -> list[str | int]:
+        """What a step's time depends on, beside the batch size."""
+        device = next(self.module.parameters()).device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        return [name, self.world_size]
 
     def _build_estimator(self, inputs: Batch, targets: Batch) -> Estimator:
         test, name = self.controller.rule.test, self.test_gradients
