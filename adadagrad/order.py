@@ -36,9 +36,9 @@ class SampleOrder:
 
         def permutation(epoch: int) -> Tensor:
             if not shuffle:
-                return torch.arange(num_samples, device=device)
+                return torch.arange(num_samples, dtype=torch.int32, device=device)
             generator = torch.Generator().manual_seed(int(position_hash(torch.tensor(epoch), seed + 1)))
-            return torch.randperm(num_samples, generator=generator).to(device, non_blocking=True)
+            return torch.randperm(num_samples, generator=generator, dtype=torch.int32).to(device, non_blocking=True)
 
         # Two: a batch that crosses from one epoch to the next asks for both.
         self._permutation = lru_cache(maxsize=2)(permutation)
@@ -51,7 +51,7 @@ class SampleOrder:
             end = min(positions.stop, (epoch + 1) * n)
             parts.append(self._permutation(epoch)[p - epoch * n : end - epoch * n : positions.step])
             p += len(range(p, end, positions.step)) * positions.step
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).long()
 
 
 class EvenlySpread:
