@@ -70,7 +70,8 @@ def controller(
     chosen = rule(vars(config), decay)
     first = config.batch_size
     if config.free_start and config.knee:
-        first = max(first, min(control.free_batch_size(config.knee), config.max_batch_size))
+        total = config.max_samples if config.training_type == "sample" else None
+        first = max(first, min(control.free_batch_size(config.knee, total), config.max_batch_size))
     return control.Controller(
         first,
         rule=chosen,

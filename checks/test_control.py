@@ -5,6 +5,7 @@ Random numbers with known V, Σ and G stand in for gradients; a clock with known
 
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -201,7 +202,16 @@ def test_first_measurement_counts_in_full_and_bad_ones_not_at_all():
     assert smoothing.add(constant_moments(16, 5.0, 2.0), 16).variance == pytest.approx(5.0)
     before = smoothing.state_dict()
     assert not smoothing.add(Moments(16, 16, math.nan, math.inf), 16).is_usable
-    assert smoothing.state_dict() == before
+    assert smoothing.state_dict() == before | {"samples": 32}
+
+
+def test_a_young_average_forgets_as_fast_as_the_run_ages():
+    """Of a ‖G‖² that falls with the square of the samples, the average is a few times the present one."""
+    smoothing, samples = control.Smoothing(10**6, unbiased=True), 0
+    for _ in range(250):
+        samples += 16
+        statistics = smoothing.add(constant_moments(16, 1.0, samples**-2.0), 16)
+    assert 1 < statistics.grad_norm_sq * samples**2 < 5
 
 
 def test_a_noisy_batch_leaves_the_augmented_test_able_to_decide():
@@ -242,12 +252,14 @@ def test_what_is_only_watched_decides_nothing():
         ("adascale", False, 16, 1.0),
         ("adascale", False, 64, (8 / 16 + 0.5) / (8 / 64 + 0.5)),
         ("adascale", True, 64, math.sqrt((8 / 16 + 0.5) / (8 / 64 + 0.5))),
-        ("critical", False, 64, (1 + 32 / 16) / (1 + 32 / 64)),  # C = 2 · 8/0.5 = 32
+        ("critical", False, 24, (1 + 32 / 16) / (1 + 32 / 24)),  # C = 2 · 8/0.5 = 32
+        ("critical", False, 64, (1 + 64 / 16) / (1 + 64 / 64)),  # C counts as the batch at least
+        ("critical", False, 8, (1 + 32 / 16) / (1 + 32 / 8)),
         ("critical", True, 64, math.sqrt((1 + 32 / 16) / (1 + 32 / 64))),
     ],
 )
 def test_learning_rate_factors_against_written_out_values(rule, adaptive, batch_size, expected):
-    scaling = control.LearningRateScaling(rule, 16, adaptive)
+    scaling = control.LearningRateScaling(rule, 16, adaptive, critical=2.0)
     assert scaling(batch_size, Statistics(64, 64, 0.5, 8.0)) == pytest.approx(expected, rel=1e-15)
 
 
@@ -256,7 +268,14 @@ def test_gains_lie_between_one_and_linear(rule):
     scaling = control.LearningRateScaling(rule, 16)
     assert scaling(64, None) == 1.0
     assert scaling(64, Statistics(64, 64, -1.0, 8.0)) == pytest.approx(4.0)  # noise alone
-    assert scaling(64, Statistics(64, 64, 1e12, 8.0)) == pytest.approx(1.0)  # none
+    assert scaling(64, Statistics(64, 64, 1e12, 8.0)) == pytest.approx(2.5 if rule == "critical" else 1.0)  # none
+
+
+def test_gains_of_two_changes_are_those_of_one():
+    scaling = control.LearningRateScaling("critical", 16, family=control.Family.GRADIENT)
+    known = Statistics(64, 64, 0.5, 8.0)
+    one, two = scaling.transition(16, 24, known), scaling.transition(24, 512, known)
+    assert one.gain * two.gain == pytest.approx(scaling.transition(16, 512, known).gain) == scaling(512, known) == 16.5
 
 
 @settings(max_examples=60, deadline=None)
@@ -376,7 +395,7 @@ def test_the_batch_does_not_grow_beyond_the_right_size(d, signal):
     mean[:3] = math.sqrt(signal * (scales**2).sum() / 3)
     right, largest, rng = math.sqrt(1000 * 2 / signal), [], np.random.default_rng(1)
     for _ in range(60):
-        rule, limits = control.Goodput(1000.0), control.Limits(max_growth=4.0)
+        rule, limits = control.Goodput(1000.0, critical=2.0), control.Limits(max_growth=4.0)
         controller = control.Controller(16, rule=rule, limits=limits, unbiased=True, smoothing=5000)
         while controller.samples < 40_000:
             b, due, moments = controller.batch_size, controller.is_due(None), None
@@ -391,25 +410,30 @@ def test_the_batch_does_not_grow_beyond_the_right_size(d, signal):
 
 
 def test_goodput_moves_only_for_a_gain_and_shrinks_only_where_it_may():
+    goodput = partial(control.Goodput, critical=2.0)
     step_time, noise_scale = (1.0, 0.01), 50.0  # C = 100, b* = 100
     assert quickest_batch(2 * noise_scale, step_time) == 100
+    costly = Observation(None, 20.0, (1e9, 1.0))  # a step takes the time of 10⁹ samples; C = 40
     found = Observation(None, noise_scale, step_time)
-    assert control.Goodput()(50, 10**4, found) == 100
+    assert goodput()(50, 10**4, found) == 100
     assert progress_rate(100, 100.0, step_time) / progress_rate(75, 100.0, step_time) < 1.05
-    assert control.Goodput()(75, 10**4, found) == 75
-    assert control.Goodput()(400, 10**4, found) == 400
-    assert control.Goodput(may_shrink=True)(400, 10**4, found) == 100
-    assert control.Goodput()(16, 10**4, Observation(None, None, step_time)) == 16  # the gradient is too noisy
-    assert control.Goodput()(16, 10**4, Observation(None, noise_scale, None)) == 32  # another size, to know the times
-    assert control.Goodput()(16, 10**4, Observation(None, 5.0, (1e9, 1.0))) == 100  # ten critical batch sizes
-    assert control.Goodput()(16, 240, found) == 20  # a twelfth of the samples so far
-    assert control.Goodput(max_waste=0.5)(16, 10**4, Observation(None, 20.0, (1e9, 1.0))) == 20  # half of C
+    assert goodput()(75, 10**4, found) == 75
+    assert goodput()(400, 10**4, found) == 400
+    assert goodput(may_shrink=True)(400, 10**4, found) == 100
+    assert goodput()(16, 10**4, Observation(None, None, step_time)) == 16  # the gradient is too noisy
+    assert goodput()(16, 10**4, Observation(None, noise_scale, None)) == 32  # another size, to know the times
+    assert goodput()(16, 10**4, Observation(None, 5.0, (1e9, 1.0))) == 100  # ten critical batch sizes
+    assert goodput()(16, 240, found) == 20  # a twelfth of the samples so far
+    assert goodput(max_waste=0.5)(16, 10**4, costly) == 20  # half of C
+    of_a_run = goodput(max_waste=0.5, total=16 * 10**6)
+    assert of_a_run(16, 10**4, costly) == 400  # samples are wasted as dearly later, where C is larger
+    assert of_a_run(16, 10**6, costly) == 40 and of_a_run(16, 8 * 10**6, costly) == 20
     for untimed in (found, Observation(None, 50.0)):
-        assert control.Goodput(knee=400)(16, 10**4, untimed) == 200
+        assert goodput(400)(16, 10**4, untimed) == 200
 
 
 def test_a_knee_that_is_told_stands_above_the_times():
-    controller = control.Controller(16, rule=control.Goodput(knee=64.0), unbiased=True)
+    controller = control.Controller(16, rule=control.Goodput(64.0, critical=2.0), unbiased=True)
     controller.samples = 10**4
     for size in (16, 32, 64):
         controller.step_time.add(size, 1.0 + 0.001 * size)

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from adadagrad.control import CRITICAL
 from checks.conftest import ROOT, column, train
 from runs.status import by_devices
 
@@ -21,7 +22,7 @@ def test_says_where_the_run_stands(tmp_path):
         assert status[name] == int(last[name])
     assert (status["batch_size"], status["samples_left"], status["knee"]) == (int(last["next_batch_size"]), 0, 100)
     assert status["noise_scale"] == column(run, "noise_scale")[-1]
-    critical, b = 2 * status["noise_scale"], int(last["batch_size"])
+    critical, b = CRITICAL * status["noise_scale"], int(last["batch_size"])
     worth = b * critical / (critical + b)
     assert status["progress_per_second"] == pytest.approx(worth / float(last["step_time"]))
     speeds = [status["progress_per_second_by_devices"][str(2**k)] for k in range(4)]

@@ -89,8 +89,8 @@ class TestOptions:
     statistics: Literal["batch", "unbiased"] = "batch"
     """batch: as published, where noise dominates ‖ḡ‖² is mostly noise itself; unbiased: without this part"""
     smoothing: float = 0.0
-    """average the statistics over steps, with this half-life [samples], or of four measurements where those have more
-    samples; 0: the last tested batch alone"""
+    """average the statistics over steps, with this half-life [samples], but at most a quarter of the samples so far and
+    at least four measurements; 0: the last tested batch alone"""
     test_interval: int | Literal["auto"] = 1
     """measure, and test, every so many steps; auto: every step until the noise scale is known to a half (at most an
     eighth of the steps and 16 more), then every sixteenth"""
@@ -130,11 +130,12 @@ class TestOptions:
     """of ramp_up_type=goodput and lr_scaling=critical: the critical batch size, in noise scales, as critical.py
     measures it"""
     max_waste: float | None = None
-    """of ramp_up_type=goodput: W, a bound on the samples: the batch stays where the run takes at most 1 + W times the
-    least possible ones, W critical batch sizes; default: 10"""
+    """of ramp_up_type=goodput: W, a bound on the samples: the run takes at most 1 + W times the least possible ones, if
+    its critical batch size grows with its samples; default: batches of at most 10 critical batch sizes"""
     free_start: bool = False
     """of ramp_up_type=goodput: begin with an eighth of the knee where that is more than batch_size, as a step takes
-    hardly longer for it; the learning rate begins at that of batch_size and follows what is measured"""
+    hardly longer for it (at most with 1/256 of max_samples); the learning rate begins at that of batch_size and
+    follows what is measured"""
     recipe: Literal["paper", "steady"] | None = None
     """paper: the published rule. steady: unbiased, smoothed statistics, goodput, a learning rate that follows,
     a free start, growth at most fourfold at a time and by what is known for sure, at most twice the least

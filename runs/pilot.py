@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from adadagrad.control import FAMILIES, Family, Transition
+from adadagrad.control import FAMILIES, Family, LearningRateScaling, Transition
 from adadagrad.tests import Statistics
 from options.errors import UsageError
 from options.schema import DEFAULTS
@@ -195,8 +195,8 @@ def _cuts(worth: np.ndarray, share: np.ndarray, stages: int) -> list[int]:
 
 def _rate(noise_scale: float, critical: float, initial: int, size: int, family: Family | None) -> float:
     """As --lr_scaling=critical has it, with --coupling=full where the family is known."""
-    change = Transition.of(Statistics(size, size, 1.0, noise_scale), initial, size, initial, critical)
-    return change.rate(family) if family else math.sqrt(change.gain)
+    scaling = LearningRateScaling("critical", initial, adaptive_optimizer=True, family=family, critical=critical)
+    return scaling(size, Statistics(size, size, 1.0, noise_scale))
 
 
 def family_of(optimizer: str) -> Family | None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adadagrad.control import CRITICAL, quickest_batch
+from adadagrad.control import quickest_batch
 from options.schema import Config
 
 FILE = "status.json"
@@ -70,7 +70,7 @@ class Status:
         }
         if knee and noise_scale:
             b, time_of_step = row["batch_size"], row["step_time"]
-            critical = CRITICAL * noise_scale
+            critical = c.critical * noise_scale
             status["progress_per_second"] = progress(b, critical) / time_of_step
             status["progress_per_second_by_devices"] = by_devices(
                 time_of_step, b, knee, critical, row["world_size"], c.max_batch_size

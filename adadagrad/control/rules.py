@@ -237,19 +237,25 @@ class Goodput(Rule):
     A step of b samples takes α + βb seconds and makes progress in proportion to b/(b + C), C the critical batch size,
     `critical` noise scales. The most progress a second is at b* = √(C · α/β), the geometric mean of the critical batch
     size and the hardware's knee P = α/β. The batch moves there where that gains more than `least_gain`; it becomes
-    smaller only with `may_shrink`. Samples have a price, too: a run by batches of b takes 1 + b/C times the least
-    possible samples, so that "at most 1 + W times the least" is b ≤ W·C. (With a price of λ seconds a sample the least
-    of (α + βb)(1 + C/b) + λ(b + C) is at √(C·α/(β + λ)).) Without a bound, W is 10: a step of 10 C makes 10/11 of the
-    progress of the largest there can be, and the estimate of the knee is not to decide over more samples than that.
-    Nor does a batch become larger than a twelfth of the samples so far: at its start a run changes faster than an
-    average follows, and a noise scale measured exactly then is not that of the next steps.
+    smaller only with `may_shrink`.
+
+    Samples have a price, too: at batches of b a run takes 1 + b/C times the least possible samples. With a price of λ
+    seconds a sample the least of (α + βb)(1 + C/b) + λ(b + C) is at √(C·α/(β + λ)), with one λ for the whole run. Where
+    C is known beforehand, "at most 1 + W times the least samples" is a λ. Here it is not, and grows about in proportion
+    to the samples so far, n of N; then b = ½ W·C·√(N/n) wastes W times the least samples over the run, and each as
+    dearly. So b is at most that (what is wasted on the first thousands is little, however small C is there), but not
+    less than W·C allows, the bound for a C that stays. Where N is not known, b ≤ W·C. Without W, b ≤ 10 C: a step of
+    these makes 10/11 of the progress of the largest there can be, and the estimate of the knee is not to decide over
+    more samples than that. Nor does a batch become larger than a twelfth of the samples so far: at its start a run
+    changes faster than an average follows, and a noise scale measured exactly then is not that of the next steps.
 
     Args:
         knee: P [samples], where it is known; default: what the steps' times say.
         least_gain: of progress a second, over the present batch, below which nothing changes.
         may_shrink: move to smaller batches, too.
         critical: the batch of which a step makes half the progress of the largest there can be, in noise scales.
-        max_waste: W [of the least possible samples]; default: 10.
+        max_waste: W [of the least possible samples]; default: no bound but 10 C.
+        total: N, of the run [samples], where it is known.
     """
 
     name = "goodput"
@@ -260,11 +266,12 @@ class Goodput(Rule):
     may_shrink: bool = False
     critical: float = CRITICAL
     max_waste: float | None = None
+    total: int | None = None
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], test: Test | None, decay: Callable[[int], float]) -> "Rule":
         own = {name: options[name] for name in ("knee", "may_shrink", "critical", "max_waste")}
-        return cls(**own)
+        return cls(**own, total=options["max_samples"] if options.get("training_type") == "sample" else None)
 
     @property
     def timed(self) -> bool:
@@ -281,17 +288,31 @@ class Goodput(Rule):
         if step_time is None:  # one other size tells what sizes cost here
             return 2 * batch_size
         critical = self.critical * observation.noise_scale
-        best = min(quickest_batch(critical, step_time), max(round((self.max_waste or 10.0) * critical), 1))
+        best = min(quickest_batch(critical, step_time), max(round(self._bound(samples) * critical), 1))
         best = min(best, max(samples // SETTLED, batch_size))
         if best < batch_size and not self.may_shrink:
             return batch_size
         gain = progress_rate(best, critical, step_time) / progress_rate(batch_size, critical, step_time)
         return best if gain > 1 + self.least_gain else batch_size
 
+    def _bound(self, samples: int) -> float:
+        """Of the batch after so many samples [critical batch sizes]."""
+        if self.max_waste is None:
+            return 10.0
+        return self.max_waste * max(1.0, math.sqrt(self.total / samples) / 2 if self.total else 1.0)
 
-def free_batch_size(knee: float) -> int:
-    """Below an eighth of the knee a smaller batch saves at most an eighth of a step's time [samples]."""
-    return round(knee / 8)
+
+FEWEST_STEPS = 256
+"""Of a run by its first batch."""
+
+
+def free_batch_size(knee: float, total: int | None = None) -> int:
+    """Below an eighth of the knee a smaller batch saves at most an eighth of a step's time [samples].
+
+    Args:
+        total: samples of the run, where they are known: it is to have some hundred steps, however large the knee is.
+    """
+    return round(min(knee / 8, total / FEWEST_STEPS if total else math.inf))
 
 
 def quickest_batch(critical: float, step_time: tuple[float, float]) -> int:

@@ -7,6 +7,8 @@ from ..tests import Moments, Statistics
 
 LEAST_MEASUREMENTS = 4
 """Measurements within a half-life."""
+OF_ALL = 1 / 4
+"""The largest half-life, in samples so far: a young run changes about as fast as it ages."""
 KEPT = 1 - 1 / 64
 """Of the estimates of 2/d so far, with each further one."""
 AVERAGED = ("grad_norm_sq", "variance", "variance_inner_product")
@@ -19,10 +21,11 @@ class Smoothing:
 
     A quotient of two noisy numbers is biased, and a single batch's ‖G‖² may be negative: numerator and denominator are
     averaged apart, as everyone does who acts on them (McCandlish et al., arXiv:1812.06162, appendix A). Since the
-    half-life is counted in samples it means the same at every batch size. It takes in four measurements at least: at
-    batches as large as the half-life nothing would be averaged, and size and learning rate go up and down. Averages
-    start at 0 and are divided by the weight that has come in so far, so that the first measurement counts in full.
-    Nothing that is not finite enters them.
+    half-life is counted in samples it means the same at every batch size. It is at most a quarter of the samples so
+    far: ‖G‖² falls a hundredfold within the first thousands, and an average over all of them is still the first ones
+    when these are long forgotten. It takes in four measurements at least: at batches as large as the half-life nothing
+    would be averaged, and size and learning rate go up and down. Averages start at 0 and are divided by the weight that
+    has come in so far, so that the first measurement counts in full. Nothing that is not finite enters them.
 
     How well ‖G‖² is known comes from the scatter of the measurements themselves. That of one batch has the variance
     (2/d)·u with u = (V/b)·(V/b + 2‖G‖²) and an effective number of dimensions d (of Gaussian gradients, 2 tr(Σ²)/b² +
@@ -30,13 +33,14 @@ class Smoothing:
     over the run is not taken for noise (von Neumann 1941); the average's variance follows with the weights as they are.
 
     Args:
-        half_life: samples after which a measurement counts half, once `LEAST_MEASUREMENTS` more have come; 0: the last
-            measurement alone counts.
+        half_life: samples after which a measurement counts half, once they are a quarter of all and
+            `LEAST_MEASUREMENTS` more have come; 0: the last measurement alone counts.
         unbiased: take ‖G‖² = ‖ḡ‖² − V/b and leave-one-out products; else the published ‖ḡ‖² and p_i.
     """
 
     half_life: float = 0.0
     unbiased: bool = False
+    samples: int = 0  # so far
     weight: float = 0.0
     averages: dict[str, float] | None = None
     variance_of_sum: float = 0.0  # Σ w² u, of the sum that `averages` holds
@@ -50,10 +54,12 @@ class Smoothing:
             moments: of the batch.
             samples: that were used since the last call, this batch included.
         """
+        self.samples += samples
         measured = moments.statistics(self.unbiased)
         if not measured.is_usable or not self.half_life:
             return measured
-        half_lives = min(samples / self.half_life, 1 / LEAST_MEASUREMENTS)
+        half_life = min(self.half_life, OF_ALL * self.samples)
+        half_lives = min(samples / half_life, 1 / LEAST_MEASUREMENTS)
         new = -math.expm1(-math.log(2) * half_lives)
         before, keep = self.averages or {}, 1 - new
         values = {name: value for name in AVERAGED if (value := getattr(measured, name)) is not None}
@@ -84,6 +90,7 @@ class Smoothing:
     def load_state_dict(self, state: dict) -> None:
         for name in ("weight", "averages", "variance_of_sum"):
             setattr(self, name, state[name])
+        self.samples = state.get("samples", 10**18)  # of an earlier checkpoint: old enough
         self.scatter, self.last = tuple(state["scatter"]), state["last"] and tuple(state["last"])
 
 
