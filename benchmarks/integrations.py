@@ -63,7 +63,7 @@ def main(batch_size: int = 8, length: int = 128, steps: int = 60, threads: int =
         f"| {batch_size} × {length} | {medians[1]:.3f} s | {medians[0]:.3f} s | {medians[0] / medians[1]:.2f} | "
         f"{quartiles[0]:.2f} … {quartiles[2]:.2f} |",
         "",
-        provenance() + "; measured beside other work",
+        provenance(),
     ]
     print("\n".join(lines))
     (RESULTS / "integrations.md").write_text("\n".join(lines) + "\n")
