@@ -728,7 +728,7 @@ def test_a_small_llama_on_the_standard_librarys_text(tmp_path, processes, reques
     program = example("AdaptiveBatchTrainer(model, args")
     program += "import adadagrad\n"
     program += "print('END', trainer.scaler.samples, trainer.scaler.batch_size, adadagrad.__file__)\n"
-    shorter = "max_steps=60, logging_steps=1, use_cpu=True, save_strategy='no', report_to='none'"
+    shorter = "max_steps=60, logging_steps=1, save_strategy='no', report_to='none'"
     (tmp_path / "llama.py").write_text(program.replace("max_steps=200", shorter))
     torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={unused_port()}"]
     done = launch(python, *(torchrun if processes > 1 else []), "llama.py", cwd=tmp_path, PYTHONPATH="")
