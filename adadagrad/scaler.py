@@ -15,11 +15,15 @@ from torch.optim import ASGD, SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .control import Controller, Limits, StepTime, Update, carry_over, steady
-from .gradients import PROBE, Estimator, Loss, build
+from .gradients import PROBE, Estimator, Loss, build, couples_samples
 from .gradients.samples import Batch, count, some
 from .tests import Moments, Test
 
 BY_GROUPS = ("micro_batch", "worker")
+COUPLED = (
+    "the model couples the samples of a batch (BatchNorm does): its statistics come from the variance between "
+    "micro-batches (test_gradients=micro_batch); a batch that comes in one piece is cut, with passes of its own"
+)
 
 
 class BatchScaler:
@@ -49,7 +53,8 @@ class BatchScaler:
         measure_interval: steps from one measurement to the next; default: 1 with `test`, else as
             `Controller.is_due` has it: often until the noise is known well, then at every 16th step.
         test_gradients: where the statistics come from (`gradients.build`), or an estimator that was built before.
-            On shards `auto` means micro_batch, which compares the processes' gradients with each other.
+            On shards `auto` means micro_batch, which compares the processes' gradients with each other; where a model
+            couples samples (BatchNorm), too, but for the published rule.
         max_micro_batch_size: most samples in a pass that is made for the statistics alone.
         autocast: makes the context of such a pass, where the training's forward pass runs under mixed precision.
 
@@ -263,37 +268,53 @@ class BatchScaler:
         return [name, self.world_size]
 
     def _build_estimator(self, inputs: Batch, targets: Batch) -> Estimator:
-        test, name = self.controller.rule.test, self.test_gradients
-        is_sharded = any(isinstance(parameter, DTensor) for parameter in self.module.parameters())
-        if is_sharded and name == "auto":
-            name = "micro_batch"
-        if isinstance(name, Estimator):
-            estimator = name
-        elif is_sharded and name not in BY_GROUPS:
-            raise ValueError(
-                f"test_gradients={name} is checked on whole parameters, and these are sharded: give an estimator that "
-                "gradients.build has made before fully_shard, or take micro_batch"
-            )
+        if isinstance(self.test_gradients, Estimator):
+            estimator = self.test_gradients
         else:
-            estimator, told = build(
-                name,
-                self.module,
-                _MeanLoss(self.loss),
-                bool(test and test.needs_inner_products),
-                self.max_micro_batch_size,
-                probe=tuple(some(batch, slice(0, PROBE)) for batch in (inputs, targets)),
-                autocast=self.autocast,
-                in_training_pass=not self.is_compiled,
-                notify=self._notify,
-            )
-            for line in told:
-                self._notify(line)
-        if is_sharded and not estimator.works_on_shards:
+            estimator = self._estimator_by_name(inputs, targets)
+        if self._is_sharded and not estimator.works_on_shards:
             raise ValueError(
                 "these statistics need whole parameters, and the model is sharded: take the norm test (or none), or an "
                 "estimator that gradients.build('ghost', …, in_training_pass=True) has made before fully_shard"
             )
         return estimator
+
+    @property
+    def _is_sharded(self) -> bool:
+        return any(isinstance(parameter, DTensor) for parameter in self.module.parameters())
+
+    def _estimator_by_name(self, inputs: Batch, targets: Batch) -> Estimator:
+        name = self.test_gradients
+        may_compare = name == "auto" and self.controller.decided_by.unbiased  # micro-batches, where samples are coupled
+        is_coupled = may_compare and couples_samples(self.module)
+        if self._is_sharded and name not in ("auto", *BY_GROUPS):
+            raise ValueError(
+                f"test_gradients={name} is checked on whole parameters, and these are sharded: give an estimator that "
+                "gradients.build has made before fully_shard, or take micro_batch"
+            )
+        if is_coupled or (self._is_sharded and name == "auto"):
+            name = "micro_batch"
+        estimator, told = self._built(name, inputs, targets)
+        if may_compare and not is_coupled and estimator.couples_samples:  # as the check has found
+            is_coupled, (estimator, told) = True, self._built("micro_batch", inputs, targets)
+        for line in [COUPLED] * is_coupled + told:
+            self._notify(line)
+        return estimator
+
+    def _built(self, name: str, inputs: Batch, targets: Batch) -> tuple[Estimator, list[str]]:
+        test = self.controller.rule.test
+        return build(
+            name,
+            self.module,
+            _MeanLoss(self.loss),
+            bool(test and test.needs_inner_products),
+            self.max_micro_batch_size,
+            probe=tuple(some(batch, slice(0, PROBE)) for batch in (inputs, targets)),
+            autocast=self.autocast,
+            in_training_pass=not self.is_compiled,
+            notify=self._notify,
+            cuts=self.world_size == 1 and not self._is_sharded,
+        )
 
     def _refuse_small(self, batch_size: int) -> None:
         if batch_size < self.world_size:

@@ -79,7 +79,7 @@ def vit_b_16(image_shape, num_classes) -> nn.Module:
     return torchvision.models.VisionTransformer(num_layers=2, num_classes=num_classes, **sizes)
 
 
-def unchecked(name, *arguments, probe, autocast, in_training_pass, num_groups, notify, recheck=False):
+def unchecked(name, *arguments, probe, autocast, in_training_pass, num_groups=8, notify, recheck=False, cuts=False):
     """As `gradients.build`, without the check at the start: it compares numbers, and there are none."""
     arguments = (*arguments, autocast)
     if name == "micro_batch":

@@ -471,7 +471,7 @@ def test_what_is_refused_says_what_to_do():
         scaler.step()
     with pytest.raises(ValueError, match="either batch_size"):
         BatchScaler(model, cross_entropy, optimizer)
-    model, _, batch, scaler = small(batch_size=16, test_gradients="micro_batch")
+    model, _, batch, scaler = small(batch_size=3, test_gradients="micro_batch")
     with pytest.warns(UserWarning, match="two micro-batches"):
         steps(model, batch, scaler, 1)
 

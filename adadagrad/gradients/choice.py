@@ -10,7 +10,7 @@ from .estimator import Estimator, Loss, first_line, listed
 from .ghost_norms import GhostNorms
 from .hooks import changing
 from .isolation import couples_samples, is_compiled
-from .micro_batch import MicroBatchGradients
+from .micro_batch import CutGradients, MicroBatchGradients
 from .per_sample import BySample, OwnPass, PerSampleGradients, SingleGradients
 from .samples import Batch, some
 from .verification import PROBE, Check, agreed
@@ -72,6 +72,7 @@ def build(
     num_groups: int = 8,
     notify: Callable[[str], None] = lambda line: None,
     recheck: bool = True,
+    cuts: bool = False,
 ) -> tuple["Estimator", list[str]]:
     """The estimator by its name on the command line, and what the user should be told of it.
 
@@ -82,6 +83,7 @@ def build(
         in_training_pass: the training pass itself runs inside `observe`, on `model` and uncompiled.
         num_groups: bounds the gradient copies that micro_batch keeps: at most twice as many.
         notify: called with a line where something turns out later.
+        cuts: micro_batch cuts a batch that comes in one piece, of one process, in passes of its own.
         recheck: compare a handful of samples again at the 2nd, 20th, 200th, … measured step, on what the step is.
         (The others: see `Estimator`.)
 
@@ -90,19 +92,21 @@ def build(
     """
     arguments = (model, loss, inner_products, max_micro_batch_size, autocast)
     if test_gradients in ("micro_batch", "worker"):
-        return MicroBatchGradients(*arguments, num_groups=num_groups), []
+        kind = CutGradients if cuts else MicroBatchGradients
+        return kind(*arguments, num_groups=num_groups), []
     check = _checked(model, loss, *probe)
-    coupled = couples_samples(model)
-    told = [COUPLED] if coupled else [COUPLED_BY_ITSELF] if check.couples else []
+    by_layers = couples_samples(model)
+    coupled = by_layers or bool(agreed("coupled" * check.couples, next(model.parameters()).device))
+    told = [COUPLED if by_layers else COUPLED_BY_ITSELF] * coupled
     hooks, others = changing({name: p for name, p in model.named_parameters() if p.requires_grad})
     if others:
         told.append(BEFORE_HOOKS.format(listed(sorted(others))))
-    in_training_pass = in_training_pass and not (coupled or check.couples or is_compiled(model) or others)
+    in_training_pass = in_training_pass and not (coupled or is_compiled(model) or others)
     failures: dict[str, str] = {}
     for name in ("ghost", "vmap", "loop") if test_gradients == "auto" else (test_gradients,):
         estimator, problem = _candidate(name, check, arguments, in_training_pass, notify)
         estimator.adds_up, estimator.recheck = check.adds_up, recheck and name != "loop"
-        estimator.couples_samples = coupled or check.couples
+        estimator.couples_samples = coupled
         for own in (estimator, *getattr(estimator, "references", ())):
             own.hooks = hooks
         covers = isinstance(estimator, SingleGradients) or not getattr(estimator, "uncovered", None)

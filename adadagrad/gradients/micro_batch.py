@@ -20,7 +20,9 @@ from .estimator import (
     row_norms,
     training_gradient,
 )
-from .samples import count
+from .isolation import drawing_from, preserving_state, random_states
+from .per_sample import added, in_wide_range
+from .samples import Batch, count, some
 
 
 class MicroBatchGradients(Estimator):
@@ -67,7 +69,10 @@ class MicroBatchGradients(Estimator):
         with self._hooked(hook_for):
             yield
         self.loss_scale = batch.loss_scale
-        self.groups.append((count(batch.inputs), group))
+        self._add_group(count(batch.inputs), group)
+
+    def _add_group(self, size: int, group: dict[str, Tensor]) -> None:
+        self.groups.append((size, group))
         if len(self.groups) > 2 * self.num_groups:
             if self.inner_products:
                 self.groups = [_merged(self.groups[i : i + 2]) for i in range(0, len(self.groups), 2)]
@@ -140,6 +145,59 @@ class MicroBatchGradients(Estimator):
             return sizes, sizes, sizes
         inner = _inner if self.sums.device.type == "cpu" else _inner_in_few_kernels
         return inner(groups, mean) / scaled, self.norms_sq[0] / scaled**2, sizes
+
+
+class CutGradients(MicroBatchGradients):
+    """`micro_batch` in a loop that may bring a batch in one piece: that one is cut into `num_groups` pieces of two
+    samples or more, each with a forward and backward pass of its own before the training's. Of one process."""
+
+    @contextlib.contextmanager
+    def _observing(self, batch: MicroBatch) -> Iterator[None]:
+        if not batch.whole:
+            with super()._observing(batch):
+                yield
+            return
+        device = self.sums.device
+        with preserving_state(self.model), drawing_from(random_states(device), device):
+            for piece in self._pieces(batch):
+                self._add_piece(*piece)
+        yield
+
+    def _pieces(self, batch: MicroBatch) -> Iterator[tuple[Batch, Batch]]:
+        n = count(batch.inputs)
+        number = min(max(self.num_groups, -(-n // self.max_micro_batch_size)), max(n // 2, 1))
+        for i in range(number):
+            piece = slice(i * n // number, (i + 1) * n // number)
+            yield some(batch.inputs, piece), some(batch.targets, piece)
+
+    def _add_piece(self, inputs: Batch, targets: Batch) -> None:
+        parameters, m = self.parameters(), count(inputs)
+        with torch.enable_grad():
+            with self.autocast(), in_wide_range(self.sums.device):
+                outputs = self.model(inputs)
+            with self.autocast():
+                loss = m * self.loss(outputs, targets)
+            found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        gradients = {name: dense(own) for name, own in zip(parameters, found) if own is not None}
+        self.gradient_sum = added({name: torch.zeros_like(p) for name, p in parameters.items()}, self.gradient_sum)
+        self.gradient_sum = added(self.gradient_sum, gradients)
+        kept = gradients if self.inner_products else {name: row_norms(own) for name, own in gradients.items()}
+        self._add_group(m, kept)
+
+    def _total(self, grad_scale: float | Tensor) -> Tensor:
+        return super()._total(self._scale(grad_scale))
+
+    def mean_gradient(self, samples: Tensor, grad_scale: float | Tensor) -> dict[str, Tensor]:
+        if self.gradient_sum:
+            return Estimator.mean_gradient(self, samples, grad_scale)
+        return super().mean_gradient(samples, grad_scale)
+
+    def products(self, mean: dict[str, Tensor], grad_scale: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return super().products(mean, self._scale(grad_scale))
+
+    def _scale(self, grad_scale: float | Tensor) -> float | Tensor:
+        """Of the gradients that were kept: those of passes of its own are not scaled."""
+        return 1.0 if self.gradient_sum else grad_scale
 
 
 def _merged(groups: list[tuple[int, dict[str, Tensor]]]) -> tuple[int, dict[str, Tensor]]:
