@@ -229,12 +229,13 @@ OPTIMIZER_NAMES = {
 }
 
 
-VARIANTS = {"full": "full", "rate": "rate", "none": "none", "waste10": "full, W = 10"}
+VARIANTS = {"full": "full", "rate": "rate", "none": "none", "critical2": "full, c = 2"}
 
 
 def couplings() -> str:
     """The perceptron with every optimizer: `steady` with P given over the best constant, in modelled time, by what
-    follows the batch (optimizer state, rate and decay; the rate; nothing), and with a looser bound on samples."""
+    follows the batch (optimizer state, rate and decay; the rate; nothing), and with a critical batch size of two noise
+    scales instead of eight."""
     body = []
     for optimizer, name in OPTIMIZER_NAMES.items():
         problem = f"mlp_{optimizer}"
