@@ -284,12 +284,12 @@ KINDS: dict[str, Callable[..., str]] = {
 TABLE = re.compile(r"(<!-- table: ([^\n]*) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
-def filled(page: str) -> str:
-    """The page with its tables made anew."""
+def filled(page: str, kinds: dict[str, Callable[..., str]] = KINDS) -> str:
+    """The page with its tables made anew, each by its kind."""
 
     def table(found: re.Match) -> str:
         kind, *words = found[2].split()
-        return f"{found[1]}\n{KINDS[kind](*words)}\n\n{found[3]}"
+        return f"{found[1]}\n{kinds[kind](*words)}\n\n{found[3]}"
 
     return TABLE.sub(table, page)
 

@@ -1,0 +1,251 @@
+"""The tables and the figure of docs/held_out.md, made of what benchmarks.held_out has kept.
+
+    python -m benchmarks.held_out_tables
+
+A page has lines `<!-- table: KIND -->` … `<!-- end of table -->`; what is between them is written anew.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from statistics import geometric_mean
+
+import numpy as np
+
+from benchmarks.comparison import ROOT
+from benchmarks.held_out import KEPT, KNEES, PROBLEMS, SEEDS, STYLES, Course
+from benchmarks.tables import filled, markdown
+from runs import figures
+
+PAGE = Path("docs/held_out.md")
+FIGURE = Path("docs/held_out.png")
+STEADY = "steady"
+MOST = 4.0
+"""What a run that does not arrive counts, over the quickest run of that line; and where the profile ends."""
+RESAMPLED = 10_000
+NOT_MEASURED = "not measured"
+
+Costs = dict[str, np.ndarray]
+"""Modelled time of every seed (8,) by method."""
+
+
+@cache
+def record(problem: str) -> dict | None:
+    file = KEPT / f"{problem}.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def measured() -> list[str]:
+    return [problem for problem in PROBLEMS if record(problem)]
+
+
+def label(entry: dict) -> str:
+    """A rule's name, or size and style of a constant batch with its rate."""
+    if entry["knee"]:
+        return entry["rule"]
+    return f"{entry['size']}, {entry['style']}, rate {entry['rate']:.2g}"
+
+
+def costs(problem: str, target: int, knee: int) -> Costs:
+    """Of the constants, and of all rules that were told this P; a run that did not arrive counts `MOST`."""
+    kept = record(problem)
+    found: dict[str, dict[int, float]] = {}
+    for entry in kept["final"]:
+        if entry["knee"] in (None, knee):
+            course = Course(entry["rows"], entry["larger_is_better"], entry["end"])
+            found.setdefault(label(entry), {})[entry["seed"]] = course.cost(kept["targets"][target], knee)
+    whole = {name: np.array([own[seed] for seed in SEEDS]) for name, own in found.items()}
+    late = MOST * min(own.min() for own in whole.values())
+    return {name: np.minimum(own, late) for name, own in whole.items()}
+
+
+def is_constant(name: str) -> bool:
+    return ", rate " in name
+
+
+def best_constant(of_line: Costs) -> str:
+    return min(filter(is_constant, of_line), key=lambda name: geometric_mean(of_line[name]))
+
+
+def log_ratios(of_line: Costs, rule: str, draws: np.ndarray) -> np.ndarray:
+    """The logarithm of the ratio of geometric means, rule over the best constant, for each row of seeds (n, 8) → (n,).
+
+    The best constant is chosen anew in every row, so that an interval has this choice in it.
+    """
+    constants = np.stack([np.log(own)[draws].mean(1) for name, own in of_line.items() if is_constant(name)])
+    return np.log(of_line[rule])[draws].mean(1) - constants.min(0)
+
+
+def draws(problem: str) -> np.ndarray:
+    """Seeds drawn with replacement, the first row all of them once; for one problem always the same."""
+    generator = np.random.default_rng(list(problem.encode()))
+    return np.vstack([np.arange(len(SEEDS)), generator.integers(len(SEEDS), size=(RESAMPLED, len(SEEDS)))])
+
+
+def in_words(logs: np.ndarray) -> str:
+    """Of the first row, and the 95 % interval of all others (a percentile bootstrap)."""
+    low, high = np.quantile(logs[1:], (0.025, 0.975))
+    return f"{math.exp(logs[0]):.2f} ({math.exp(low):.2f}–{math.exp(high):.2f})"
+
+
+def lines(problem: str, knee: int) -> list[Costs]:
+    """Of both targets."""
+    return [costs(problem, target, knee) for target in range(len(record(problem)["targets"]))]
+
+
+def ratios() -> str:
+    """Every problem and target: `steady` over the best constant, for every P."""
+    body = []
+    for problem in PROBLEMS:
+        if problem not in measured():
+            body.append([problem, "", *[NOT_MEASURED] * len(KNEES), ""])
+            continue
+        for target, value in enumerate(record(problem)["targets"]):
+            of_knees = [costs(problem, target, knee) for knee in KNEES]
+            cells = [in_words(log_ratios(of_line, STEADY, draws(problem))) for of_line in of_knees]
+            best = "; ".join(best_constant(of_line) for of_line in of_knees)
+            body.append([problem, f"{value:g}", *cells, best])
+    return markdown(["problem", "target", *(f"P = {knee}" for knee in KNEES), "best constants, by P"], body)
+
+
+def leaderboard() -> str:
+    """All rules: geometric mean of the ratios over all problems that were measured, the worst, and the interval."""
+    found: dict[str, list[str]] = {}
+    for rule in sorted({label(entry) for problem in measured() for entry in record(problem)["final"] if entry["knee"]}):
+        for knee in KNEES:
+            logs = [
+                log_ratios(of_line, rule, draws(problem))
+                for problem in measured()
+                for of_line in lines(problem, knee)
+                if rule in of_line
+            ]
+            worst = f"{math.exp(max(own[0] for own in logs)):.2f}"
+            found.setdefault(rule, []).extend([in_words(np.mean(logs, axis=0)), worst])
+    header = [words for knee in KNEES for words in (f"P = {knee}", "worst")]
+    body = [[f"`{rule}`", str(len(measured())), *cells] for rule, cells in found.items()]
+    return markdown(["rule", "problems", *header], body or [["`steady`", "0", *[NOT_MEASURED] * len(header)]])
+
+
+def tests_read_once() -> str:
+    """At the end of the runs: the test set's objective of `steady` and of the constants that were best, the mean."""
+    body = []
+    for problem in measured():
+        found: dict[str, list[float]] = {}
+        for entry in record(problem)["final"]:
+            name = f"`{label(entry)}`, P = {entry['knee']}" if entry["knee"] else label(entry)
+            found.setdefault(name, []).append(entry["test"])
+        for name, values in found.items():
+            known = [value for value in values if value is not None]
+            body.append([problem, name, f"{np.mean(known):.4g} ± {np.std(known, ddof=1):.2g}"])
+    return markdown(["problem", "method", "test set"], body or [["", "", NOT_MEASURED]])
+
+
+TRIALS = (1, 2, 4, 8, 16)
+
+
+def equal_tuning() -> str:
+    """After k trials (seed 0): modelled time of the best of k rates of `steady`, over that of the best of k constants,
+    drawn without replacement from the sweep in the problem's own style; geometric mean over all lines."""
+    body = []
+    for knee_at, knee in enumerate(KNEES):
+        row = [str(knee)]
+        for k in TRIALS:
+            logs = []
+            for problem in measured():
+                for target in range(len(record(problem)["targets"])):
+                    constants, own = (cells(problem, target, knee_at, which) for which in (None, knee))
+                    logs.append(math.log(best_of(own, k) / best_of(constants, k)))
+            row.append(f"{math.exp(np.mean(logs)):.2f}" if logs else NOT_MEASURED)
+        body.append(row)
+    return markdown(["P", *(f"k = {k}" for k in TRIALS)], body)
+
+
+def cells(problem: str, target: int, knee_at: int, knee: int | None) -> list[float]:
+    """Costs of the sweep's runs (what does not arrive counts `MOST`), of constants or of `steady` told this P."""
+    kept, style = record(problem), PROBLEMS[problem].style
+    of_line = [
+        (entry["costs"][target][knee_at], entry["knee"])
+        for entry in kept["sweep"]
+        if entry["style"] == style and entry["knee"] in (None, knee)
+    ]
+    late = MOST * min(cost for cost, _ in of_line if cost)
+    return [min(cost or late, late) for cost, own in of_line if own == knee]
+
+
+def best_of(values: Sequence[float], k: int) -> float:
+    """The expected least of k of them, drawn without replacement; of all, where there are fewer."""
+    ordered, n = sorted(values), len(values)
+    k = min(k, n)
+    return sum(value * math.comb(n - 1 - i, k - 1) for i, value in enumerate(ordered[: n - k + 1])) / math.comb(n, k)
+
+
+def profile() -> dict[str, np.ndarray]:
+    """For each way of training: over all lines (problem, target, P), its time over the best of all ways, sorted.
+
+    The constants of every style are those of the sweep (seed 0), tuned over size and rate; `steady` has the rate of the
+    small batch.
+    """
+    found: dict[str, list[float]] = {}
+    for problem in measured():
+        kept = record(problem)
+        smallest = [e for e in kept["final"] if e["knee"]][0]["rate"]
+        for target in range(len(kept["targets"])):
+            for at, knee in enumerate(KNEES):
+                ways = {style: math.inf for style in STYLES} | {STEADY: math.inf}
+                for entry in kept["sweep"]:
+                    way = STEADY if entry["knee"] else entry["style"]
+                    if entry["knee"] in (None, knee) and (way != STEADY or entry["rate"] == smallest):
+                        ways[way] = min(ways[way], entry["costs"][target][at] or math.inf)
+                least = min(ways.values())
+                for way, cost in ways.items():
+                    found.setdefault(way, []).append(cost / least)
+    return {way: np.sort(values) for way, values in found.items()}
+
+
+def draw(file: Path) -> None:
+    """The share of lines on which a way of training takes at most τ times the best way's time, τ to 4."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(figures.PRINT):
+        figure = Figure(figsize=(6, 3.6), layout="constrained")
+        axes = figure.subplots()
+        for way, values in profile().items():
+            shares = np.arange(1, len(values) + 1) / len(values)
+            x, y = np.append(values, np.inf), np.append(shares, shares[-1])
+            kept = x <= MOST
+            ends = shares[kept[:-1]][-1] if kept.any() else 0.0
+            axes.step([*x[kept], MOST], [*y[kept], ends], where="post", label=way, lw=2.5 if way == STEADY else 1.3)
+        axes.set(
+            xlabel="τ: time over that of the quickest way", ylabel="share of lines", xlim=(1, MOST), ylim=(0, 1.02)
+        )
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([1, 1.25, 1.5, 2, 3, 4], ["1", "1.25", "1.5", "2", "3", "4"])
+        axes.legend()
+        figure.savefig(file, dpi=160)
+
+
+KINDS = {
+    "ratios": ratios,
+    "leaderboard": leaderboard,
+    "equal_tuning": equal_tuning,
+    "tests_read_once": tests_read_once,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    ).parse_args(arguments)
+    (ROOT / PAGE).write_text(filled((ROOT / PAGE).read_text(), KINDS))
+    print(ROOT / PAGE)
+    if measured():
+        draw(ROOT / FIGURE)
+        print(ROOT / FIGURE)
+
+
+if __name__ == "__main__":
+    main()
