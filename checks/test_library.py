@@ -1,12 +1,11 @@
-"""The library by itself: installed beside somebody else's files, and in loops that are not this program's, where it
-decides as main.py does on the same samples.
+"""The library by itself: what it imports, and loops that are not this program's, in which it decides as main.py does on
+the same samples.
 """
 
 import contextlib
 import copy
 import json
 import math
-import shutil
 import socket
 import subprocess
 import sys
@@ -39,7 +38,7 @@ from adadagrad import (
 from adadagrad.control import Family
 from adadagrad.order import SampleOrder
 from batches.augment import Normalise
-from checks.conftest import ROOT, column, forks, launch, train
+from checks.conftest import ROOT, column, forks, train
 from checks.fake_gpu import DEVICE, fake_gpu
 from checks.test_fake_gpu import unchecked
 from checks.test_readme import BLOCKS
@@ -52,66 +51,6 @@ ETA_OF_GROUPS = 0.6
 def example(marker: str) -> str:
     """The one of README and docs/ that has this in it."""
     return next(block for block in BLOCKS if marker in block)
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """A folder of packages into which the wheel is installed, as it is built from all that stands beside it."""
-    folder = tmp_path_factory.mktemp("installed")
-    ignored = shutil.ignore_patterns(".*", "__pycache__", "out", "data", "build", "results", "*.egg-info", "*.png")
-    source = shutil.copytree(ROOT, folder / "source", ignore=ignored)
-    pip = [sys.executable, "-m", "pip", "--quiet", "--no-input"]
-    for command in (
-        [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder, source],
-        [
-            *pip,
-            "install",
-            "--no-deps",
-            "--no-index",
-            "--find-links",
-            folder,
-            "--target",
-            folder / "packages",
-            "adadagrad",
-        ],
-    ):
-        done = launch(*map(str, command), cwd=folder)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "packages"
-
-
-def test_nothing_but_the_library_is_installed(installed):
-    import adadagrad
-
-    information = f"adadagrad-{adadagrad.__version__}.dist-info"
-    assert {path.name for path in installed.iterdir()} == {"adadagrad", information}
-    assert (installed / "adadagrad" / "py.typed").exists()
-    assert (installed / "adadagrad" / "integrations" / "transformers.py").exists()
-    metadata = (installed / information / "METADATA").read_text()
-    needed = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
-    assert needed == ["Requires-Dist: torch>=2.11"]
-
-
-def test_loop_of_the_readme_beside_files_of_the_same_names(installed, tmp_path):
-    """In a repository that has `tests/`, `data.py` and `models.py`, too."""
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "__init__.py").write_text("OWN = True\n")
-    (tmp_path / "data.py").write_text(
-        "import torch\nlabels = torch.arange(3000) % 3\n"
-        "images = torch.nn.functional.one_hot(labels, 5) + torch.randn(3000, 5)\n"
-    )
-    (tmp_path / "models.py").write_text("import torch\nmodel = torch.nn.Linear(5, 3)\n")
-    loop = example("optimizer, batch_size=16, max_batch_size")
-    (tmp_path / "train.py").write_text(
-        "import torch\ntorch.manual_seed(0)\nimport tests\nfrom data import images, labels\nfrom models import model\n"
-        f"{loop}\nimport adadagrad\nassert tests.OWN\n"
-        "print(adadagrad.__file__, scaler.samples, float(cross_entropy(model(images), labels)))\n"
-    )
-    done = launch(sys.executable, "train.py", cwd=tmp_path, PYTHONPATH=str(installed))
-    assert done.returncode == 0, done.stdout + done.stderr
-    where, samples, loss = done.stdout.split()
-    assert where == str(installed / "adadagrad" / "__init__.py")
-    assert int(samples) >= 20_000 and float(loss) < 1.0 < math.log(3)
 
 
 def test_the_decision_needs_no_torch_and_the_rest_torch_alone():
@@ -177,13 +116,6 @@ class Samples:
     def __call__(self, positions: range) -> tuple[torch.Tensor, torch.Tensor]:
         chosen = self.order.samples(positions)
         return self.normalise(self.images[chosen]), self.labels[chosen]
-
-
-@pytest.fixture
-def in_double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def seeded_model() -> torch.nn.Module:

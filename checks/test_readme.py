@@ -48,8 +48,8 @@ EXAMPLES = (
     "class Loader:",
     "# policy.py",
 )
-"""What tells the Python examples from each other; each is run below, by test_library.py, test_integrations.py,
-test_clusters.py or test_status.py."""
+"""What tells the Python examples from each other; each is run below, or by test_library.py, test_wheel.py,
+test_integration_*.py, test_plain_loops.py, test_clusters.py or test_status.py."""
 
 
 def commands() -> set[str]:

@@ -1,0 +1,116 @@
+"""The wheel, where nothing else of this folder is: what pip installs of it, and the pages' programs on that."""
+
+import math
+import re
+import shutil
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+from checks.conftest import ROOT, launch, unused_port
+from checks.test_library import example
+
+pytestmark = pytest.mark.xdist_group("wheel")  # what the fixtures have found serves several tests
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A folder of packages into which the wheel is installed, as it is built from all that stands beside it."""
+    folder = tmp_path_factory.mktemp("installed")
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "out", "data", "build", "results", "*.egg-info", "*.png")
+    source = shutil.copytree(ROOT, folder / "source", ignore=ignored)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--no-input"]
+    for command in (
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder, source],
+        [
+            *pip,
+            "install",
+            "--no-deps",
+            "--no-index",
+            "--find-links",
+            folder,
+            "--target",
+            folder / "packages",
+            "adadagrad",
+        ],
+    ):
+        done = launch(*map(str, command), cwd=folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "packages"
+
+
+def test_nothing_but_the_library_is_installed(installed):
+    import adadagrad
+
+    information = f"adadagrad-{adadagrad.__version__}.dist-info"
+    assert {path.name for path in installed.iterdir()} == {"adadagrad", information}
+    assert (installed / "adadagrad" / "py.typed").exists()
+    assert (installed / "adadagrad" / "integrations" / "transformers.py").exists()
+    metadata = (installed / information / "METADATA").read_text()
+    needed = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
+    assert needed == ["Requires-Dist: torch>=2.11"]
+
+
+def test_loop_of_the_readme_beside_files_of_the_same_names(installed, tmp_path):
+    """In a repository that has `tests/`, `data.py` and `models.py`, too."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "__init__.py").write_text("OWN = True\n")
+    (tmp_path / "data.py").write_text(
+        "import torch\nlabels = torch.arange(3000) % 3\n"
+        "images = torch.nn.functional.one_hot(labels, 5) + torch.randn(3000, 5)\n"
+    )
+    (tmp_path / "models.py").write_text("import torch\nmodel = torch.nn.Linear(5, 3)\n")
+    loop = example("optimizer, batch_size=16, max_batch_size")
+    (tmp_path / "train.py").write_text(
+        "import torch\ntorch.manual_seed(0)\nimport tests\nfrom data import images, labels\nfrom models import model\n"
+        f"{loop}\nimport adadagrad\nassert tests.OWN\n"
+        "print(adadagrad.__file__, scaler.samples, float(cross_entropy(model(images), labels)))\n"
+    )
+    done = launch(sys.executable, "train.py", cwd=tmp_path, PYTHONPATH=str(installed))
+    assert done.returncode == 0, done.stdout + done.stderr
+    where, samples, loss = done.stdout.split()
+    assert where == str(installed / "adadagrad" / "__init__.py")
+    assert int(samples) >= 20_000 and float(loss) < 1.0 < math.log(3)
+
+
+@pytest.fixture(scope="module")
+def fresh(installed, tmp_path_factory) -> str:
+    """Python of an environment of its own, for which pip has installed adadagrad[transformers] from the wheel; all else
+    that this needs is the suite's."""
+    folder = tmp_path_factory.mktemp("fresh")
+    venv.create(folder)
+    python = str(folder / "bin" / "python")
+    own = launch(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip()
+    Path(own, "suite.pth").write_text(sysconfig.get_path("purelib"))
+    (wheel,) = installed.parent.glob("*.whl")
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index"]
+    done = launch(*pip, f"{wheel}[transformers]", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert Path(own, "adadagrad").is_dir()
+    return python
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_small_llama_on_the_standard_librarys_text(tmp_path, processes, request):
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    python = request.getfixturevalue("fresh")
+    program = example("AdaptiveBatchTrainer(model, args")
+    program += "import adadagrad\n"
+    program += "print('END', trainer.scaler.samples, trainer.scaler.batch_size, adadagrad.__file__)\n"
+    shorter = "max_steps=60, logging_steps=1, save_strategy='no', report_to='none'"
+    (tmp_path / "llama.py").write_text(program.replace("max_steps=200", shorter))
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={unused_port()}"]
+    done = launch(python, *(torchrun if processes > 1 else []), "llama.py", cwd=tmp_path, PYTHONPATH="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    ends = [line.split() for line in done.stdout.splitlines() if line.startswith("END")]
+    losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", done.stdout)]
+    assert len(ends) == processes and len({tuple(end) for end in ends}) == 1
+    _, samples, batch_size, file = ends[0]
+    assert int(samples) >= 480 and int(batch_size) > 8
+    assert Path(file).is_relative_to(Path(python).parents[1])
+    assert losses[0] > 5 > 3.7 > losses[-1]
