@@ -2,7 +2,6 @@
 batch has done, and where it does not change the steps are those of `accelerator.accumulate`.
 """
 
-import functools
 import itertools
 from pathlib import Path
 
@@ -66,7 +65,7 @@ def in_accelerate(rank: int, folder: Path) -> dict:
     with pytest.raises(ValueError, match="multiples of that"):
         trained(by(Controller(B0 + 1, rule=Constant())), 1)
 
-    names = {"Accelerator": functools.partial(Accelerator, cpu=True), "adaptive_accumulate": adaptive_accumulate}
+    names = {"Accelerator": Accelerator, "adaptive_accumulate": adaptive_accumulate}
     names |= {"BatchScaler": BatchScaler, "cross_entropy": cross_entropy, "torch": torch, "model": seeded_model()}
     names["loader"] = DataLoader(TensorDataset(*digits()(range(600))), batch_size=4, shuffle=True, drop_last=True)
     exec(example("with adaptive_accumulate("), names)

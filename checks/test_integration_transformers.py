@@ -109,17 +109,21 @@ def in_transformers(rank: int, folder: Path, samples: int) -> dict:
 
     def resumed(data, **how):
         own = {"max_steps": 45, "save_strategy": "steps", "save_steps": 7, "train_sampling_strategy": "random"}
+        own |= {"eval_strategy": "steps", "eval_steps": 1000}
         new = arguments(folder / "resumed", **own, lr_scheduler_type="linear", **how)
         trainer = AdaptiveBatchTrainer(
             Classifier(),
             new,
             train_dataset=data,
+            eval_dataset=data[:16],
             scaling={"controller": controller(), "measure_interval": 2},
         )
         return trainer
 
     whole = resumed(rows(104))
     whole.train()
+    found["steps"], found["evaluated"] = whole.state.global_step, whole.state.log_history[-2]["step"]
+    found["saved"] = (folder / "resumed" / f"checkpoint-{whole.state.global_step}").is_dir()
     again = resumed(rows(104))
     again.train(resume_from_checkpoint=str(folder / "resumed" / "checkpoint-7"))
     names = ("batch_size", "learning_rate", "epoch", "loss")
@@ -184,6 +188,13 @@ def test_transformers_goes_on_from_a_checkpoint_bit_for_bit(of_transformers):
     assert found["weights of both"][0] == found["weights of both"][1]
     sizes, rates, epochs, _ = zip(*found["whole"])
     assert sizes[-1] > sizes[7] > B0 and epochs[6] % 1 and epochs[-1] > 2
+
+
+def test_transformers_evaluates_and_saves_at_its_end(of_transformers):
+    """After fewer steps than `max_steps`."""
+    for found in of_transformers:
+        assert found["steps"] == len(found["whole"]) < 45 and found["steps"] % 7
+        assert found["evaluated"] == found["steps"] and found["saved"]
 
 
 @pytest.mark.parametrize("name", ["language_model", "gpt2", "callback"])

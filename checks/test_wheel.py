@@ -1,5 +1,6 @@
 """The wheel, where nothing else of this folder is: what pip installs of it, and the pages' programs on that."""
 
+import json
 import math
 import re
 import shutil
@@ -7,6 +8,7 @@ import sys
 import sysconfig
 import venv
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -80,6 +82,8 @@ def test_loop_of_the_readme_beside_files_of_the_same_names(installed, tmp_path):
 def fresh(installed, tmp_path_factory) -> str:
     """Python of an environment of its own, for which pip has installed adadagrad[transformers] from the wheel; all else
     that this needs is the suite's."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
     folder = tmp_path_factory.mktemp("fresh")
     venv.create(folder)
     python = str(folder / "bin" / "python")
@@ -93,24 +97,49 @@ def fresh(installed, tmp_path_factory) -> str:
     return python
 
 
+PROGRAM = example("AdaptiveBatchTrainer(model, args, train_dataset=data, scaling={")
+SAYS = """
+import adadagrad, json
+told = {"steps": trainer.state.global_step, "samples": trainer.scaler.samples, "file": adadagrad.__file__}
+told |= {"batch_size": trainer.scaler.batch_size, "weights": [float(part.sum()) for part in model.parameters()]}
+told["losses"] = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+pathlib.Path(f"told{os.environ.get('RANK', 0)}.json").write_text(json.dumps(told))
+"""
+
+
+def shortened(program: str, max_steps: int = 60) -> str:
+    return re.sub(r"max_steps=200,\s+logging_steps=10", f"{max_steps=}, logging_steps=1, report_to='none'", program)
+
+
+def trained(python: str, folder: Path, program: str, processes: int) -> SimpleNamespace:
+    """Of a program, at its end: steps, samples, batch size, losses; the same on all processes, and equal weights."""
+    (folder / "llama.py").write_text(program + SAYS)
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={unused_port()}"]
+    done = launch(python, *(torchrun if processes > 1 else []), "llama.py", cwd=folder, PYTHONPATH="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = [json.loads((folder / f"told{rank}.json").read_text()) for rank in range(processes)]
+    assert all(of_rank == told[0] for of_rank in told)
+    assert Path(told[0]["file"]).is_relative_to(Path(python).parents[1])
+    return SimpleNamespace(**told[0])
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_small_llama_on_the_standard_librarys_text(tmp_path, processes, request):
-    pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
-    python = request.getfixturevalue("fresh")
-    program = example("AdaptiveBatchTrainer(model, args")
-    program += "import adadagrad\n"
-    program += "print('END', trainer.scaler.samples, trainer.scaler.batch_size, adadagrad.__file__)\n"
-    shorter = "max_steps=60, logging_steps=1, save_strategy='no', report_to='none'"
-    (tmp_path / "llama.py").write_text(program.replace("max_steps=200", shorter))
-    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={unused_port()}"]
-    done = launch(python, *(torchrun if processes > 1 else []), "llama.py", cwd=tmp_path, PYTHONPATH="")
-    assert done.returncode == 0, done.stdout + done.stderr
-    ends = [line.split() for line in done.stdout.splitlines() if line.startswith("END")]
-    losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", done.stdout)]
-    assert len(ends) == processes and len({tuple(end) for end in ends}) == 1
-    _, samples, batch_size, file = ends[0]
-    assert int(samples) >= 480 and int(batch_size) > 8
-    assert Path(file).is_relative_to(Path(python).parents[1])
-    assert losses[0] > 5 > 3.7 > losses[-1]
+def test_a_small_llama_on_the_standard_librarys_text(fresh, tmp_path, processes):
+    """README's program."""
+    program = PROGRAM.replace("AdaptiveBatchTrainer(model", "trainer = AdaptiveBatchTrainer(model")
+    program = program.replace(").train()", ")\ntrainer.train()")
+    found = trained(fresh, tmp_path, shortened(program), processes)
+    assert found.samples >= 480 and found.batch_size > 8 and len(found.losses) == found.steps < 60
+    assert found.losses[0] > 5 > 3.7 > found.losses[-1]
+
+
+@pytest.mark.long
+def test_the_same_command_goes_on_from_a_checkpoint(fresh, tmp_path):
+    """The page's program, on README's model and data: by the norm test, once more after its end for more samples."""
+    begin = PROGRAM[: PROGRAM.index("AdaptiveBatchTrainer(model")]
+    program = f"{begin}from adadagrad import NormTest\n" + example("trainer = AdaptiveBatchTrainer(model, args")
+    first, longer = (trained(fresh, tmp_path, shortened(program, steps), 2) for steps in (60, 90))
+    assert first.samples >= 480 and longer.samples >= 720 and longer.batch_size > 8
+    assert longer.losses[: first.steps] == first.losses and len(longer.losses) == longer.steps > first.steps
+    assert longer.losses[-1] < 3.7

@@ -145,7 +145,10 @@ class _Steps(TrainerCallback):
         state.epoch = samples / trainer.batches.samples
         begun = (samples - trainer.taken) // trainer.batches.samples
         control.should_epoch_stop |= samples // trainer.batches.samples > begun
-        control.should_training_stop |= samples >= trainer.last_sample
+        if samples >= trainer.last_sample:  # what the Trainer does itself where it comes to max_steps
+            control.should_training_stop = True
+            control.should_evaluate |= args.eval_strategy == "steps" and args.eval_delay <= state.global_step
+            control.should_save |= args.save_strategy == "steps"
 
 
 class _Batches:
