@@ -3,8 +3,9 @@
     python examples/ray_train.py --workers=1:4 --gpus --storage=/shared/ray -- --model=resnet18 --dataset=cifar10 …
 
 Options after `--` are main.py's. All machines must see the repository, the storage, and the folder in which this is
-typed. The run's folder is STORAGE/NAME/run. Whenever Ray starts another group of workers, be they fewer or more, the
-run goes on from its newest checkpoint with the same samples. The exit status is main.py's.
+typed. The run's folder is STORAGE/NAME/run. Where a worker is lost, or Ray finds an added machine (it looks every
+`--look` seconds), it starts another group with the workers that there are then, and the run goes on from its newest
+checkpoint with the same samples. The exit status is main.py's.
 Needs `pip install -r requirements-ray.txt`.
 """
 
@@ -77,6 +78,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--workers", type=workers, default=1, help="processes, or as 1:4 the least and the most of them"
     )
+    parser.add_argument(
+        "--look", type=float, default=60.0, help="seconds between looks for machines that were added (default: 60)"
+    )
     parser.add_argument("--gpus", action="store_true", help="a GPU for each; default: a CPU core")
     parser.add_argument("--storage", type=Path, required=True, help="folder that all machines see")
     parser.add_argument("--name", default="adadagrad", help="a job of the same name goes on (default: %(default)s)")
@@ -92,7 +96,9 @@ def main(arguments: list[str] | None = None) -> int:
         train_func,
         train_loop_config={"folder": os.getcwd(), "arguments": words},
         torch_config=TorchConfig(backend="nccl" if options.gpus else "gloo", timeout_s=timeout),
-        scaling_config=ScalingConfig(num_workers=options.workers, use_gpu=options.gpus),
+        scaling_config=ScalingConfig(
+            num_workers=options.workers, use_gpu=options.gpus, elastic_resize_monitor_interval_s=options.look
+        ),
         run_config=RunConfig(
             name=options.name, storage_path=str(storage), failure_config=FailureConfig(max_failures=100)
         ),
