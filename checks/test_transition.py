@@ -160,6 +160,12 @@ def test_the_numbers_of_a_change():
     assert change.squares == pytest.approx((48 / 16 + 1) / (48 / 32 + 1))
     assert change.rate(Family.GRADIENT) == change.gain and change.rate(Family.SUM) == 1
     assert change.rate(Family.AVERAGE) == change.rate(Family.SIGN) == change.gain / math.sqrt(change.squares)
+    critical = Transition.of(STATISTICS, before=16, after=64, initial=8, critical=8.0)  # r/√ρ = 2.2 is over √κ
+    assert critical.gain / math.sqrt(critical.squares) > 2
+    assert critical.rate(Family.AVERAGE) == critical.rate(Family.SIGN) == 2
+    assert critical.decay(Family.AVERAGE) == pytest.approx(math.sqrt(critical.squares))
+    assert critical.states(Family.AVERAGE)["exp_avg"] == pytest.approx((4 * critical.squares) ** -0.25)
+    assert critical.rate(Family.GRADIENT) == critical.gain
     assert change.decay(Family.GRADIENT) == 1
     assert change.decay(Family.AVERAGE) == pytest.approx(math.sqrt(change.squares))
     assert change.second_beta(0.999) == pytest.approx(0.999**4)  # relative to the first batch
@@ -183,7 +189,7 @@ def test_the_controller_says_what_changes():
     assert all(silent.update(None).transition is None for _ in range(5))  # nothing was measured: nothing is carried
 
 
-CHANGE = Transition(before=16, after=64, initial=16, gain=3.0, squares=2.0)
+CHANGE = Transition(before=16, after=64, initial=16, gain=2.5, squares=2.0)
 
 
 def stepped(make, steps: int = 3) -> torch.optim.Optimizer:
@@ -249,7 +255,7 @@ def test_state_keeps_its_place(name):
         total = [float(state["param_groups"][0]["sum_of_squares"]) for state in (after, before)]
         assert total[0] / total[1] == pytest.approx(1 / 8)
     if name in ("muon", "momentum"):
-        assert ratio("momentum_buffer") == pytest.approx(1 / math.sqrt(3))
+        assert ratio("momentum_buffer") == pytest.approx(1 / math.sqrt(2.5))
     if name == "rmsprop, centred":
         state = after["state"][0]
         assert bool((state["square_avg"] >= state["grad_avg"].square()).all())

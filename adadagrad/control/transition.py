@@ -77,30 +77,40 @@ class Transition:
         """κ = b'/b."""
         return self.after / self.before
 
+    def step(self, family: Family) -> float:
+        """How many times as much a step does: r; of an optimizer that divides by √E[g²] at most √(κρ).
+
+        Its rate then grows with √κ at most, as where noise dominates (Malladi et al., NeurIPS 2022). r counts with a
+        critical batch size of several noise scales, ρ with one: r/√ρ alone would be more than that.
+        """
+        if family in (Family.AVERAGE, Family.SIGN):
+            return min(self.gain, math.sqrt(self.growth * self.squares))
+        return self.gain
+
     def rate(self, family: Family) -> float:
         """What the learning rate is multiplied by, once the state has followed.
 
-        A step is to be r times as long for the same gradient. An optimizer that divides by √E[g²] makes it √ρ times
-        as long by itself; a sum of squares that has followed does all of it.
+        A step is to do `step` times as much for the same gradient. An optimizer that divides by √E[g²] makes it √ρ
+        times as long by itself; a sum of squares that has followed does all of it.
         """
         if family is Family.GRADIENT:
-            return self.gain
-        return 1.0 if family is Family.SUM else self.gain / math.sqrt(self.squares)
+            return self.step(family)
+        return 1.0 if family is Family.SUM else self.step(family) / math.sqrt(self.squares)
 
     def decay(self, family: Family) -> float:
-        """What a decoupled weight decay is multiplied by: a step is to decay the weights r times as much, too.
+        """What a decoupled weight decay is multiplied by: it, too, is to do `step` times as much in a step.
 
         It decays them by rate times coefficient; an L2 penalty follows without this, being part of the gradient.
         """
-        return self.gain / self.rate(family)
+        return self.step(family) / self.rate(family)
 
     def states(self, family: Family) -> dict[str, float]:
         """Factors on what the optimizer keeps of each parameter, by the names that torch's classes give it.
 
         Momentum is made smaller by √r: then its noise is that of the new batch, while a step that is r times as long
-        would carry the old one r times as far.
+        would carry the old one r times as far. (r as `step` has it.)
         """
-        momentum = 1 / math.sqrt(self.gain)
+        momentum = 1 / math.sqrt(self.step(family))
         if family is Family.SUM:
             return {"sum": 1 / (self.growth * self.squares)}
         if family is not Family.AVERAGE:
