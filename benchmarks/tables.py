@@ -126,10 +126,11 @@ def costs(problem: str, method: str, target: float, knee: float | None) -> list[
     return [entry["seconds"] if knee is None else entry["samples"] + knee * entry["step"] for entry in reached]
 
 
-def best_constant(problem: str, target: float, knee: float | None) -> tuple[list[float], str]:
-    """The constant batch with the least geometric mean: its costs, and its name."""
+def best_constant(problem: str, target: float, knee: float | None) -> tuple[list[float], str] | None:
+    """The constant batch with the least geometric mean: its costs, and its name; None where no one always arrives."""
     found = [(costs(problem, name, target, knee), name) for name in methods(problem) if name.startswith("constant")]
-    return min((pair for pair in found if pair[0]), key=lambda pair: statistics.geometric_mean(pair[0]))
+    arrived = [pair for pair in found if pair[0]]
+    return min(arrived, key=lambda pair: statistics.geometric_mean(pair[0])) if arrived else None
 
 
 def ratio(these: Sequence[float], those: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
@@ -243,12 +244,13 @@ def couplings() -> str:
             continue
         for knee in KNEES:
             for target in PARTS[problem].targets:
-                best, constant = best_constant(problem, target, knee)
-                row = [name, str(knee), in_words(problem, target), constant.removeprefix("constant_")]
+                best = best_constant(problem, target, knee)
+                constant = best[1].removeprefix("constant_") if best else "none"
+                row = [name, str(knee), in_words(problem, target), constant]
                 for variant in VARIANTS:
                     method = f"steady_knee{knee}_{variant}"
                     own = costs(problem, method, target, knee)
-                    row.append(with_interval(own, best) if own else arrived(problem, method, target))
+                    row.append(with_interval(own, best[0]) if own and best else arrived(problem, method, target))
                 body.append(row)
     return markdown(["optimizer", "P", "to", "best constant", *VARIANTS.values()], body)
 
