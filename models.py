@@ -169,15 +169,13 @@ def refuse_loss(model: nn.Module, loss: Loss, inputs: Any, targets: Any, config:
             their sum, with which the step would depend on how a batch is cut.
     """
     name = f"--loss={config.loss}" if config.loss else f"--dataset={config.dataset}: its loss"
-    training = model.training
+    device = next(model.parameters()).device
     try:
-        with torch.no_grad():
+        with torch.no_grad(), preserving_state(model), drawing_from(random_states(device), device):
             outputs = model.eval()(inputs)
             losses = loss(outputs, targets)
     except Exception as error:  # a user's loss raises what it likes
         raise UsageError(f"{name} does not work on what {config.model} gives: {in_one_line(error)}") from None
-    finally:
-        model.train(training)
     if not isinstance(losses, Tensor) or tuple(losses.shape) not in ((), (2,)):
         given = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise UsageError(f"{name} gives {given} for 2 samples: give their losses (2,), or the mean of these ()")

@@ -146,10 +146,12 @@ def build(model: nn.Module | Iterable[Tensor], config: Config) -> torch.optim.Op
     for kind, arguments in chosen:
         _refuse_arguments(kind, arguments, config)
     arguments = dict(chosen[0][1])
+    module = model if isinstance(model, nn.Module) else nn.ParameterList(model)
+    device = next((parameter.device for parameter in module.parameters()), None)
     try:
         for kind, own in chosen:
-            _try_out(kind, own)
-        shares = _split(model if isinstance(model, nn.Module) else nn.ParameterList(model), config)
+            _try_out(kind, own, device)
+        shares = _split(module, config)
         optimizers = [kind(share, **own) for (kind, own), share in zip(chosen, shares, strict=True)]
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise UsageError(
@@ -300,15 +302,22 @@ def is_adaptive(optimizer: torch.optim.Optimizer) -> bool:
     return not isinstance(optimizer, (torch.optim.SGD, torch.optim.ASGD))
 
 
-def _try_out(kind: type[torch.optim.Optimizer], arguments: dict[str, Any]) -> dict[str, Any]:
+def _try_out(
+    kind: type[torch.optim.Optimizer], arguments: dict[str, Any], device: torch.device | None = None
+) -> dict[str, Any]:
     """One step on a toy: some optimizers take no dense gradients, or want a closure that recomputes the loss.
 
     Gives what the optimizer keeps beside the toy's parameter.
+
+    Args:
+        device: of the toy; some arguments (capturable) are for GPUs alone.
     """
-    parameter = nn.Parameter(torch.ones(2, 2))
-    parameter.grad = torch.ones(2, 2)
+    device = device if device and device.type == "cuda" else None
+    parameter = nn.Parameter(torch.ones(2, 2, device=device))
+    parameter.grad = torch.ones_like(parameter)
     optimizer = kind([parameter], **arguments)
-    if inspect.signature(optimizer.step).parameters["closure"].default is inspect.Parameter.empty:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure and closure.default is inspect.Parameter.empty:
         raise ValueError("it wants a closure that computes the loss again, and a step here computes it once")
     set_training(optimizer, True)
     optimizer.step()

@@ -285,7 +285,7 @@ class BatchScaler:
 
     def _estimator_by_name(self, inputs: Batch, targets: Batch) -> Estimator:
         name = self.test_gradients
-        may_compare = name == "auto" and self.controller.decided_by.unbiased  # micro-batches, where samples are coupled
+        may_compare = name == "auto" and not self._is_published  # micro-batches, where samples are coupled
         is_coupled = may_compare and couples_samples(self.module)
         if self._is_sharded and name not in ("auto", *BY_GROUPS):
             raise ValueError(
@@ -300,6 +300,12 @@ class BatchScaler:
         for line in [COUPLED] * is_coupled + told:
             self._notify(line)
         return estimator
+
+    @property
+    def _is_published(self) -> bool:
+        """A test decides by the statistics as they are published, and nothing else reads the noise scale."""
+        controller = self.controller
+        return bool(controller.rule.test) and not (controller.decided_by.unbiased or controller.scaling.measures)
 
     def _built(self, name: str, inputs: Batch, targets: Batch) -> tuple[Estimator, list[str]]:
         test = self.controller.rule.test

@@ -189,12 +189,19 @@ class Tuning:
     """What a method tried: learning rate → score (less is better) and what it cost."""
 
     scores: dict[float, tuple[float, float]] = field(default_factory=dict)  # to the target; then by the objective
+    early: dict[float, tuple[float, float]] = field(default_factory=dict)  # likewise, to the easy target
     samples: int = 0
     seconds: float = 0.0
 
     @property
     def chosen(self) -> float:
         return min(self.scores, key=lambda rate: (self.scores[rate], rate))
+
+    @property
+    def chosen_early(self) -> float:
+        """For a run whose batch grows: its small batch is to be quick, and never comes to the end of the run."""
+        early = self.early or self.scores
+        return min(early, key=lambda rate: (early[rate], rate))
 
     def next_rate(self) -> float | None:
         """The neighbour of the best rate, where that is at the edge of what was tried; and at least four in all."""
@@ -283,6 +290,7 @@ def tune(part: Part, method: str, folder: Path, further: Sequence[str]) -> Tunin
         options = {**part.shared, **part.methods[method], "learning_rate": rate, "seed": SWEEP_SEED}
         result = run(folder / f"{method}_lr{rate:g}", options, further)
         tuning.scores[rate] = score(result, part.targets[1])
+        tuning.early[rate] = score(result, part.targets[0])
         tuning.samples += result.summary["samples"]
         tuning.seconds += result.summary["wall_time"]
         if not rates and (wider := tuning.next_rate()):
@@ -307,7 +315,10 @@ def compare(
         runs = {}
         for seed in SEEDS:
             for name in methods:
-                rate = tuned[part.rate_from(name)].chosen
+                tuning = tuned[part.rate_from(name)]
+                rate = (
+                    tuning.chosen_early if part.methods is COUPLINGS and "knee" in part.methods[name] else tuning.chosen
+                )
                 words = {**part.shared, **part.methods[name], "learning_rate": rate, "seed": seed}
                 runs[f"{name}_seed{seed}"] = pool.submit(run, folder / "final" / f"{name}_seed{seed}", words, further)
         return tuned, {name: future.result() for name, future in runs.items()}
@@ -334,6 +345,7 @@ def keep(name: str, tuned: dict[str, Tuning], runs: dict[str, Run], results: Pat
     record |= {
         method: {
             "chosen": tuning.chosen,
+            "chosen_early": tuning.chosen_early,
             "tried": len(tuning.scores),
             "to_target": {f"{r:g}": s[0] if math.isfinite(s[0]) else None for r, s in sorted(tuning.scores.items())},
             "samples": tuning.samples,

@@ -228,6 +228,11 @@ class Study:
     def best(self, method: Method) -> float:
         return min(self.sweep[method], key=lambda rate: self.sweep[method][rate].order(self._demanding))
 
+    def rate_of_steady(self) -> float:
+        """That with which the smallest batch is the first at the easy target: later, `steady` has a larger one."""
+        tried = self.sweep[self.problem.constant(self.problem.smallest)]
+        return min(tried, key=lambda rate: tried[rate].order(self.targets[0]))
+
     def set_targets(self) -> None:
         """By the smallest batch: what its best run had, by the mean of three evaluations, at so much of its samples."""
         smallest = self.problem.constant(self.problem.smallest)
@@ -282,7 +287,7 @@ class Study:
 
     def try_steady(self) -> None:
         """At other rates, seed 0: the trials with which a random search is compared. They choose nothing."""
-        own = self.best(self.problem.constant(self.problem.smallest))
+        own = self.rate_of_steady()
         for knee in KNEES:
             method = self.problem.steady(knee)
             rates = [own * factor for factor in TRIALS]
@@ -290,7 +295,7 @@ class Study:
             self.sweep[method] = dict(zip(rates, courses))
 
     def of_constants_and_steady(self) -> list[dict]:
-        own = self.best(self.problem.constant(self.problem.smallest))
+        own = self.rate_of_steady()
         cells = [(method, rate) for method, rates in self.finalists().items() for rate in rates]
         return self.final(cells + [(self.problem.steady(knee), own) for knee in KNEES])
 

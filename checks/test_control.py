@@ -5,6 +5,7 @@ Random numbers with known V, Σ and G stand in for gradients; a clock with known
 
 import json
 import math
+import random
 from functools import partial
 
 import numpy as np
@@ -12,8 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tests
 from adadagrad import control
 from adadagrad.control.rules import Observation, progress_rate, quickest_batch
+from options import command_line
 from tests import AugmentedInnerProductTest, Decision, InnerProductTest, Moments, NormTest, Statistics
 
 FAIL, PASS, NONE = Decision(False, 700), Decision(True, 64), Decision(None, 64, "why")
@@ -430,6 +433,21 @@ def test_goodput_moves_only_for_a_gain_and_shrinks_only_where_it_may():
     assert of_a_run(16, 10**6, costly) == 40 and of_a_run(16, 8 * 10**6, costly) == 20
     for untimed in (found, Observation(None, 50.0)):
         assert goodput(400)(16, 10**4, untimed) == 200
+
+
+def test_squares_too_large_to_be_numbers_leave_nothing_behind():
+    """In double precision ‖ḡ‖² may be 1e160: the interval is not known then, and is again afterwards."""
+    smoothing, generator = control.Smoothing(100.0, unbiased=True), random.Random(0)
+    for norm_sq in [1.0] * 8 + [1e160] * 2 + [1.0] * 4000:
+        signal = norm_sq * generator.uniform(0.9, 1.1)
+        statistics = smoothing.add(Moments(16, 16, signal, 16 * signal + 15 * norm_sq), 16)
+    assert statistics.margin is not None and math.isfinite(statistics.margin)
+    assert statistics.grad_norm_sq + statistics.margin < 10
+
+
+def test_the_smallest_batch_is_the_programs_word():
+    config = command_line.parse(["--recipe=steady", "--may_shrink=True", "--batch_size=64"])
+    assert tests.controller(config, lambda samples: 1.0, False, least=6).limits.min_batch_size == 6
 
 
 def test_a_knee_that_is_told_stands_above_the_times():

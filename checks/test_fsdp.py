@@ -80,6 +80,31 @@ def test_as_ddp(tmp_path, words, model, test_type):
         torch.testing.assert_close(other[name], one[name], rtol=1e-7, atol=1e-10)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_optimizers_state_follows_on_shards(tmp_path, words, optimizer):
+    """As under ddp, to rounding, through changes of the batch size; and a run goes on bit for bit."""
+    options = [*options_of("gpt", words), *STEPS, f"--optimizer={optimizer}", "--beta2=0.999", "--weight_decay=0.1"]
+    options += ["--test=False", "--stagewise_ramp_up=True", "--global_batch_sizes=[5,20,60]"]
+    options += ["--samples_stages=[20,80,900]", "--lr_scaling=critical", "--coupling=full", "--monitor_interval=1"]
+    options += ["--max_micro_batch_size=31", "--checkpoint_interval=6", "--keep_checkpoints=9"]
+    ddp, fsdp = (
+        train(tmp_path, *options, "--max_iters=12", f"--strategy={name}", processes=2, name=name)
+        for name in ("ddp", "fsdp")
+    )
+    sizes = column(fsdp, "batch_size")
+    assert sizes == column(ddp, "batch_size") and {5, 20, 60} == set(sizes)
+    assert column(fsdp, "lr_factor")[-1] > 1
+    one, other = (torch.load(run.folder / "model.pt", weights_only=True) for run in (ddp, fsdp))
+    rounding = {"rtol": 1e-7, "atol": 1e-10} if optimizer == "adamw" else {"rtol": 0.0, "atol": 5e-4}  # in bfloat16
+    for name in one:
+        torch.testing.assert_close(other[name], one[name], **rounding)
+    checkpoint = fsdp.folder / "checkpoints" / "step-00000006.pt"
+    again = train(tmp_path, *options, "--max_iters=12", "--strategy=fsdp", f"--resume={checkpoint}", processes=2,
+                  name="again")  # fmt: skip
+    resumed = torch.load(again.folder / "model.pt", weights_only=True)
+    assert all(torch.equal(resumed[name], other[name]) for name in other)
+
+
 def test_the_measured_size_leaves_no_trace(tmp_path, words):
     """Gradients of passes before the first step do not come into it."""
     options = [*options_of("gpt", words), *STEPS, "--max_iters=3", "--strategy=fsdp", *TESTS["norm"]]

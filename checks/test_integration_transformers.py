@@ -128,6 +128,7 @@ def in_transformers(rank: int, folder: Path, samples: int) -> dict:
     again.train(resume_from_checkpoint=str(folder / "resumed" / "checkpoint-7"))
     names = ("batch_size", "learning_rate", "epoch", "loss")
     found["whole"], found["again"] = (logged(trainer, *names) for trainer in (whole, again))
+    found["noise scales"] = [row["noise_scale"] for row in whole.state.log_history if row.get("noise_scale")]
     found["weights of both"] = weights(whole.model), weights(again.model)
     return found
 
@@ -188,6 +189,9 @@ def test_transformers_goes_on_from_a_checkpoint_bit_for_bit(of_transformers):
     assert found["weights of both"][0] == found["weights of both"][1]
     sizes, rates, epochs, _ = zip(*found["whole"])
     assert sizes[-1] > sizes[7] > B0 and epochs[6] % 1 and epochs[-1] > 2
+    before = [sum(sizes[:i]) for i in range(5)]  # the schedule counts samples; later the controller's factor comes in
+    assert rates[:5] == pytest.approx([RATE * (1 - samples // B0 / 45) for samples in before])
+    assert found["noise scales"] and all(scale > 0 for scale in found["noise scales"])
 
 
 def test_transformers_evaluates_and_saves_at_its_end(of_transformers):

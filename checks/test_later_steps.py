@@ -207,14 +207,33 @@ def test_hooks_that_change_gradients(hook, test_gradients, pieces):
             assert relative(getattr(moments, name), expected[name]) < 1e-9, name
 
 
-def test_statistics_are_of_the_gradients_before_a_hook_that_is_not_linear():
-    model, (inputs, targets) = hooked(lambda g: g.clamp(-0.01, 0.01)), batch()
+def masked_late() -> nn.Module:
+    """What has been accumulated is masked: of the hook nobody is told what it does."""
+
+    def mask(parameter: nn.Parameter) -> None:
+        parameter.grad.mul_(MASK)
+
+    model = hooked(lambda g: g)
+    model[0].weight.register_post_accumulate_grad_hook(mask)
+    return model
+
+
+@pytest.mark.parametrize("make", [lambda: hooked(lambda g: g.clamp(-0.01, 0.01)), masked_late], ids=["clamp", "late"])
+def test_statistics_are_of_the_gradients_before_hooks_that_are_not_linear_or_late(make):
+    model, (inputs, targets) = make(), batch()
     probe = (inputs, targets)
     estimator, told = gradients.build("auto", model, cross_entropy, True, 8, probe, in_training_pass=True)
     assert any("hooks change the gradients of 0.weight" in line for line in told)
     moments = step(estimator, model, inputs, targets)
     model[0].weight._backward_hooks.clear()
+    (model[0].weight._post_accumulate_grad_hooks or {}).clear()
     assert exact(model, cross_entropy, inputs, targets, moments)
+
+
+def test_micro_batches_are_refused_behind_late_hooks():
+    probe = batch()
+    with pytest.raises(ValueError, match=r"0.weight.*test_gradients=auto"):
+        gradients.build("micro_batch", masked_late(), cross_entropy, False, 8, probe)
 
 
 class Keeps(nn.Module):

@@ -7,6 +7,7 @@ import torch
 import torchmetrics
 
 import data
+from options.errors import UsageError
 from training.metrics import Validation
 
 
@@ -44,6 +45,14 @@ def test_a_loss_that_is_not_a_number_shows():
     validation.update(torch.full((1, 3), torch.nan), torch.zeros(1, dtype=torch.int64))
     assert math.isnan(validation.compute()["val_loss"])
     assert validation.results()["best_val_loss"] == finite
+
+
+def test_a_metric_of_several_numbers_is_refused():
+    metric = torchmetrics.classification.MulticlassAccuracy(3, average="none")
+    validation = Validation(torch.nn.functional.cross_entropy, {"accuracy": metric}, torch.device("cpu"))
+    validation.update(torch.randn(5, 3), torch.tensor([0, 1, 2, 1, 0]))
+    with pytest.raises(UsageError, match=r"accuracy gives a tensor of shape \(3,\): give one number"):
+        validation.compute()
 
 
 class Unsure(torchmetrics.MeanMetric):

@@ -8,8 +8,11 @@ from collections import OrderedDict
 import pytest
 import torch
 
+import data
+import models
 import optim
 from adadagrad.control import Transition, carry_over
+from checks.conftest import column, train
 from options.errors import UsageError
 from options.schema import Config
 
@@ -315,6 +318,24 @@ def test_schedule_free_optimizers_have_modes():
     optim.set_training(optimizer, False)
     assert optimizer.mode == "eval"
     optim.set_training(optim.build(model, Config(optimizer="adam")), False)  # has none: nothing happens
+
+
+def test_schedulefree_is_evaluated_and_saved_at_its_averages(tmp_path):
+    """The package's own class: what model.pt has, gives the validation loss of the last row."""
+    pytest.importorskip("schedulefree")
+    options = [
+        "--model=logistic",
+        "--optimizer=schedulefree:AdamWScheduleFree",
+        "--decay_lr=False",
+        "--max_samples=900",
+    ]
+    found = train(tmp_path, *options, "--recipe=steady", "--knee=50", "--batch_size=16")
+    images, labels = data.load("digits", tmp_path).val.tensors
+    model = models.build("logistic", (1, 8, 8), 10)
+    model.load_state_dict(torch.load(found.folder / "model.pt", weights_only=True))
+    loss = torch.nn.functional.cross_entropy(model(images.float() / 255), labels)
+    assert found.summary["val_loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert column(found, "batch_size")[-1] > 16
 
 
 class SharpnessAware(torch.optim.SGD):

@@ -95,7 +95,8 @@ def is_measured(row: Row) -> bool:
 
 def in_groups(row: Row) -> bool:
     """Statistics are of micro-batches. BatchNorm has no others, unless the published rule takes its own."""
-    published = is_tested(row) and row["statistics"] == "batch"
+    published = row["rule"] in ("norm", "ip", "ip+orth") and row["statistics"] == "batch"
+    published = published and not scales_by_statistics(row)
     by_itself = row["network"] == "batch_norm" and row["test_gradients"] == "auto" and not published
     return row["test_gradients"] in ("micro_batch", "worker") or by_itself
 

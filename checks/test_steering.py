@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import main
 from adadagrad.gradients.ghost_norms import GhostNorms
@@ -217,11 +218,18 @@ class Centred(torch.nn.Module):
 
 
 @pytest.mark.parametrize("model", ["checks.test_steering:Centred", "checks.fault_drill:Net"])
-@pytest.mark.parametrize("recipe, cut", [("steady", 8), ("paper", 1)])
-def test_networks_that_couple_samples(tmp_path, capsys, model, recipe, cut):
-    """Unbiased statistics are of the real micro-batches; the published rule keeps its own."""
-    options = [f"--model={model}", f"--recipe={recipe}", "--batch_size=32", "--max_samples=32"]
-    rows = run(tmp_path, "run", *options, *(["--knee=8"] if recipe == "steady" else []))
+@pytest.mark.parametrize(
+    "words, cut",
+    [
+        ("--recipe=steady --knee=8", 8),
+        ("--recipe=paper", 1),
+        ("--ramp_up_type=goodput --knee=8", 8),  # which decides by the noise scale, too
+        ("--recipe=paper --lr_scaling=critical", 8),
+    ],
+)
+def test_networks_that_couple_samples(tmp_path, capsys, model, words, cut):
+    """A noise scale that is read is of the real micro-batches; the published rule keeps its own statistics."""
+    rows = run(tmp_path, "run", f"--model={model}", "--batch_size=32", "--max_samples=32", *words.split())
     assert rows[0]["gradient_accumulation_steps"] == str(cut) and rows[0]["variance"]
     assert ("its statistics come from test_gradients=micro_batch" in capsys.readouterr().out) == (cut == 8)
 
@@ -242,6 +250,35 @@ class Counts(torch.nn.Linear):
 
 
 made: list[Counts] = []
+
+
+def losses_of_samples(outputs, targets):
+    return torch.nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+
+class InEvaluation(Counts):
+    """Sizes of the passes in evaluation mode."""
+
+    def forward(self, x):
+        self.sizes += [len(x)] * (not self.training)
+        return torch.nn.Linear.forward(self, x.flatten(1))
+
+
+def test_a_loss_is_tried_without_a_trace(tmp_path):
+    """On two samples, of which the model knows nothing afterwards."""
+    loss = "--loss=checks.test_steering:losses_of_samples"
+    run(tmp_path, "run", "--model=checks.test_steering:InEvaluation", loss, "--test=False", "--max_samples=64")
+    sizes = made.pop().sizes
+    assert sizes and 2 not in sizes
+
+
+def test_an_optimizer_that_steps_at_a_rate_of_zero_has_its_weights_back(tmp_path):
+    """Rprop steps by what it keeps: weights behind the measurement of the knee are those of a run that is told it."""
+    words = ["--optimizer=Rprop", "--recipe=steady", "--max_samples=300", "--max_micro_batch_size=64"]
+    measured = run(tmp_path, "measured", *words)
+    knee = yaml.safe_load((tmp_path / "measured" / "config.yaml").read_text())["knee"]
+    given = run(tmp_path, "given", *words, f"--knee={knee}")
+    assert [row["train_loss"] for row in measured] == [row["train_loss"] for row in given]
 
 
 def test_what_is_measured_before_the_first_step_leaves_a_models_own_books_alone(tmp_path):

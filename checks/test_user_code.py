@@ -72,6 +72,20 @@ def counting(shape, n):
 def arrays(shape, n):
     return Arrays(4, n)
 
+class Unpicklable(Counting):
+    def get_extra_state(self):
+        return {"calls": 3, "of": lambda: 3}
+
+class Raising(Counting):
+    def get_extra_state(self):
+        raise AttributeError("nothing was counted")
+
+def unpicklable(shape, n):
+    return Unpicklable(4, n)
+
+def raising(shape, n):
+    return Raising(4, n)
+
 class NumPyRate(torch.optim.SGD):
     def step(self, closure=None):
         super().step()
@@ -120,6 +134,14 @@ def test_numbers_of_other_libraries_are_saved_as_plain_ones(tmp_path, own, more)
 def test_what_could_not_be_read_again_is_refused_at_the_first_checkpoint(tmp_path, own, more, kind):
     done = run(*options(tmp_path, **more), **own)
     assert done.returncode == 2 and "cannot be read again" in done.stderr and kind in done.stderr
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("model, words", [("unpicklable", "pickle"), ("raising", "nothing was counted")])
+def test_a_state_that_cannot_be_had_is_refused_in_a_line(tmp_path, own, model, words):
+    done = run(*options(tmp_path, model=f"own:{model}"), **own)
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert "get_extra_state() of --model" in done.stderr
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 

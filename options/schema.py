@@ -122,7 +122,7 @@ class TestOptions:
     ramp_up_factor: float = 2.0
     """factor of ramp_up_type=factor"""
     may_shrink: bool = False
-    """ramp_up_type=goodput may also make the batch smaller"""
+    """ramp_up_type=goodput may also make the batch smaller, to two samples and one a process at least"""
     knee: float | None = None
     """of ramp_up_type=goodput: the batch whose samples take as long as the fixed part of a step [samples]; default: as
     the steps' times say. With a number, the sizes do not depend on times"""
@@ -152,7 +152,7 @@ class RampOptions:
     global_batch_sizes: list[int] = field(default_factory=list)
     """batch sizes of the stages [samples]"""
     samples_stages: list[int | str] = field(default_factory=list)
-    """length of each stage [samples, or as 25% of the run]; default: equal lengths"""
+    """length of each stage [samples, or as 25% of a run whose length is in samples]; default: equal lengths"""
     linear_ramp_up: bool = False
     """add linear_ramp_up_increment to the batch size at every step"""
     linear_ramp_up_increment: int = 256
@@ -189,7 +189,8 @@ class OptimizerOptions:
     lr_scaling: Literal["none", "sqrt", "linear", "adascale", "critical"] = "none"
     """how the learning rate follows the batch size b, on top of the schedule, from the initial one b₀: by √(b/b₀),
     b/b₀, or from the statistics, between 1 and b/b₀: AdaScale's gain, or that of the critical batch size, `critical`
-    noise scales (the root of either for optimizers other than SGD)"""
+    noise scales (with coupling=rate the root of either for optimizers other than SGD; with coupling=full as the
+    state that follows leaves it: 1 for AdaGrad, at most √(b/b₀) for Adam)"""
     coupling: Literal["full", "rate", "none"] = "rate"
     """what follows the batch size by the statistics of lr_scaling=adascale or critical. full: learning rate, decoupled
     weight decay, β₂, and what the optimizer keeps of the gradients so far; rate: the learning rate; none: nothing"""

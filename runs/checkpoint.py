@@ -83,7 +83,7 @@ class DurableIO(TorchCheckpointIO):
         try:
             with replacing(Path(path)) as file:
                 torch.save(plain(checkpoint), file)
-        except (OSError, RuntimeError) as error:  # torch's writer stumbles over what the file's own error leaves behind
+        except Exception as error:  # of a user's objects; or torch's writer stumbles over what the file's error leaves
             self.problem = error.__context__ if isinstance(error.__context__, OSError) else error
 
 
@@ -144,17 +144,24 @@ class Checkpoints:
             UsageError: it is the first one, and cannot be read.
         """
         ranks = all_gather_object(self.fabric, own)
-        state = {**state, "ranks": ranks, "options": plain_options(self.config)}
+        more = {"ranks": ranks, "options": plain_options(self.config), "hardware": list(hardware(self.fabric))}
+        state = {**state, **more}
         if not self.sharded:
-            self.fabric.save(self.path(step), state)
+            try:
+                self.fabric.save(self.path(step), state)
+            except Exception as error:  # of state_dict(), on all ranks alike
+                self.io.problem = error
         elif self.fabric.is_global_zero:
             self.io.save_checkpoint(state, self.path(step))
         on_all_ranks(self.fabric, lambda: self._conclude(step, best_step))
         self.saved_at, self.saved_step = time.monotonic(), step
 
     def _conclude(self, step: int, best_step: int | None) -> None:
-        if self.io.problem:
-            raise unwritable(self.path(step), self.io.problem)
+        problem, self.io.problem = self.io.problem, None
+        if isinstance(problem, (OSError, RuntimeError)):
+            raise unwritable(self.path(step), problem)
+        if problem:
+            raise self._unreadable(f"what is to be saved cannot be written ({in_one_line(problem)})")
         if self.fabric.is_global_zero:
             if self.saved_step is None:
                 self._refuse_unreadable(self.path(step))
@@ -166,11 +173,13 @@ class Checkpoints:
         """Rather now than when the run is to go on: what models and optimizers keep is a user's own."""
         if problem := problem_of(path):
             path.unlink()
-            raise UsageError(
-                f"what was saved cannot be read again (it {problem}): state_dict() and get_extra_state() of "
-                f"--model={self.config.model} and --optimizer={self.config.optimizer} may hold tensors, numbers, "
-                "words, lists and dicts of them"
-            )
+            raise self._unreadable(f"what was saved cannot be read again (it {problem})")
+
+    def _unreadable(self, problem: str) -> UsageError:
+        return UsageError(
+            f"{problem}: state_dict() and get_extra_state() of --model={self.config.model} and "
+            f"--optimizer={self.config.optimizer} may hold tensors, numbers, words, lists and dicts of them"
+        )
 
 
 def unwritable(path: Path, error: Exception) -> RunError:
@@ -275,12 +284,17 @@ def resumption(fabric: Fabric, config: Config) -> tuple[Config, Path | None]:
     path, warnings = broadcast_object(fabric, lambda: found)
     if fabric.is_global_zero and warnings:
         print(*warnings, sep="\n", file=sys.stderr, flush=True)
-    hardware = ("cpu" if fabric.device.type == "cpu" else "cuda", fabric.world_size)
     if not path and config.branch:
         raise UsageError(
             f"--branch={config.branch}: --resume={config.resume} has no checkpoint to branch off: name one"
         )
-    return (on_all_ranks(fabric, lambda: continued(config, path, hardware)), path) if path else (config, None)
+    return (on_all_ranks(fabric, lambda: continued(config, path, hardware(fabric))), path) if path else (config, None)
+
+
+def hardware(fabric: Fabric) -> tuple[str, int]:
+    """What steps take their time on: a GPU's name, or cpu; and the number of processes."""
+    device = fabric.device
+    return ("cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)), fabric.world_size
 
 
 def continued(config: Config, path: Path, hardware: tuple[str, int]) -> Config:
@@ -288,20 +302,21 @@ def continued(config: Config, path: Path, hardware: tuple[str, int]) -> Config:
     without a name, it is the same folder.
 
     Args:
-        hardware: kind of device, as --accelerator has it, and number of processes.
+        hardware: that it goes on with.
 
     Raises:
         UsageError: the file is not there (ranks of several machines must see the same folder).
     """
     try:
-        old = options_of(path)
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError as error:
         raise UsageError(f"--resume: {path}: {error.strerror}: all machines must see the run's folder") from None
+    old = saved["options"]
     kept = {name: old[name] for name in FROM_THE_LENGTH if not getattr(config, name) and old[name]}
     if config.max_micro_batch_size == "auto":  # measured already
         kept["max_micro_batch_size"] = old["max_micro_batch_size"]
     reads_knee = "knee" in rule_class(vars(config)).options and config.knee is None
-    if reads_knee and hardware == (old["accelerator"], old["devices"] * old["num_nodes"]):
+    if reads_knee and list(hardware) == saved.get("hardware"):
         kept["knee"] = old["knee"]  # on other hardware it is another one
     if config.run_name is None and path.parent.name == "checkpoints":
         run_folder = run_folder_of(path.absolute())

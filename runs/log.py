@@ -27,7 +27,7 @@ from tqdm import tqdm
 import tests
 from launch.ending import errors_go_to
 from launch.environments import resume_command
-from options.errors import UsageError
+from options.errors import RunError, UsageError, in_one_line
 from options.schedules import PARAMETERS_OF_TESTS
 from options.schema import Config
 from runs import figures, results
@@ -298,7 +298,7 @@ class RunLog:
         curves.png, and how to go on.
 
         Raises:
-            RunError, or whatever was the first error: after all that can be written was written.
+            RunError, UsageError: the first problem, after all that can be written was written.
         """
         problems: list[Exception] = []
 
@@ -320,7 +320,8 @@ class RunLog:
             command = resume_command(self.folder.parent, self.folder.name)
             self.say(f"interrupted by {signal.Signals(stop_signal).name}; go on with:\n  {command}")
         if problems:
-            raise problems[0]
+            said = isinstance(problems[0], (RunError, UsageError))
+            raise problems[0] if said else RunError(in_one_line(problems[0])) from problems[0]
 
     def _training_results(self, knee: float | None) -> dict[str, float | None]:
         """What the rows say of the training as a whole; a run of no steps says nothing."""

@@ -25,6 +25,7 @@ import optim
 import tests
 from adadagrad import gradients
 from adadagrad.control import Controller, carry_over
+from adadagrad.control.learning_rate import MEASURED
 from adadagrad.gradients.noise_scales import NoiseScales
 from launch import fsdp
 from launch.collectives import on_all_ranks
@@ -142,7 +143,8 @@ class Components:
     def _choose_for_coupled_samples(self) -> None:
         """Where neither the user nor the published rule says where the statistics come from."""
         c = self.config
-        is_published = tests.rule(vars(c)).measures and c.statistics == "batch"
+        noise_is_read = c.statistics == "unbiased" or c.lr_scaling in MEASURED
+        is_published = bool(tests.rule(vars(c)).test) and not noise_is_read
         if c.test_gradients != "auto" or is_published:
             return
         # Per sample it would be another function, and its noise scale another one (docs/statistics.md, BatchNorm).

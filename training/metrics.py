@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torchmetrics import MeanMetric, Metric
 
+from options.errors import UsageError
 from training.clock import Clock, Event
 
 
@@ -212,10 +213,9 @@ class Validation:
 
     def compute(self) -> dict[str, float]:
         """The metrics of what was seen since the last call, on all ranks. Waits for the device."""
-        measured = {
-            name: float(metric.compute()) for name, metric in {"val_loss": self.mean_loss, **self.metrics}.items()
-        }
-        measured |= {name: float(of(measured["val_loss"])) for name, of in self.of_loss.items()}
+        found = {name: metric.compute() for name, metric in {"val_loss": self.mean_loss, **self.metrics}.items()}
+        found |= {name: of(float(found["val_loss"])) for name, of in self.of_loss.items()}
+        measured = {name: _one_number(name, value) for name, value in found.items()}
         self.forget()
         self.history.append({name: measured[name] for name in self.names})
         return self.history[-1]
@@ -242,6 +242,21 @@ class Validation:
             "objective": self.objective,
             "larger_is_better": self.larger_is_better,
         }
+
+
+def _one_number(name: str, value: Any) -> float:
+    """
+    Raises:
+        UsageError: it is none; on all ranks alike.
+    """
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise UsageError(
+            f"--dataset: its metric {name.removeprefix('val_')} gives {given}: give one number (of torchmetrics, by "
+            "such as average='macro')"
+        ) from None
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from launch import fsdp
 from launch.collectives import Agreement, on_all_ranks
 from launch.processes import device_name
 from launch.signals import Interrupts
-from options.errors import RunError, UsageError
+from options.errors import RunError, UsageError, in_one_line
 from runs.checkpoint import Checkpoints
 from training.components import Components, draw_by_rank
 from training.metrics import Totals, Validation
@@ -138,8 +138,13 @@ class State:
                 self.save()
         except (RunError, UsageError) as error:  # on all ranks alike
             problem = error
+        weights = {}
+        try:
+            weights = self._weights(status == "finished")
+        except Exception as error:  # a user's get_extra_state raises what it likes
+            words = f"the weights of --model={self.parts.config.model} cannot be had: {in_one_line(error)}"
+            problem = problem or RunError(words)
         found = {"device": device_name(self.fabric.device), "measured_options": measured_options}
-        weights = self._weights(status == "finished")
         on_all_ranks(self.fabric, lambda: log and log.conclude(status, self.results() | found, weights, stop_signal))
         if problem:
             raise problem

@@ -181,6 +181,8 @@ def _without_learning(parts: Components) -> Iterator[None]:
     scaler = copy.deepcopy(precision.state_dict())
     groups = [{name: copy.deepcopy(v) for name, v in g.items() if name != "params"} for g in optimizer.param_groups]
     state = {parameter: copy.deepcopy(own) for parameter, own in optimizer.state.items()}
+    # Some step by what they keep, whatever the rate (Rprop): of those that are not known, the weights are kept, too.
+    kept = [parameter.detach().clone() for parameter in parts.parameters] if parts.family is None else []
     optim.set_learning_rate(optimizer, 0.0)
     try:
         yield
@@ -189,6 +191,9 @@ def _without_learning(parts: Components) -> Iterator[None]:
         optimizer.state.update(state)
         for group, before in zip(optimizer.param_groups, groups):
             group.update(before)
+        with torch.no_grad():
+            for parameter, before in zip(parts.parameters, kept):
+                parameter.copy_(before)
         precision.load_state_dict(scaler)
 
 

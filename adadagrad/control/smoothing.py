@@ -73,10 +73,14 @@ class Smoothing:
         """Half of the 90 % interval of the averaged ‖G‖²; None before there are two differences."""
         noise = measured.variance / measured.batch_size
         u = noise * (noise + 2 * max(signal, 0.0))
+        if not math.isfinite(u):  # numbers too large for their squares: not known, and nothing of it is kept
+            return None
         self.variance_of_sum = (1 - new) ** 2 * self.variance_of_sum + new**2 * u
         if self.last and self.last[1] + u > 0:
-            found = (measured.grad_norm_sq - self.last[0]) ** 2 / (self.last[1] + u)
-            self.scatter = tuple(KEPT * old + add for old, add in zip(self.scatter, (found, 1.0)))
+            difference = measured.grad_norm_sq - self.last[0]
+            found = difference * difference / (self.last[1] + u)
+            if math.isfinite(found):
+                self.scatter = tuple(KEPT * old + add for old, add in zip(self.scatter, (found, 1.0)))
         self.last = (measured.grad_norm_sq, u)
         total, count = self.scatter
         if count < 1.5:

@@ -8,7 +8,7 @@ from torch import nn
 from ..tests import Moments
 from .estimator import Estimator, Loss, first_line, listed
 from .ghost_norms import GhostNorms
-from .hooks import changing
+from .hooks import after_accumulation, changing
 from .isolation import couples_samples, is_compiled
 from .micro_batch import CutGradients, MicroBatchGradients
 from .per_sample import BySample, OwnPass, PerSampleGradients, SingleGradients
@@ -91,14 +91,21 @@ def build(
         ValueError: as `moments`. On several ranks the verdict is the same on all.
     """
     arguments = (model, loss, inner_products, max_micro_batch_size, autocast)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if test_gradients in ("micro_batch", "worker"):
+        if late := after_accumulation(trained):
+            raise ValueError(
+                f"test_gradients={test_gradients} compares gradients before the hooks of "
+                f"register_post_accumulate_grad_hook ({listed(sorted(late))}) with what these leave: use "
+                "register_hook, or take test_gradients=auto"
+            )
         kind = CutGradients if cuts else MicroBatchGradients
         return kind(*arguments, num_groups=num_groups), []
     check = _checked(model, loss, *probe)
     by_layers = couples_samples(model)
     coupled = by_layers or bool(agreed("coupled" * check.couples, next(model.parameters()).device))
     told = [COUPLED if by_layers else COUPLED_BY_ITSELF] * coupled
-    hooks, others = changing({name: p for name, p in model.named_parameters() if p.requires_grad})
+    hooks, others = changing(trained)
     if others:
         told.append(BEFORE_HOOKS.format(listed(sorted(others))))
     in_training_pass = in_training_pass and not (coupled or is_compiled(model) or others)
@@ -136,7 +143,8 @@ def build(
 
 
 BEFORE_HOOKS = (
-    "hooks change the gradients of {} in a way that is not linear: the statistics are of the gradients before them"
+    "hooks change the gradients of {} in a way that is not linear, or after their accumulation: the statistics are of "
+    "the gradients before them"
 )
 LOOP = (
     "test_gradients=loop takes one backward pass a sample: here about {:.1f} times a plain step's time for {} samples"

@@ -41,8 +41,9 @@ def changing(parameters: dict[str, nn.Parameter]) -> tuple[dict[str, Hook], set[
     """The hooks that are linear and symmetric, by parameter, and the names of parameters whose hooks are neither.
 
     They are tried on random gradients; what they note of these is put back. Hooks that change nothing are left out.
+    Those that run after the accumulation may do anything, such as an optimizer's step: they are not tried.
     """
-    linear, others = {}, set()
+    linear, others = {}, after_accumulation(parameters)
     for name, parameter in parameters.items():
         if hooks := list((parameter._backward_hooks or {}).values()):
             snapshot = Snapshot((), hooks)
@@ -54,6 +55,11 @@ def changing(parameters: dict[str, nn.Parameter]) -> tuple[dict[str, Hook], set[
             finally:
                 snapshot.restore()
     return linear, others
+
+
+def after_accumulation(parameters: dict[str, nn.Parameter]) -> set[str]:
+    """Names of parameters with hooks of `register_post_accumulate_grad_hook`: what they make of `.grad` nobody sees."""
+    return {name for name, parameter in parameters.items() if getattr(parameter, "_post_accumulate_grad_hooks", None)}
 
 
 def _one_after_the_other(hooks: list[Callable]) -> Hook:
