@@ -315,10 +315,8 @@ def compare(
         runs = {}
         for seed in SEEDS:
             for name in methods:
-                tuning = tuned[part.rate_from(name)]
-                rate = (
-                    tuning.chosen_early if part.methods is COUPLINGS and "knee" in part.methods[name] else tuning.chosen
-                )
+                tuning, grows = tuned[part.rate_from(name)], "recipe" in part.methods[name]
+                rate = tuning.chosen_early if part.methods is COUPLINGS and grows else tuning.chosen
                 words = {**part.shared, **part.methods[name], "learning_rate": rate, "seed": seed}
                 runs[f"{name}_seed{seed}"] = pool.submit(run, folder / "final" / f"{name}_seed{seed}", words, further)
         return tuned, {name: future.result() for name, future in runs.items()}
