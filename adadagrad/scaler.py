@@ -86,10 +86,9 @@ class BatchScaler:
         if controller is None and test is not None:
             controller = Controller(batch_size, test, limits=Limits(max_batch_size))
             measure_interval = measure_interval or 1
+        family = carry_over.family(optimizer)
         if controller is None:
-            controller = steady(
-                batch_size, max_batch_size, not isinstance(optimizer, (SGD, ASGD)), carry_over.family(optimizer)
-            )
+            controller = steady(batch_size, max_batch_size, not isinstance(optimizer, (SGD, ASGD)), family)
         self.module, self.is_compiled = _unwrapped(model)
         self.loss, self.optimizer, self.controller = loss, optimizer, controller
         self.measure_interval = measure_interval
@@ -101,6 +100,9 @@ class BatchScaler:
         if dist.is_available() and dist.is_initialized():
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._refuse_small(self.batch_size)
+        if family is None and controller.scaling.measures:
+            kind = type(optimizer).__name__
+            self._notify(f"the state of {kind} does not follow the batch size, its learning rate does")
         self._begin_step()
         self._hooks: list[RemovableHandle] = []
         self._timed_from: tuple[float, int] | None = None  # when the last measurement was complete [s], at which step

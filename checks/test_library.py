@@ -408,6 +408,12 @@ def test_what_is_refused_says_what_to_do():
         steps(model, batch, scaler, 1)
 
 
+def test_an_optimizer_that_is_not_known_is_named():
+    model = torch.nn.Linear(5, 3)
+    with pytest.warns(UserWarning, match="the state of Adadelta does not follow"):
+        BatchScaler(model, cross_entropy, torch.optim.Adadelta(model.parameters()), batch_size=16)
+
+
 def test_a_compiled_model_gets_a_pass_of_its_own():
     """The estimator's rules see what a module does only where it is not compiled. (Nothing is compiled here.)"""
     for compile in (torch.compile, lambda model: model.compile(backend="eager") or model):

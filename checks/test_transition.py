@@ -254,6 +254,9 @@ def test_state_keeps_its_place(name):
     if name == "adagradnorm":
         total = [float(state["param_groups"][0]["sum_of_squares"]) for state in (after, before)]
         assert total[0] / total[1] == pytest.approx(1 / 8)
+    eps = [state["param_groups"][0].get("eps", 1.0) for state in (after, before)]
+    of_eps = {"adagrad": 1 / 8, "adagradnorm": 1 / 8, "adamw": 1 / 2, "rmsprop, centred": 1 / 2}
+    assert eps[0] / eps[1] == pytest.approx(math.sqrt(of_eps.get(name, 1.0)))
     if name in ("muon", "momentum"):
         assert ratio("momentum_buffer") == pytest.approx(1 / math.sqrt(2.5))
     if name == "rmsprop, centred":
