@@ -105,6 +105,9 @@ def in_transformers(rank: int, folder: Path, samples: int) -> dict:
     trainer = watched(sequences(B0), language_model, learning_rate=0.0, max_grad_norm=1e-3, max_steps=1)
     callback = trainer.callback_handler.callbacks[-1]
     trainer.train()
+    longer = watched(rows(480), Classifier, max_steps=120)
+    longer.train()
+    found["noise that was watched"] = [row.get("noise_scale") for row in longer.state.log_history if "loss" in row]
     found["moments", "callback"] = vars(callback.scaler.moments)
 
     def resumed(data, **how):
@@ -199,6 +202,13 @@ def test_transformers_evaluates_and_saves_at_its_end(of_transformers):
     for found in of_transformers:
         assert found["steps"] == len(found["whole"]) < 45 and found["steps"] % 7
         assert found["evaluated"] == found["steps"] and found["saved"]
+
+
+def test_the_callback_logs_the_noise_scale(of_transformers):
+    """As soon as it is known, and the same on both processes."""
+    same_on_both(of_transformers, "noise that was watched")
+    known = [scale for scale in of_transformers[0]["noise that was watched"] if scale is not None]
+    assert known and all(0 < scale < 1e6 for scale in known)
 
 
 @pytest.mark.parametrize("name", ["language_model", "gpt2", "callback"])

@@ -1,15 +1,18 @@
 """status.json, which other programs read while a run goes on, and what is done with it."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from adadagrad.control import CRITICAL
 from checks.conftest import ROOT, column, train
-from runs.status import by_devices
+from options import command_line
+from runs.status import FILE, Status, by_devices
 
 TINY = ("--model=logistic", "--max_samples=4000", "--decay_lr=False", "--optimizer=sgd", "--learning_rate=0.1")
 
@@ -28,6 +31,22 @@ def test_says_where_the_run_stands(tmp_path):
     speeds = [status["progress_per_second_by_devices"][str(2**k)] for k in range(4)]
     assert speeds == sorted(speeds) and all(more <= 2 * less for less, more in zip(speeds, speeds[1:]))
     assert not list(run.folder.glob("status*.tmp"))
+
+
+def test_whoever_reads_it_meets_a_whole_one(tmp_path, monkeypatch):
+    """The former one, until the new one has all of its words."""
+    run = train(tmp_path, *TINY, "--knee=100")
+    path, config = run.folder / FILE, command_line.parse([*TINY, "--knee=100"])
+    row = {"step": 7, "samples": 9, "next_batch_size": 4, "batch_size": 4, "step_time": 0.1, "world_size": 1}
+    before, seen = path.read_text(), []
+
+    def replace(source, target, replace=os.replace):
+        seen.append((path.read_text(), json.loads(Path(source).read_text())["step"]))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    Status(run.folder, config).update(row | {"samples_per_second": 40.0})
+    assert seen == [(before, 7)] and json.loads(path.read_text())["step"] == 7
 
 
 def test_what_is_not_known_is_null(tmp_path):

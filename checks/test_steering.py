@@ -1,8 +1,11 @@
 """The batch size and the learning rate as a whole run has them: rules, monitor, resuming in the middle."""
 
+import contextlib
 import csv
 import json
+import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ import yaml
 
 import main
 from adadagrad.gradients.ghost_norms import GhostNorms
+from training import tuner
 
 TINY = ["--model=logistic", "--accelerator=cpu", "--devices=1", "--max_micro_batch_size=256", "--eval_interval=1000"]
 TIMES = {"step_time", "test_time", "samples_per_second"}
@@ -254,6 +258,25 @@ made: list[Counts] = []
 
 def losses_of_samples(outputs, targets):
     return torch.nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_knee_of_a_busy_machine(monkeypatch, seed):
+    """Steps of 2 ms and 0.02 ms a sample, every third of them disturbed, to tenfold: 100, known to a fifth."""
+    generator = random.Random(seed)
+
+    def seconds(parts, work) -> float:
+        disturbed = generator.choice([1.0, 1.0, generator.uniform(1, 10)])
+        return (2 + 0.02 * work()) / 1000 * generator.uniform(1, 1.05) * disturbed
+
+    monkeypatch.setattr(tuner, "_slowest", seconds)
+    monkeypatch.setattr(tuner, "_whole_step", lambda parts, plan: plan.batch_size)
+    for name in ("leaving_no_trace", "_without_learning"):
+        monkeypatch.setattr(tuner, name, lambda parts: contextlib.nullcontext())
+    monkeypatch.setattr(tuner, "ROUNDS", (4, 8))
+    own = {"config": SimpleNamespace(max_batch_size=4096), "fabric": SimpleNamespace(world_size=1)}
+    knee, lines = tuner._knee(SimpleNamespace(**own, min_micro_batch_size=1), micro_batch_size=256)
+    assert 80 < knee < 120 and f"knee={knee:g}" in lines[0]
 
 
 class InEvaluation(Counts):
