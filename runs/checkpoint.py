@@ -294,7 +294,7 @@ def resumption(fabric: Fabric, config: Config) -> tuple[Config, Path | None]:
 def hardware(fabric: Fabric) -> tuple[str, int]:
     """What steps take their time on: a GPU's name, or cpu; and the number of processes."""
     device = fabric.device
-    return ("cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)), fabric.world_size
+    return (torch.cuda.get_device_name(device) if device.type == "cuda" else device.type), fabric.world_size
 
 
 def continued(config: Config, path: Path, hardware: tuple[str, int]) -> Config:
