@@ -264,6 +264,9 @@ def test_on_other_hardware_the_knee_is_measured_anew(copy):
     for hardware, knee in {("cpu", 1): measured, ("cuda", 1): None, ("cpu", 2): None}.items():
         assert checkpoint.continued(options, path, hardware).knee == knee
         assert checkpoint.continued(replace(options, knee=7.0), path, hardware).knee == 7.0
+    torch.save(torch.load(path, weights_only=True) | {"hardware": ["NVIDIA A100", 1]}, path)
+    for name, knee in {"NVIDIA A100": measured, "NVIDIA H100": None, "cpu": None}.items():
+        assert checkpoint.continued(options, path, (name, 1)).knee == knee
 
 
 def test_a_second_interrupt_ends_at_once():

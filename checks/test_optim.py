@@ -338,6 +338,18 @@ def test_schedulefree_is_evaluated_and_saved_at_its_averages(tmp_path):
     assert column(found, "batch_size")[-1] > 16
 
 
+class WithoutClosure(torch.optim.SGD):
+    def step(self):
+        return super().step()
+
+
+def test_a_step_that_takes_no_closure():
+    model = network()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    train_on(optim.build(model, Config(optimizer="checks.test_optim:WithoutClosure")), model)
+    assert not all(torch.equal(a, b) for a, b in zip(model.parameters(), before))
+
+
 class SharpnessAware(torch.optim.SGD):
     def step(self, closure=None):
         assert closure is not None, "sharpness-aware minimization requires a closure"
