@@ -45,7 +45,7 @@ def flat_gradient(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> t
     """Of the mean loss of these samples, by a copy of the model."""
     own = copy.deepcopy(model)
     cross_entropy(own(x), y).backward()
-    return torch.cat([p.grad.flatten() for p in own.parameters()])
+    return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in own.parameters()])
 
 
 def by_pieces(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, size: int) -> torch.Tensor:
@@ -93,6 +93,29 @@ def test_inner_products_of_pieces():
         observed(scaler)
     assert scaler.moments.sum_inner == pytest.approx((B / 8 * products.sum()).item(), rel=1e-9)
     assert scaler.moments.sum_inner_sq == pytest.approx((B / 8 * products.square().sum()).item(), rel=1e-9)
+
+
+class Sometimes(torch.nn.Sequential):
+    """Its last layer takes part in some pieces of a batch only."""
+
+    def forward(self, x):
+        *first, last = self
+        outputs = torch.nn.Sequential(*first)(x)
+        return outputs + last(outputs) if x.sum() < 0 else outputs
+
+
+def test_a_layer_that_some_pieces_do_not_use():
+    model = network(torch.nn.BatchNorm1d(12))
+    model = Sometimes(*model, torch.nn.Linear(3, 3).double())
+    x, y = batch()
+    sums = [float(piece.sum()) for piece in x.split(B // 8)]
+    assert min(sums) < 0 < sums[-1]  # not in the last
+    gradients = by_pieces(model, x, y, B // 8)
+    scaler = scaler_of(model, batch_size=B)
+    with pytest.warns(UserWarning, match="couples the samples"):
+        observed(scaler)
+    assert scaler.moments.grad_norm_sq == pytest.approx(gradients.mean(0).square().sum().item(), rel=1e-9)
+    assert scaler.moments.sum_norm_sq == pytest.approx((B / 8 * gradients.square().sum()).item(), rel=1e-9)
 
 
 def test_pieces_are_as_large_as_a_pass_may_be():

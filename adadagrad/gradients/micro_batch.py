@@ -177,9 +177,9 @@ class CutGradients(MicroBatchGradients):
                 outputs = self.model(inputs)
             with self.autocast():
                 loss = m * self.loss(outputs, targets)
-            found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        gradients = {name: dense(own) for name, own in zip(parameters, found) if own is not None}
-        self.gradient_sum = added({name: torch.zeros_like(p) for name, p in parameters.items()}, self.gradient_sum)
+            # What this piece does not use has a gradient of zeros: another piece may use it.
+            found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
+        gradients = {name: dense(own) for name, own in zip(parameters, found)}
         self.gradient_sum = added(self.gradient_sum, gradients)
         kept = gradients if self.inner_products else {name: row_norms(own) for name, own in gradients.items()}
         self._add_group(m, kept)
