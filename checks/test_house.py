@@ -102,6 +102,18 @@ def test_design_page_has_the_same_arrows():
         assert set(re.findall(r"`(\w+)", line[1])) == below, room
 
 
+def test_design_page_describes_the_files_that_there_are():
+    """Each package's part of the page names its files, every one of them, and no others."""
+    page = (ROOT / "docs" / "design.md").read_text()
+    _, _, parts = page.partition("## Package by package")
+    parts = re.split(r"\*\*`(\w+)/`\*\*", parts.partition("## Where an option")[0])
+    for package, part in zip(parts[1::2], parts[2::2]):
+        if package in ARROWS:
+            there = {path.name for path in modules(package) if path.name != "__init__.py"}
+            named = set(re.findall(r"`(\w+\.py)`", part.partition("\n**`")[0]))
+            assert there == named - {"optim.py"}, package  # (the schedules over time, to tell them apart)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["--help"], ["--print_config"], ["--etta=1"], ["--batch_size=0"], ["--linear_ramp_up=True"]]

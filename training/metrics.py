@@ -3,6 +3,7 @@
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -42,8 +43,13 @@ def weights_of(losses: Tensor, n: int, scale: float) -> Tensor:
     Args:
         losses: of n samples (n,), or their mean ().
     """
-    weights = torch.full_like(losses, scale)
+    weights = _filled(losses.shape, scale, losses.dtype, losses.device)
     return weights if losses.dim() else weights * n
+
+
+@lru_cache(maxsize=4)  # most micro-batches are as large as the one before
+def _filled(shape: torch.Size, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full(shape, value, dtype=dtype, device=device)
 
 
 BLOCK = 64
