@@ -5,7 +5,8 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+# (Three processes on two cores: a third of the time tests wait for others.)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadgroup
 
 .PHONY: quickstart test test-all lint install install-imagenet install-integrations clean
 

@@ -40,7 +40,7 @@ from options.schema import Config
 from training import tuner
 from training.clock import Clock
 from training.components import Components, OutOfMemory
-from training.metrics import Totals, Validation, weights_of
+from training.metrics import Totals, Validation
 from training.reporter import Reporter, columns_of
 from training.state import State
 
@@ -185,7 +185,7 @@ class Trainer:
         ):
             outputs = parts.forward(inputs)
             losses = parts.loss(outputs, targets)
-            parts.backward(losses, weights_of(losses, n, loss_scale))
+            parts.backward(losses, n, loss_scale)
         self.totals.add(losses, outputs, targets, n, self.controller.steps)
 
     def evaluation_is_due(self, batch_size: int) -> bool:

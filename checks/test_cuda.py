@@ -61,6 +61,7 @@ def test_half_precision_with_clipping(tmp_path, precision):
     assert not run.reporter.diverged and all(parameter.isfinite().all() for parameter in run.parts.module.parameters())
 
 
+@pytest.mark.long
 def test_ghost_equals_vmap_in_double_precision():
     torch.manual_seed(0)
     model = resnet18_group_norm((3, 32, 32), 10).double().to(DEVICE)

@@ -174,6 +174,7 @@ def test_no_third_way_for_any_value(option, first):
         assert_no_third_way([f"--{option}={value}"])
 
 
+@pytest.mark.long
 def test_no_third_way():
     seen = Counter()
 

@@ -140,7 +140,7 @@ def test_waits_of_a_step(tmp_path, test_gradients, test_type, micro_batches):
     [
         ("photos", "resnet18_group_norm", "ghost", "norm", 3),
         ("large_photos", "vit_b_16", "ghost", "norm", 2),
-        ("photos", "resnet18_group_norm", "micro_batch", "ip+orth", 1.15),
+        pytest.param("photos", "resnet18_group_norm", "micro_batch", "ip+orth", 1.15, marks=pytest.mark.long),
     ],
 )
 def test_kernels_of_a_step(tmp_path, dataset, model, test_gradients, test_type, most):

@@ -240,6 +240,7 @@ def test_damage_that_only_decoding_finds(root, capsys):
         [samples[i] for i in range(len(samples))]
 
 
+@pytest.mark.long
 def test_check_as_a_program(tmp_path, root):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "IMAGES": str(root)}
     command = [sys.executable, "-m", "imagenet.check"]

@@ -67,7 +67,9 @@ LAUNCHERS = {  # PORT: one of their own, as the tests run beside each other
 }
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher", ["fabric", *(pytest.param(own, marks=pytest.mark.long) for own in ("python", "torchrun"))]
+)
 def test_launchers(tmp_path, launcher, free_port):
     """The options as Fabric really used them, whoever read them; --nu, which launchers refuse, in YAML."""
     command = [str(word).replace("PORT", str(free_port)) for word in LAUNCHERS[launcher]] + [f"--out_dir={tmp_path}"]

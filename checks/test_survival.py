@@ -50,6 +50,7 @@ def processes_of(out_dir: Path) -> list[str]:
     return subprocess.run(["pgrep", "-f", f"out_dir={out_dir} "], capture_output=True, text=True).stdout.split()
 
 
+@pytest.mark.long
 def test_drill():
     """Three kills on one process: see fault_drill."""
     done = launch(sys.executable, "-m", "checks.fault_drill", "--rounds=3")
@@ -80,11 +81,8 @@ SOURCES = {
 }
 
 
-@pytest.mark.parametrize(
-    "source",
-    [SOURCES["in memory"], pytest.param(SOURCES["streamed"], marks=pytest.mark.long)],
-    ids=SOURCES,
-)
+@pytest.mark.long
+@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
 def test_two_processes_stopped_on_one_and_resumed(tmp_path, source):
     """SIGUSR1 on rank 1; the printed command, typed or not, goes on; all is as in the run that was never stopped."""
     options = [*NETWORK, *fault_drill.TESTS["ip+orth"], "--batch_size=24", "--max_batch_size=96", "--log_interval=3"]
@@ -120,7 +118,7 @@ def test_another_number_of_processes(tmp_path):
     assert moved.summary["final_batch_size"] > 4 * 16
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["python", pytest.param("fabric", marks=pytest.mark.long)])
 def test_a_rank_that_dies_ends_the_run(tmp_path, launcher, free_port):
     process = begin(launcher, free_port, *ENDLESS, f"--out_dir={tmp_path}")
     wait_for_rows(tmp_path / "run", 3)
@@ -163,6 +161,7 @@ def falls_asleep(image_shape, num_classes) -> torch.nn.Module:
     return FallsAsleep(64, num_classes)
 
 
+@pytest.mark.long
 def test_a_rank_that_does_not_answer_ends_the_run(tmp_path):
     options = [f"--out_dir={tmp_path}", "--model=checks.test_survival:falls_asleep", "--timeout_minutes=0.2"]
     program = Started(*ENDLESS, *options, processes=2)
@@ -179,7 +178,7 @@ def test_machines_that_do_not_reach_each_other(tmp_path):
     assert "do not reach each other: set GLOO_SOCKET_IFNAME" in done.stderr
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["python", pytest.param("fabric", marks=pytest.mark.long)])
 def test_a_signal_to_all_processes(tmp_path, launcher, free_port):
     """As `timeout`, torchrun and Slurm send it: the worker processes get it, too, and are still needed."""
     process = begin(launcher, free_port, *ENDLESS, *WORKERS, f"--out_dir={tmp_path}")
@@ -247,6 +246,7 @@ def test_a_signal_cuts_an_evaluation_off(tmp_path, monkeypatch):
     assert done.returncode == -signal.SIGTERM and not (tmp_path / "other").exists()
 
 
+@pytest.mark.long
 def test_the_first_process_dies(tmp_path):
     process = begin("python", 0, *ENDLESS, *WORKERS, f"--out_dir={tmp_path}")
     wait_for_rows(tmp_path / "run", 3)
@@ -255,6 +255,7 @@ def test_the_first_process_dies(tmp_path):
     assert f"the first process of this machine ({process.pid}) is gone" in told and not processes_of(tmp_path)
 
 
+@pytest.mark.long
 def test_the_launcher_dies(tmp_path, free_port):
     """Its processes end with it. While they last nobody else may write into the run's folder."""
     options = [*ENDLESS, f"--out_dir={tmp_path}"]

@@ -137,7 +137,7 @@ def test_what_could_not_be_read_again_is_refused_at_the_first_checkpoint(tmp_pat
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("model, words", [("unpicklable", "pickle"), ("raising", "nothing was counted")])
+@pytest.mark.parametrize("model, words", [("unpicklable", "local object"), ("raising", "nothing was counted")])
 def test_a_state_that_cannot_be_had_is_refused_in_a_line(tmp_path, own, model, words):
     done = run(*options(tmp_path, model=f"own:{model}"), **own)
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -7,7 +7,7 @@ import contextlib
 import os
 import random
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from itertools import zip_longest
 from typing import Any
 
@@ -84,6 +84,7 @@ class Components:
         self.notices: list[str] = []
         self.average: WeightAverage | None = None
         self.other_noise_scales: dict[str, float | None] = {}  # by their columns, of the last measured step
+        self._filled = lru_cache(maxsize=4)(torch.full)  # most micro-batches are as large as the one before
         data_set = self._read_data(config)
         self._build_module(data_set)
         self._place_on_device(data_set)
@@ -308,9 +309,16 @@ class Components:
         with precision.forward_context():
             return precision.convert_output(self.called(precision.convert_input(inputs)))
 
-    def backward(self, losses: Tensor, weights: Tensor) -> None:
-        """Add the gradients of the losses' weighted sum, scaled where the precision needs it."""
-        self.precision.backward(losses, None, gradient=weights)
+    def backward(self, losses: Tensor, n: int, scale: float) -> None:
+        """Add the gradient of scale · Σ ℓ_i; the precision scales it where it has to.
+
+        The pass starts at the gradient by the losses: a few operations less than with the sum.
+
+        Args:
+            losses: of n samples (n,), or their mean ().
+        """
+        weights = self._filled(losses.shape, scale, dtype=losses.dtype, device=losses.device)
+        self.precision.backward(losses, None, gradient=weights if losses.dim() else weights * n)
 
     def step(self, max_norm: float = 0.0) -> Tensor | None:
         """The optimizer's step, on gradients clipped to `max_norm` (0: as they are), which are gone then.

@@ -3,7 +3,6 @@
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -35,21 +34,6 @@ class Reading:
         """The numbers of every rank. The host waits for them."""
         self.arrival.wait()
         return self.rows.tolist()
-
-
-def weights_of(losses: Tensor, n: int, scale: float) -> Tensor:
-    """The gradient of scale · Σ ℓ_i by the losses, where the backward pass starts: a few operations less than the sum.
-
-    Args:
-        losses: of n samples (n,), or their mean ().
-    """
-    weights = _filled(losses.shape, scale, losses.dtype, losses.device)
-    return weights if losses.dim() else weights * n
-
-
-@lru_cache(maxsize=4)  # most micro-batches are as large as the one before
-def _filled(shape: torch.Size, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.full(shape, value, dtype=dtype, device=device)
 
 
 BLOCK = 64

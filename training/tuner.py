@@ -24,7 +24,6 @@ from options.errors import RunError
 from options.schema import Config
 from training.clock import Event
 from training.components import Components
-from training.metrics import weights_of
 
 MEASURED = ("max_micro_batch_size", "knee")
 """The options that are found out here where they say nothing."""
@@ -108,7 +107,7 @@ def seconds_of_pass(parts: Components, size: int, in_step: bool = True) -> float
         apart = contextlib.nullcontext() if exchanged else fabric.no_backward_sync(parts.model)
         with apart, observing:
             losses = parts.loss(parts.forward(inputs), targets)
-            parts.backward(losses, weights_of(losses, size, 1 / size))
+            parts.backward(losses, size, 1 / size)
 
     with leaving_no_trace(parts):
         seconds = _slowest(parts, forward_and_backward, size)
@@ -170,7 +169,7 @@ def _whole_step(parts: Components, plan: batches.Plan) -> None:
         last = i == len(micro_batches)
         with contextlib.nullcontext() if last else parts.fabric.no_backward_sync(parts.model):
             losses = parts.loss(parts.forward(inputs), targets)
-            parts.backward(losses, weights_of(losses, n, parts.fabric.world_size / plan.batch_size))
+            parts.backward(losses, n, parts.fabric.world_size / plan.batch_size)
     parts.step()
 
 
