@@ -299,23 +299,27 @@ def tune(part: Part, method: str, folder: Path, further: Sequence[str]) -> Tunin
 
 
 def compare(
-    part: Part, methods: Sequence[str], folder: Path, jobs: int, further: Sequence[str]
+    part: Part, methods: Sequence[str], folder: Path, jobs: int, further: Sequence[str], kept: dict[str, Tuning]
 ) -> tuple[dict[str, Tuning], dict[str, Run]]:
     """The sweeps of these methods and of those whose rate they take, and the final runs by name.
 
     `steady` has a sweep that chooses nothing: it tells what another rate costs.
+
+    Args:
+        kept: sweeps that are not made again.
     """
     swept = dict.fromkeys([part.rate_from(method) for method in methods] + ["steady"] * ("steady" in methods))
     cores: queue.Queue[int] = queue.Queue()
     for core in sorted(_affinity())[:jobs]:
         cores.put(core)
     with ThreadPoolExecutor(jobs, initializer=_take_a_core, initargs=(cores,)) as pool:
-        sweeps = {name: pool.submit(tune, part, name, folder / "sweep", further) for name in swept}
+        sweeps = {name: pool.submit(tune, part, name, folder / "sweep", further) for name in swept if name not in kept}
         tuned = {name: future.result() for name, future in sweeps.items()}
+        rates = kept | tuned
         runs = {}
         for seed in SEEDS:
             for name in methods:
-                tuning, grows = tuned[part.rate_from(name)], "recipe" in part.methods[name]
+                tuning, grows = rates[part.rate_from(name)], "recipe" in part.methods[name]
                 rate = tuning.chosen_early if part.methods is COUPLINGS and grows else tuning.chosen
                 words = {**part.shared, **part.methods[name], "learning_rate": rate, "seed": seed}
                 runs[f"{name}_seed{seed}"] = pool.submit(run, folder / "final" / f"{name}_seed{seed}", words, further)
@@ -330,6 +334,15 @@ def _take_a_core(cores: queue.Queue) -> None:
 
 KEPT_COLUMNS = ("step", "samples", "epoch", "train_loss", "lr", "batch_size", "noise_scale", "lr_factor", "step_time")
 """Of metrics.csv, beside what was evaluated."""
+
+
+def kept_sweeps(file: Path) -> dict[str, Tuning]:
+    """By method, of a tuning.json: no more than the rates that were chosen."""
+    nothing = (0.0, 0.0)
+    return {
+        method: Tuning({own["chosen"]: nothing}, {own.get("chosen_early", own["chosen"]): nothing})
+        for method, own in json.loads(file.read_text()).items()
+    }
 
 
 def keep(name: str, tuned: dict[str, Tuning], runs: dict[str, Run], results: Path) -> None:
@@ -392,6 +405,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("-j", "--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
     parser.add_argument("--methods", help="only these, separated by commas; * is anything (default: all)")
+    parser.add_argument("--kept_rates", action="store_true", help="rates of the sweeps that are kept, not made again")
     parser.add_argument("--out_dir", type=Path, default=Path("out/comparison"), help="folder that takes the runs")
     parser.add_argument("--results", type=Path, default=RESULTS / "comparison", help="folder that takes the summaries")
     options, further = parser.parse_known_args(arguments)
@@ -403,7 +417,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
             parser.error(f"--methods: no {', '.join(unknown)} there, but {', '.join(part.methods)}")
         methods = list(dict.fromkeys(name for names in found.values() for name in names))
     folder = options.out_dir.resolve() / options.part
-    keep(options.part, *compare(part, methods, folder, options.jobs, further), options.results)
+    kept = kept_sweeps(options.results / options.part / "tuning.json") if options.kept_rates else {}
+    keep(options.part, *compare(part, methods, folder, options.jobs, further, kept), options.results)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tables and the figure of docs/held_out.md, made of what benchmarks.held_out has kept.
+"""The tables and the figure of README.md and docs/held_out.md, made of what benchmarks.held_out has kept.
 
     python -m benchmarks.held_out_tables
 
@@ -20,13 +20,21 @@ from benchmarks.held_out import KEPT, KNEES, PROBLEMS, SEEDS, STYLES, Course
 from benchmarks.tables import filled, markdown
 from runs import figures
 
-PAGE = Path("docs/held_out.md")
+PAGES = (Path("README.md"), Path("docs/held_out.md"))
 FIGURE = Path("docs/held_out.png")
 STEADY = "steady"
 MOST = 4.0
 """What a run that does not arrive counts, over the quickest run of that line; and where the profile ends."""
 RESAMPLED = 10_000
 NOT_MEASURED = "not measured"
+DESCRIBED = {
+    "resnet14": "CIFAR-10 at 16 × 16, ResNet-14, GroupNorm, AdamW",
+    "batch_norm": "CIFAR-10 at 16 × 16, convolutions, BatchNorm, SGD",
+    "torch_gpt": "PyTorch's sources, GPT, AdamW",
+    "teacher": "regression on a random network's output, SGD",
+    "autoencoder": "MNIST at 14 × 14, autoencoder, Adam",
+    "packages": "words of a library, which package?, AdaGrad",
+}
 
 Costs = dict[str, np.ndarray]
 """Modelled time of every seed (8,) by method."""
@@ -111,22 +119,70 @@ def ratios() -> str:
     return markdown(["problem", "target", *(f"P = {knee}" for knee in KNEES), "best constants, by P"], body)
 
 
+def in_short() -> str:
+    """README's table, a line a problem: `steady` over the best constant to the demanding target, and the mean of all
+    lines of both targets."""
+    body = []
+    for problem, words in DESCRIBED.items():
+        cells = [NOT_MEASURED] * len(KNEES)
+        if problem in measured():
+            demanding = [lines(problem, knee)[-1] for knee in KNEES]
+            cells = [in_words(log_ratios(of_line, STEADY, draws(problem))) for of_line in demanding]
+        body.append([words, *cells])
+    means = [in_words(np.mean(of_rule(STEADY, knee), axis=0)) if measured() else NOT_MEASURED for knee in KNEES]
+    body.append(["**geometric mean, both targets**", *(f"**{cell}**" for cell in means)])
+    return markdown(["problem", *(f"P = {knee}" for knee in KNEES)], body)
+
+
+def of_rule(rule: str, knee: int) -> list[np.ndarray]:
+    """Logarithms of the ratios, as `log_ratios`, of all lines that were measured with this rule."""
+    return [
+        log_ratios(of_line, rule, draws(problem))
+        for problem in measured()
+        for of_line in lines(problem, knee)
+        if rule in of_line
+    ]
+
+
 def leaderboard() -> str:
     """All rules: geometric mean of the ratios over all problems that were measured, the worst, and the interval."""
     found: dict[str, list[str]] = {}
-    for rule in sorted({label(entry) for problem in measured() for entry in record(problem)["final"] if entry["knee"]}):
+    for rule in rules():
         for knee in KNEES:
-            logs = [
-                log_ratios(of_line, rule, draws(problem))
-                for problem in measured()
-                for of_line in lines(problem, knee)
-                if rule in of_line
-            ]
+            logs = of_rule(rule, knee)
             worst = f"{math.exp(max(own[0] for own in logs)):.2f}"
             found.setdefault(rule, []).extend([in_words(np.mean(logs, axis=0)), worst])
     header = [words for knee in KNEES for words in (f"P = {knee}", "worst")]
-    body = [[f"`{rule}`", str(len(measured())), *cells] for rule, cells in found.items()]
+    body = [[f"`{rule}`", str(len(problems_of(rule))), *cells] for rule, cells in found.items()]
     return markdown(["rule", "problems", *header], body or [["`steady`", "0", *[NOT_MEASURED] * len(header)]])
+
+
+def rules() -> list[str]:
+    return sorted({label(entry) for problem in measured() for entry in record(problem)["final"] if entry["knee"]})
+
+
+def problems_of(rule: str) -> list[str]:
+    """Those that were measured with this rule."""
+    return [problem for problem in measured() if any(e["knee"] and e["rule"] == rule for e in record(problem)["final"])]
+
+
+def over_steady() -> str:
+    """The other rules, `steady` without one of its parts among them: geometric mean of their times over `steady`'s."""
+    body = []
+    for rule in rules():
+        if rule == STEADY:
+            continue
+        row = [f"`{rule}`", ", ".join(problems_of(rule))]
+        for knee in KNEES:
+            logs = [
+                (np.log(of_line[rule]) - np.log(of_line[STEADY]))[draws(problem)].mean(1)
+                for problem in problems_of(rule)
+                for of_line in lines(problem, knee)
+            ]
+            row.append(in_words(np.mean(logs, axis=0)))
+        body.append(row)
+    header = ["rule", "problems", *(f"P = {knee}" for knee in KNEES)]
+    return markdown(header, body or [["", "", *[NOT_MEASURED] * len(KNEES)]])
 
 
 def tests_read_once() -> str:
@@ -229,8 +285,10 @@ def draw(file: Path) -> None:
 
 
 KINDS = {
+    "in_short": in_short,
     "ratios": ratios,
     "leaderboard": leaderboard,
+    "over_steady": over_steady,
     "equal_tuning": equal_tuning,
     "tests_read_once": tests_read_once,
 }
@@ -240,8 +298,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     ).parse_args(arguments)
-    (ROOT / PAGE).write_text(filled((ROOT / PAGE).read_text(), KINDS))
-    print(ROOT / PAGE)
+    for page in PAGES:
+        (ROOT / page).write_text(filled((ROOT / page).read_text(), KINDS))
+        print(ROOT / page)
     if measured():
         draw(ROOT / FIGURE)
         print(ROOT / FIGURE)

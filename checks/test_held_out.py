@@ -122,6 +122,7 @@ def test_the_protocol_in_small(in_small, capsys):
     assert "| `mine`" in table and "| `steady`" in table
     line = next(line for line in held_out_tables.ratios().splitlines() if line.startswith("| small"))
     assert "–" in line and "rate 0." in line
+    assert "`mine`" in held_out_tables.over_steady() and "small" in held_out_tables.over_steady()
     assert "| 30" in held_out_tables.equal_tuning() and "`mine`, P = 30" in held_out_tables.tests_read_once()
     held_out_tables.draw(in_small / "profile.png")
     assert (in_small / "profile.png").stat().st_size > 10_000
@@ -130,8 +131,10 @@ def test_the_protocol_in_small(in_small, capsys):
 def test_the_page_has_the_tables_of_what_is_kept():
     """`python -m benchmarks.held_out_tables` would change nothing; its table of problems is the program's."""
     held_out_tables.record.cache_clear()
-    page = (ROOT / held_out_tables.PAGE).read_text()
-    assert held_out_tables.filled(page, held_out_tables.KINDS) == page, "run: python -m benchmarks.held_out_tables"
+    for name in held_out_tables.PAGES:
+        page = (ROOT / name).read_text()
+        assert held_out_tables.filled(page, held_out_tables.KINDS) == page, "run: python -m benchmarks.held_out_tables"
+    assert set(held_out_tables.DESCRIBED) == set(held_out.PROBLEMS)
     for name, problem in held_out.PROBLEMS.items():
         line = next(line for line in page.split("## Problems")[1].splitlines() if line.startswith(f"| `{name}`"))
         assert f"{problem.samples:,}" in line and line.endswith(f"| {problem.smallest} |")
