@@ -53,6 +53,7 @@ def words_of(branch: Branch, evaluations: int, more: Sequence[str]) -> list[str]
         "max_samples": start.samples + branch.samples,
     }
     options |= {"eval_interval": 0, "eval_samples": max(1, branch.samples // evaluations)}
+    options["weight_average"] = 0.0  # an average over what went before would hide what the branches differ in
     options |= {"checkpoint_interval": 0, "keep_checkpoints": 1, "out_dir": str(folder.parent)}
     options |= {"run_name": folder.name, "resume": str(start.path.absolute())}
     if folder.exists():
@@ -94,9 +95,13 @@ def run(branch: Branch, evaluations: int, more: Sequence[str], start: Callable[[
 
 
 def length_of(start: Start, factors: Sequence[float], samples: int | None) -> int:
-    """Samples of a branch: a multiple of all of its batch sizes, so that they all end at the same one."""
-    multiple = math.lcm(*(round(factor * start.batch_size) for factor in factors))
-    wanted = samples or STEPS * round(max(factors) * start.batch_size)
+    """Samples of a branch: a multiple of all of its batch sizes, so that they all end at the same one; where that would
+    be more than twice what was wanted, of the largest alone: then the others end within a batch of it."""
+    sizes = [round(factor * start.batch_size) for factor in factors]
+    wanted = samples or STEPS * max(sizes)
+    multiple = math.lcm(*sizes)
+    if multiple > 2 * wanted:
+        multiple = max(sizes)
     return multiple * max(1, -(-wanted // multiple))
 
 

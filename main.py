@@ -14,7 +14,7 @@ at once by a second SIGINT.
 
 from launch import entry
 
-# The words first, torch after them: --help and what is refused are answered at once.
+# Options are parsed before torch is imported, so that --help and errors of options are immediate.
 CONFIG = entry.parse_or_exit() if __name__ == "__main__" else None
 
 import contextlib
@@ -65,6 +65,8 @@ class Trainer:
         self.controller = tests.controller(
             parts.config, self.learning_rate.decay, parts.is_adaptive, parts.family, parts.least_batch_size
         )
+        if not parts.resumed and (change := self.controller.initial_transition):
+            carry_over.apply(change, parts.optimizer)
         self.clock = Clock(fabric.device)
         self.totals = Totals(self.clock, parts.train_metrics)
         self.validation = Validation(parts.loss, parts.metrics, fabric.device)
@@ -130,6 +132,7 @@ class Trainer:
             "micro_batch_size": plan.micro_batch_size,
             "gradient_accumulation_steps": plan.steps,
             "lr_factor": lr_factor,
+            "lr": learning_rate,
         }
         if moments:
             row |= columns_of(moments, self.parts.estimator.of_parameters)
@@ -139,7 +142,9 @@ class Trainer:
     def decision_is_due(self) -> bool:
         """The next step is measured, and what it finds decides: on the batch size, on the learning rate."""
         interval = self.config.test_interval if self.controller.rule.measures else self.config.monitor_interval
-        return self.controller.needs_moments and self.controller.is_due(None if interval == "auto" else interval)
+        if not self.controller.needs_moments:
+            return False
+        return self.controller.is_due(None if interval == "auto" else interval, self.parts.estimator.price)
 
     def monitoring_is_due(self) -> bool:
         """The next step is measured, and what it finds is reported."""
@@ -221,7 +226,6 @@ class Trainer:
             "step": self.controller.steps,
             "samples": samples,
             "epoch": samples / self.parts.samples_per_epoch,
-            "lr": self.parts.optimizer.param_groups[0]["lr"],
             "next_batch_size": self.controller.batch_size,
             "world_size": self.fabric.world_size,
         }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adadagrad.control import carry_over
+from adadagrad.gradients.estimator import listed
 from options.errors import UsageError, in_one_line
 from options.names import import_object, nearest, unknown
 from options.schema import Config
@@ -238,9 +239,12 @@ def _named_with_kinds(model: nn.Module) -> Iterator[tuple[str, Tensor, set[str]]
 
 
 def _hidden_matrices(model: nn.Module) -> set[Tensor]:
-    """Weights with rows and columns, of all but the embeddings and the output layer, which is the last of them."""
+    """Weights of layers with rows and columns, of all but the embeddings and the output layer, which is the last of
+    them. (A table of positions, say, is a parameter without a layer.)"""
     found = [
-        (parameter, "embedding" in kinds) for _, parameter, kinds in _named_with_kinds(model) if parameter.dim() == 2
+        (parameter, "embedding" in kinds)
+        for name, parameter, kinds in _named_with_kinds(model)
+        if parameter.dim() == 2 and "." in name and name.endswith("weight")
     ]
     tied = any(
         isinstance(owner, nn.Linear) and any(owner.weight is parameter for parameter, embeds in found if embeds)
@@ -248,6 +252,15 @@ def _hidden_matrices(model: nn.Module) -> set[Tensor]:
     )
     matrices = [parameter for parameter, embeds in found if not embeds]
     return set(matrices if tied else matrices[:-1])  # a tied output layer is among the embeddings
+
+
+def of_muon(model: nn.Module) -> str:
+    """Which matrices it takes, in a line for the user."""
+    own = _hidden_matrices(model)
+    named = [(name, parameter) for name, parameter, _ in _named_with_kinds(model) if parameter.dim() == 2]
+    taken = [name for name, parameter in named if parameter in own]
+    others = [name for name, parameter in named if parameter not in own]
+    return f"muon takes {len(taken)} matrices ({listed(taken)}); AdamW takes all else, {listed(others)} among it"
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -101,15 +101,15 @@ class BatchScaler:
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._refuse_small(self.batch_size)
         if family is None and controller.scaling.measures:
-            kind = type(optimizer).__name__
-            self._notify(f"the state of {kind} does not follow the batch size, its learning rate does")
+            self._notify(carry_over.NOT_KNOWN.format(type(optimizer).__name__))
         self._begin_step()
         self._hooks: list[RemovableHandle] = []
         self._timed_from: tuple[float, int] | None = None  # when the last measurement was complete [s], at which step
 
     def _begin_step(self) -> None:
         # A step with a measurement, which has been made; samples of this process: so far, in the present micro-batch
-        self._measures = self.controller.needs_moments and self.controller.is_due(self.measure_interval)
+        price = {} if self.estimator is None else {"price": self.estimator.price}
+        self._measures = self.controller.needs_moments and self.controller.is_due(self.measure_interval, **price)
         self._measured, self._taken, self._micro_batch_size = False, 0, 0
 
     @property
@@ -184,7 +184,7 @@ class BatchScaler:
         self.moments, self._measured = self.estimator.moments(scale), True
         self._refuse_other_size(self.moments.batch_size, samples)
         if self.moments.num_groups < 2 <= self.batch_size:
-            self._notify("nothing can be compared in a batch of one piece: cut it into two micro-batches or more")
+            self._notify("a batch of one micro-batch has no variance between micro-batches: cut it into two or more")
         self._time_steps()
 
     def step(self, grad_scaler: torch.amp.GradScaler | None = None) -> Update:
@@ -296,10 +296,10 @@ class BatchScaler:
             )
         if is_coupled or (self._is_sharded and name == "auto"):
             name = "micro_batch"
-        estimator, told = self._built(name, inputs, targets)
+        estimator, notices = self._built(name, inputs, targets)
         if may_compare and not is_coupled and estimator.couples_samples:  # as the check has found
-            is_coupled, (estimator, told) = True, self._built("micro_batch", inputs, targets)
-        for line in [COUPLED] * is_coupled + told:
+            is_coupled, (estimator, notices) = True, self._built("micro_batch", inputs, targets)
+        for line in [COUPLED] * is_coupled + notices:
             self._notify(line)
         return estimator
 

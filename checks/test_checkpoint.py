@@ -93,8 +93,8 @@ def make_malicious(path: Path) -> None:
 
 
 DAMAGES = {
-    truncate: "is no whole checkpoint (BadZipFile: File is not a zip file)",
-    flip_a_bit_of_the_weights: "is no whole checkpoint (archive/data/0 in it is damaged)",
+    truncate: "is no intact checkpoint (BadZipFile: File is not a zip file)",
+    flip_a_bit_of_the_weights: "is no intact checkpoint (archive/data/0 in it is damaged)",
     make_malicious: "holds more than weights and plain values (posix.mkdir): not loaded",
 }
 
@@ -123,7 +123,7 @@ def test_where_no_checkpoint_is_whole_nothing_is_started_or_removed(copy, capfd)
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     assert run(copy.parent, "--resume=auto") == 2
     told = capfd.readouterr().err
-    assert told.count("is no whole checkpoint") == 4 and "taking" not in told and len(told.splitlines()) == 1
+    assert told.count("is no intact checkpoint") == 4 and "taking" not in told and len(told.splitlines()) == 1
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
 
 
@@ -184,12 +184,12 @@ def test_a_folder_by_another_name_and_rows_that_are_lost(copy, capfd):
     assert run(copy.parent / "run" / "..", f"--resume={step}") == 0
     told = capfd.readouterr()
     assert "step 8" in told.out and "learning rate is 0" not in told.out
-    assert told.err.count("warning") == 1 and "metrics.csv has lost what the checkpoint finds in it" in told.err
+    assert told.err.count("warning") == 1 and "metrics.csv is shorter than at the checkpoint" in told.err
 
 
 def test_what_a_full_disk_leaves(copy, tmp_path):
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    assert "the checkpoints written before are whole" in str(checkpoint.unwritable(copy / "metrics.csv", full))
+    assert "the checkpoints written before are intact" in str(checkpoint.unwritable(copy / "metrics.csv", full))
     assert "nothing was saved yet" in str(checkpoint.unwritable(tmp_path / "metrics.csv", full))
 
 

@@ -412,6 +412,22 @@ def test_the_batch_does_not_grow_beyond_the_right_size(d, signal):
     assert np.median(largest) > 0.5 * right
 
 
+@pytest.mark.parametrize("price, narrow", [(0.4, False), (3.0, False), (10.0, False), (0.4, True), (3.0, True)])
+def test_measurements_take_a_twentieth_of_the_time(price, narrow):
+    """Beside the first sixteen, and whether the noise scale comes to be known or not."""
+    controller = control.Controller(16, rule=control.Goodput(100.0), unbiased=True, smoothing=5000)
+    measured = []
+    for _ in range(4000):
+        due = controller.is_due(None, price)
+        measured.append(due)
+        # ‖ḡ‖² = 2 of a noise scale of 16 samples, or scattered about nothing
+        signal = 2.0 if narrow else (1.0 + 0.9 * (-1) ** len(measured))
+        controller.update(Moments(16, 16, signal, 16 * 16 + 16 * signal) if due else None)
+    assert all(measured[: 3 if narrow else 16]) and bool(controller.statistics.is_narrow) == narrow
+    assert price * (sum(measured) - 16) <= 0.05 * len(measured) + price
+    assert sum(measured) >= (32 if price > 5 else 60)
+
+
 def test_goodput_moves_only_for_a_gain_and_shrinks_only_where_it_may():
     goodput = partial(control.Goodput, critical=2.0)
     step_time, noise_scale = (1.0, 0.01), 50.0  # C = 100, b* = 100

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from checks.conftest import ROOT, launch
 from options.errors import RunError
 from runs import branches, figures
 from runs.branches import Branch, Known, Start
-from runs.results import read_metrics
+from runs.results import read_metrics, read_run
 
 TINY = ["--model=logistic", "--accelerator=cpu", "--devices=1", "--max_micro_batch_size=256", "--test=False"]
 
@@ -292,6 +293,25 @@ def test_an_interrupted_branch_goes_on(pilot):
     assert branch.status == "unfinished"
     critical.run(branch, 4, [], in_this_process)
     assert branch.status == "finished" and columns(branch.folder, "train_loss", "step", "lr") == expected
+
+
+def test_branches_are_compared_without_an_average_of_the_weights(pilot):
+    """It would be one over what went before, which the branches have in common."""
+    options = ["--max_samples=640", "--weight_average=5000", "--run_name=averaged", "--checkpoint_interval=20"]
+    assert main.main([*TINY, *options, f"--out_dir={pilot.parent}"]) == 0
+    branch = Branch(Start.read(checkpoint(pilot.parent / "averaged", 20)), 2, 1.0, 128, 0)
+    critical.run(branch, 2, [], in_this_process)
+    assert read_run(branch.folder).options["weight_average"] == 0
+    assert not (branch.folder / "model_average.pt").exists()
+
+
+def test_the_length_of_branches():
+    """They end at the same sample where that costs no more than twice the samples."""
+    start = SimpleNamespace(batch_size=16)
+    assert critical.length_of(start, [1, 2, 4], None) == 32 * 64
+    assert critical.length_of(start, [1, 3], 1000) == 1008
+    odd = critical.length_of(SimpleNamespace(batch_size=271), [1, 1.5, 2], None)
+    assert odd == 32 * 542
 
 
 def test_the_page_has_what_is_kept():

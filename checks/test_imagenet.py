@@ -151,7 +151,7 @@ def test_half_written_ffcv_files(tmp_path, ffcv_dir, cut, capfd, folder):
         assert convert.main([str(folder), str(tmp_path), "--num_workers=1"]) == 0
         assert len(data.load("imagenet", tmp_path).train) == CLASSES * TRAIN
         assert (tmp_path / "val_500_0.50_90.ffcv").stat().st_mtime_ns == before
-        assert "is there already and whole" in capfd.readouterr().out
+        assert "already exists and is complete" in capfd.readouterr().out
 
 
 def test_converter_leaves_out_and_names_what_it_cannot_read(tmp_path, ffcv, capfd):

@@ -223,7 +223,7 @@ def test_a_branch_beyond_all_estimators_decides_nothing():
     with estimator.observe(inputs, targets, 1 / len(inputs)):
         cross_entropy(model(inputs), targets).backward()
     assert estimator.moments().variance != estimator.moments().variance  # NaN
-    assert lines == ["the test decides nothing where act.weight take part: no per-sample gradients of them "
+    assert lines == ["batch size unchanged where act.weight take part: no per-sample gradients of them "
                      "(two samples, please)"]  # fmt: skip
 
 

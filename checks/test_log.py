@@ -132,7 +132,7 @@ def test_the_price_of_the_sizes(tmp_path):
         }
     )
     assert runlog.price_text(found) == (
-        "1.72 times the least possible samples; "
+        "1.72 times the samples that the smallest batches would need; "
         "1.37 times those of --batch_size throughout, in 0.72 of its time (modelled)"
     )
     without = results.price(metrics, 2.0, 8, None)

@@ -259,6 +259,24 @@ def test_muon_has_the_hidden_matrices_and_adamw_the_rest():
     assert optim.build(tied, Config(optimizer="muon")).optimizers[0].param_groups[0]["params"] == [tied[1].weight]
 
 
+def test_muon_takes_weights_of_layers_alone():
+    """A table of positions is a matrix, too; the user is told what goes where."""
+
+    class Positioned(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.positions = torch.nn.Parameter(torch.zeros(9, 4))
+            self.body, self.attention = torch.nn.Linear(4, 4), torch.nn.MultiheadAttention(4, 2)
+            self.head = torch.nn.Linear(4, 3)
+
+    model = Positioned()
+    taken = optim.build(model, Config(optimizer="muon")).optimizers[0].param_groups[0]["params"]
+    own = [model.body.weight, model.attention.in_proj_weight, model.attention.out_proj.weight]
+    assert {id(one) for one in taken} == {id(one) for one in own}
+    said = optim.of_muon(model)
+    assert "3 matrices (body.weight, " in said and "positions, head.weight among it" in said
+
+
 def test_joined_optimizers_are_one():
     """The steps of the two by themselves; one state dict; copied, restored and coupled as one."""
     model, by_hand = network(), network()

@@ -52,6 +52,8 @@ def test_help_groups_by_topic_and_names_every_option(capsys):
         assert f"\n{topic}" in text
     for option in Config.__dataclass_fields__:
         assert re.search(rf"--{option}[ ,]", text), option
+    assert "--test_interval INT|auto" in text and "--recipe {paper,steady}" in text and "--knee FLOAT" in text
+    assert not re.search(r"UNION|OPTIONAL|LITERAL|<class", text)
     assert "samples per device" in text and "default: cnn" in text
 
 

@@ -3,6 +3,7 @@ words."""
 
 import ast
 import csv
+import inspect
 import itertools
 import math
 import re
@@ -11,10 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 
 import main
 import report
-from adadagrad.control import Family
+from adadagrad.control import Family, Transition
+from adadagrad.tests import Statistics
 from options.errors import UsageError
 from runs import pilot, results
 from runs.pilot import Piece
@@ -174,6 +177,31 @@ def test_the_printed_line_trains_by_its_stages(run, capsys):
     first = float(rows[0]["lr"]) / float(rows[0]["lr_factor"])
     assert first == pytest.approx(float(rates[0][1]), rel=1e-3)
     assert gain > 1 and max(float(row["lr_factor"]) for row in rows) > 1.2  # the rate has followed
+
+
+def test_what_the_first_stage_changes_beside_the_rate():
+    """β₂ or alpha, and a decoupled decay, torch's own where none is given: as the transition has them."""
+    pieces = [Piece(1000.0, 50.0)]
+    made = pilot.plan(pieces, 3000.0, 1, 8.0, 8, Family.AVERAGE)
+    stage = made.stages[0]
+    change = Transition.of(Statistics(8, 8, 1.0, 50.0), 8, stage.batch_size, 8, 8.0)
+    assert stage.rate == pytest.approx(change.rate(Family.AVERAGE)) and stage.decay > 1.5
+    assert stage.decay == pytest.approx(change.decay(Family.AVERAGE))
+    options = {"batch_size": 8, "beta2": 0.9999, "weight_decay": None, "optimizer_args": {}}
+    said = {
+        name: pilot._of_the_first_stage(stage, {**options, "optimizer": name})
+        for name in ("adam", "adamw", "muon", "rmsprop", "sgd")
+    }
+    kappa = stage.batch_size / 8
+    beta = f"--beta2={max(0.95, 0.9999**kappa):.6g}"
+    assert said["adam"] == [beta] and said["sgd"] == []
+    assert said["rmsprop"] == [f"--optimizer_args.alpha={max(0.95, 0.99**kappa):.6g}"]
+    for name, kind in (("adamw", torch.optim.AdamW), ("muon", torch.optim.Muon)):
+        assert inspect.signature(kind).parameters["weight_decay"].default == pilot.OWN_DECAY[name]
+        assert said[name] == [beta, f"--weight_decay={pilot.OWN_DECAY[name] * stage.decay:.6g}"]
+    assert inspect.signature(torch.optim.RMSprop).parameters["alpha"].default == pilot.OWN_ALPHA
+    given = pilot._of_the_first_stage(stage, {**options, "optimizer": "torch.optim:AdamW", "weight_decay": 0.3})
+    assert given[1] == f"--weight_decay={0.3 * stage.decay:.6g}"
 
 
 def test_text_is_counted_in_tokens(run):

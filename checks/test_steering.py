@@ -151,6 +151,26 @@ def test_with_a_knee_goodput_is_reproducible(tmp_path):
     assert json.loads((tmp_path / "first" / "summary.json").read_text())["knee"] == 100
 
 
+def test_a_free_start(tmp_path):
+    """The first batch is an eighth of the knee, at the learning rate of --batch_size; β₂ has its half-life in samples
+    from the first step on, and as long as the batch stays."""
+    options = ["--recipe=steady", "--knee=400", "--learning_rate=0.01", "--optimizer=adam", "--beta2=0.999"]
+    options += ["--batch_size=8", "--max_batch_size=50", "--max_samples=25600"]
+    rows = run(tmp_path, "free", *options, "--checkpoint_interval=20", "--keep_checkpoints=99", "--max_samples=25600")
+    assert numbers(rows, "batch_size")[0] == 50 and set(numbers(rows, "batch_size")) == {50}
+    assert numbers(rows, "lr_factor")[0] == 1 and numbers(rows, "lr")[0] == 0.01
+    saved = torch.load(tmp_path / "free" / "checkpoints" / "step-00000020.pt", weights_only=False)
+    [group] = saved["optimizer"]["param_groups"]
+    assert group["betas"][1] == pytest.approx(0.999 ** (50 / 8)) and group["initial_beta2"] == 0.999
+    rows = run(tmp_path, "not_free", *options, "--free_start=False", "--max_samples=200")
+    assert numbers(rows, "batch_size")[0] == 8
+
+
+def test_the_learning_rate_of_a_row_is_that_of_no_group(tmp_path):
+    rows = run(tmp_path, "one", "--learning_rate=0.01", "--lr_factors={'1.weight': 0.1}", "--max_samples=64")
+    assert numbers(rows, "lr")[0] == 0.01
+
+
 def test_goodput_says_what_it_has_found(tmp_path, capsys):
     rows = run(tmp_path, "steady", "--batch_size=16", "--max_samples=20000", "--recipe=steady")
     sizes = numbers(rows, "batch_size")

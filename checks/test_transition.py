@@ -186,7 +186,11 @@ def test_the_controller_says_what_changes():
     assert updates[-1].lr_factor == pytest.approx(changes[0].rate(Family.AVERAGE))
     assert controller.decay_factor == pytest.approx(changes[0].decay(Family.AVERAGE))
     silent = control.Controller(8, rule=rule, limits=control.Limits(may_shrink=True), scaling=scaling)
-    assert all(silent.update(None).transition is None for _ in range(5))  # nothing was measured: nothing is carried
+    [change] = [found for _ in range(5) if (found := silent.update(None).transition)]
+    # Nothing was measured: what follows from the sizes alone.
+    assert (change.before, change.after, change.gain, change.squares) == (8, 16, 1, 1)
+    assert change.states(Family.SUM)["sum"] == 1 / 2 and change.second_beta(0.999) == pytest.approx(0.999**2)
+    assert silent.lr_factor == 1
 
 
 CHANGE = Transition(before=16, after=64, initial=16, gain=2.5, squares=2.0)
@@ -262,6 +266,13 @@ def test_state_keeps_its_place(name):
     if name == "rmsprop, centred":
         state = after["state"][0]
         assert bool((state["square_avg"] >= state["grad_avg"].square()).all())
+
+
+def test_a_branch_of_the_same_size_is_the_run_itself():
+    optimizer = stepped(OPTIMIZERS["adam, 0.999"])
+    before = copy.deepcopy(optimizer.state_dict())
+    carry_over.apply(Transition(64, 64, 16, gain=1.0, squares=1.0), optimizer)
+    assert str(optimizer.state_dict()) == str(before)
 
 
 def test_an_optimizer_of_no_known_family_is_left_alone():

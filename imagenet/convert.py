@@ -65,7 +65,7 @@ def convert(images: folders.ImageFiles, target: Path, workers: int, **encoding) 
         UsageError: no image can be read, or one of the worker processes was ended.
     """
     if is_whole(target):
-        print(f"{target} is there already and whole: remove it to write it anew", flush=True)
+        print(f"{target} already exists and is complete: remove it to write it anew", flush=True)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished, record = (target.with_name(f".{target.name}.{kind}") for kind in ("unfinished", "unreadable"))

@@ -35,8 +35,8 @@ class HelpFormatter(DefaultHelpFormatter):
         return f"{text} (default: %(default)s)"
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        words = (self._get_type_str(action) or action.dest).split(" | ")[0]
-        return {"<class 'Path'>": "PATH", "dict[str, Any]": "DICT"}.get(words, words.upper())
+        types = {entry.name: entry.type for entry in fields(Config)}
+        return _metavar(types[action.dest]) if action.dest in types else action.dest.upper()
 
 
 class ConfigFile(ActionConfigFile):
@@ -81,7 +81,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     for word in arguments:
         if any("\udc80" <= letter <= "\udcff" for letter in word):  # how Python keeps bytes that are no letters
             encoding = sys.getfilesystemencoding()
-            raise UsageError(f"{word} has letters that the encoding {encoding} has not: set PYTHONUTF8=1")
+            raise UsageError(f"{word} has characters that {encoding} cannot represent: set PYTHONUTF8=1")
     parser = build_parser()
     try:
         to_be_read = [word for word in arguments if not word.startswith("--print_config")]
@@ -145,6 +145,16 @@ def page() -> str:
             meaning = " ".join(meanings[entry.name].help.split())
             lines.append(f"| `--{entry.name}` | {_values(entry.type)} | {default} | {meaning.replace('|', '/')} |")
     return "\n".join(lines) + "\n"
+
+
+def _metavar(kind: Any) -> str:
+    """A type in `--help`: INT, INT|auto, {paper,steady}."""
+    origin, arguments = get_origin(kind), [one for one in get_args(kind) if one is not NoneType]
+    if origin is Literal:
+        return f"{{{','.join(arguments)}}}" if arguments[1:] else arguments[0]
+    if origin in (Union, UnionType):
+        return "|".join(map(_metavar, arguments))
+    return (origin or kind).__name__.upper()
 
 
 def _values(kind: Any) -> str:

@@ -50,14 +50,13 @@ def resolve(
         effective[f"lr_decay_{unit}"] = effective.get(f"max_{unit}", getattr(config, f"max_{unit}"))
     if config.max_batch_size is None:
         effective["max_batch_size"] = max([training_samples, *config.global_batch_sizes])
-    smallest = min(config.global_batch_sizes) if config.stagewise_ramp_up else config.batch_size
     if training_samples < world_size:
         raise UsageError(
             f"--dataset={config.dataset} has {training_samples} training samples for {world_size} devices: "
             "use fewer --devices"
         )
+    option, smallest = smallest_batch(config)
     if smallest < world_size:
-        option = "global_batch_sizes" if config.stagewise_ramp_up else "batch_size"
         raise UsageError(
             f"--{option}: a batch of {smallest} cannot be shared by {world_size} devices: "
             "raise it or use fewer --devices"
@@ -71,6 +70,13 @@ def resolve(
         strategy=strategy_name(fabric),
         precision=fabric._precision.precision,
     )
+
+
+def smallest_batch(config: Config) -> tuple[str, int]:
+    """The option that says it, and its samples."""
+    if config.stagewise_ramp_up:
+        return "global_batch_sizes", min(config.global_batch_sizes)
+    return "batch_size", config.batch_size
 
 
 def strategy_name(fabric: Fabric) -> str:
@@ -92,10 +98,10 @@ def refuse_single_samples(config: Config, world_size: int, least: int) -> None:
     Raises:
         UsageError: a device would get fewer.
     """
-    smallest = min(config.global_batch_sizes) if config.stagewise_ramp_up else config.batch_size
+    option, smallest = smallest_batch(config)
     if least > 1 and smallest // world_size < least:
         raise UsageError(
-            f"--batch_size: {config.model} has BatchNorm on 1×1 maps of these images and needs at least {least} "
+            f"--{option}: {config.model} has BatchNorm on 1×1 maps of these images and needs at least {least} "
             f"samples a device: use {least * world_size} or more, or fewer --devices"
         )
     if least > 1 and config.max_micro_batch_size != "auto" and config.max_micro_batch_size < 3:

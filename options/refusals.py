@@ -138,7 +138,7 @@ def _options_of_other_rules(c: Config, defaults: SimpleNamespace) -> None:
         for name in ("test_type", *PARAMETERS_OF_TESTS):
             if getattr(c, name) != getattr(defaults, name):
                 raise UsageError(
-                    f"--{name}: {chosen.chosen_by} makes no test: leave --{name} out, or take another type"
+                    f"--{name}: {chosen.chosen_by} makes no test: leave --{name} out, or choose another --ramp_up_type"
                 )
 
 
@@ -166,8 +166,7 @@ def _batch_sizes(c: Config) -> None:
         )
     if c.test and c.batch_size == 1:
         raise UsageError("--batch_size=1 has no variance to test: start with 2 or more, or add --test=False")
-    grows = c.test or c.stagewise_ramp_up or c.linear_ramp_up or c.seesaw_ramp_up
-    if c.max_growth and grows:
+    if c.max_growth and rule_class(vars(c)).name != "constant":
         first = -(-(c.batch_size + 1) // c.batch_size_multiple) * c.batch_size_multiple
         if first > c.batch_size * c.max_growth:
             raise UsageError(

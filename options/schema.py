@@ -81,7 +81,8 @@ class TestOptions:
     """norm test, inner product test, or inner product test with orthogonality test (augmented)"""
     eta: float = 1.0
     """η of the norm test: smaller means larger batches. With statistics=unbiased the batch stays at (noise scale)/η²,
-    which costs 1 + 1/η² times the least possible samples and 1 + η² times the least possible steps"""
+    which costs 1 + 1/η² times the least possible samples and 1 + η² times the least possible steps (McCandlish et al.,
+    arXiv:1812.06162)"""
     theta: float = 1.0
     """θ of the inner product test: smaller means larger batches"""
     nu: float = 1.0
@@ -93,10 +94,10 @@ class TestOptions:
     at least four measurements; 0: the last tested batch alone"""
     test_interval: int | Literal["auto"] = 1
     """measure, and test, every so many steps; auto: every step until the noise scale is known to a half (at most an
-    eighth of the steps and 16 more), then every sixteenth"""
+    eighth of the steps and 16 more), then every sixteenth; less often where a measurement is expensive (vmap, loop)"""
     monitor_interval: int = 0
     """measure the statistics every so many steps also where nothing is decided by them: in runs without a test and at
-    the largest batch size; 0: do not. A network with BatchNorm is watched by micro_batch"""
+    the largest batch size; 0: do not. A network with BatchNorm is measured by micro_batch"""
     monitor_modules: bool = False
     """write the statistics of every module's own parameters to modules.csv, too, by ghost or micro_batch"""
     monitor_metrics: list[Literal[OTHER_SCALES]] = field(default_factory=list)
@@ -117,25 +118,25 @@ class TestOptions:
     """most samples of a device in a pass of the test's own [samples per device]"""
     ramp_up_type: str = "test"
     """test: where the test fails, take the size that it asks for; factor: multiply the batch size by ramp_up_factor
-    there; goodput: no test, but the size with the most progress a second, √(critical · noise scale · knee), by the
-    steps' times; or an import path package.module:Class of a control.Rule"""
+    there; goodput: no test, but the size with the most progress a second, √(critical · noise scale ·
+    knee); or an import path package.module:Class of an adadagrad.Rule"""
     ramp_up_factor: float = 2.0
     """factor of ramp_up_type=factor"""
     may_shrink: bool = False
     """ramp_up_type=goodput may also make the batch smaller, to two samples and one a process at least"""
     knee: float | None = None
-    """of ramp_up_type=goodput: the batch whose samples take as long as the fixed part of a step [samples]; default: as
-    the steps' times say. With a number, the sizes do not depend on times"""
+    """of ramp_up_type=goodput: the batch whose samples take as long as the fixed part of a step [samples]; default:
+    measured once before the first step. With a number, batch sizes do not depend on the machine"""
     critical: float = CRITICAL
-    """of ramp_up_type=goodput and lr_scaling=critical: the critical batch size, in noise scales, as critical.py
-    measures it"""
+    """of ramp_up_type=goodput and lr_scaling=critical: critical batch size ÷ noise scale, as critical.py measures
+    it"""
     max_waste: float | None = None
     """of ramp_up_type=goodput: W, a bound on the samples: the run takes at most 1 + W times the least possible ones, if
     its critical batch size grows with its samples; default: batches of at most 10 critical batch sizes"""
     free_start: bool = False
-    """of ramp_up_type=goodput: begin with an eighth of the knee where that is more than batch_size, as a step takes
-    hardly longer for it (at most with 1/256 of max_samples); the learning rate begins at that of batch_size and
-    follows what is measured"""
+    """of ramp_up_type=goodput: begin with an eighth of the knee if that is more than batch_size, since such a step
+    takes hardly longer (at most 1/256 of max_samples); the learning rate begins at that of batch_size and follows what
+    is measured"""
     recipe: Literal["paper", "steady"] | None = None
     """paper: the published rule. steady: unbiased, smoothed statistics, goodput, a learning rate that follows,
     a free start, growth at most fourfold at a time and by what is known for sure, at most twice the least
@@ -250,7 +251,7 @@ class DeviceOptions:
     accelerator: Literal["auto", "cpu", "gpu", "cuda"] = "auto"
     """kind of device"""
     strategy: Literal["auto", "ddp", "ddp_find_unused_parameters_true", "fsdp"] = "auto"
-    """how processes work together; ddp_find_unused_parameters_true: where a step may leave out parameters; fsdp:
+    """how processes work together; ddp_find_unused_parameters_true: if some parameters get no gradient in a step; fsdp:
     parameters, gradients and optimizer states are sharded, for models that do not fit"""
     shard_modules: list[str] = field(default_factory=list)
     """of strategy=fsdp: classes whose modules are gathered one at a time; default: the model's repeated blocks"""
@@ -267,7 +268,7 @@ class DeviceOptions:
     """the same numbers, bit for bit, in every run on the same GPUs; slower. On CPUs runs are so anyway, but for what
     is measured where max_micro_batch_size is auto and knee says nothing"""
     timeout_minutes: float = 10.0
-    """end where a process waits so long for another one [min]"""
+    """end the run if a process waits this long for another [min]"""
     precision: Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true", "32", "bf16", "64"] = "32-true"
     """floating-point precision"""
 
@@ -301,14 +302,14 @@ class CheckpointOptions:
     keep_checkpoints: int = 2
     """keep so many of the newest checkpoints, and the one with the best evaluation"""
     resume: str | None = None
-    """auto: go on from the newest whole checkpoint of the run's folder, start where there is none (needs run_name);
+    """auto: go on from the newest intact checkpoint of the run's folder, start where there is none (needs run_name);
     or a run's folder or checkpoint to go on from; default: start a new run"""
     branch: float | None = None
     """of resume: go on from a checkpoint with so many times its batch size, constant from there on; seed, length and
     evaluations may be other ones then. critical.py compares such branches. Default: go on as the run was"""
     branch_gain: float = 1.0
-    """of branch: a step is to be branch ** branch_gain times as long, optimizer state along; 1: as many times as the
-    batch is larger, as where noise dominates"""
+    """of branch: the length of a step is multiplied by branch ** branch_gain, and the optimizer's state follows; 1: by
+    as much as the batch, as where noise dominates"""
 
 
 @dataclass

@@ -50,7 +50,7 @@ class Start:
     def read(cls, path: Path) -> "Start":
         """
         Raises:
-            UsageError: it is no whole checkpoint.
+            UsageError: it is no intact checkpoint.
         """
         if problem := problem_of(path):
             raise UsageError(f"{path} {problem}: name another one")

@@ -44,7 +44,7 @@ FREE = """
 """.split()  # noqa: SIM905
 GROWING = ("max_samples", "max_iters")
 """May differ, but only upwards."""
-OF_A_BRANCH = ("branch", "branch_gain", "seed", "training_type", "validation_samples", *GROWING)
+OF_A_BRANCH = ("branch", "branch_gain", "seed", "training_type", "validation_samples", "weight_average", *GROWING)
 """May differ where the run branches off."""
 FROM_THE_LENGTH = ("lr_decay_samples", "lr_decay_iters", "samples_stages")
 """Defaults that follow from the length of the run: a longer continuation keeps the values of the run."""
@@ -185,7 +185,7 @@ class Checkpoints:
 def unwritable(path: Path, error: Exception) -> RunError:
     """A full disk, mostly."""
     saved = steps_of(path.parent) or steps_of(path.parent / "checkpoints")
-    rest = "the checkpoints written before are whole" if saved else "nothing was saved yet"
+    rest = "the checkpoints written before are intact" if saved else "nothing was saved yet"
     return RunError(
         f"{path} could not be written ({in_one_line(error)}): {rest}; make room, then go on with --resume=auto"
     )
@@ -213,7 +213,7 @@ def problem_of(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
-                return f"is no whole checkpoint ({damaged} in it is damaged)"
+                return f"is no intact checkpoint ({damaged} in it is damaged)"
         options_of(path)
     except (OSError, MemoryError) as error:
         raise UsageError(f"--resume: {path} cannot be read ({in_one_line(error)}): try again when it can be") from None
@@ -221,7 +221,7 @@ def problem_of(path: Path) -> str:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         return f"holds more than weights and plain values{f' ({found[1]})' if found else ''}: not loaded"
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        return f"is no whole checkpoint ({in_one_line(error)})"
+        return f"is no intact checkpoint ({in_one_line(error)})"
     except Exception:  # a foreign file raises whatever its readers run into
         return "is no checkpoint of this program"
     return ""
@@ -240,8 +240,8 @@ def find(resume: str | None, folder: Path | None) -> tuple[Path | None, list[str
         folder: OUT_DIR/RUN_NAME, None where the run has no name.
 
     Raises:
-        UsageError: there is none where one is named, there are some but none is whole, one cannot be read, or the run's
-            folder is not known.
+        UsageError: there is none where one is named, there are some but none is intact, one cannot be read, or the
+            run's folder is not known.
     """
     if resume is None:
         return None, []
@@ -261,7 +261,7 @@ def find(resume: str | None, folder: Path | None) -> tuple[Path | None, list[str
         problems[path] = problem
     if problems:
         listed = "; ".join(f"{path} {problem}" for path, problem in problems.items())
-        raise UsageError(f"--resume={resume}: {listed}: put a whole one there, or choose another --run_name")
+        raise UsageError(f"--resume={resume}: {listed}: put an intact one there, or choose another --run_name")
     if resume != "auto":
         raise UsageError(f"--resume={resume} has no checkpoint: give a run's folder, or one of its checkpoints")
     return None, []

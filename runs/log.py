@@ -28,6 +28,7 @@ import tests
 from launch.ending import errors_go_to
 from launch.environments import resume_command
 from options.errors import RunError, UsageError, in_one_line
+from options.recipes import RECIPES
 from options.schedules import PARAMETERS_OF_TESTS
 from options.schema import Config
 from runs import figures, results
@@ -79,7 +80,8 @@ NOISE_SCALE_BAND = {
 
 def default_name(config: Config) -> str:
     """Model, data set, how the batch grows, seed, time."""
-    schedule = tests.rule(vars(config)).label(config.batch_size)
+    words, _ = results.schedule(vars(config))
+    schedule = words if words in RECIPES else tests.rule(vars(config)).label(config.batch_size)
     names = (name.replace(":", ".") for name in (config.model, config.dataset))
     return "_".join([*names, schedule, f"seed{config.seed}", time.strftime("%Y%m%d-%H%M%S")])
 
@@ -387,7 +389,7 @@ def _rewind(source: Path, folder: Path, sizes: dict[str, int]) -> None:
         folder: the run's folder.
         sizes: by file name [bytes].
     """
-    for name in ("summary.json", "model.pt"):
+    for name in ("summary.json", "model.pt", "model_average.pt"):
         (folder / name).unlink(missing_ok=True)
     for path in _growing(folder):
         if path.name not in sizes:
@@ -400,7 +402,7 @@ def _rewind(source: Path, folder: Path, sizes: dict[str, int]) -> None:
         if found > size:
             os.truncate(path, size)
         elif found < size:
-            print(f"warning: {path} has lost what the checkpoint finds in it", file=sys.stderr, flush=True)
+            print(f"warning: {path} is shorter than at the checkpoint: rows are missing", file=sys.stderr, flush=True)
 
 
 def peak_memory_bytes() -> int:
@@ -437,7 +439,7 @@ def git_commit() -> str | None:
 
 def introduction(c: Config, parameters: int, training_samples: int, world_size: int, device: str) -> str:
     """The run in one line."""
-    schedule = tests.rule(vars(c)).describe(c.batch_size, c.max_batch_size)
+    schedule, _ = results.schedule(vars(c))
     growth = f"batch size {c.batch_size:,} to at most {c.max_batch_size:,} ({schedule})"
     if schedule.startswith("constant"):
         growth = f"batch size {c.batch_size:,}"
@@ -465,7 +467,7 @@ def summary_text(summary: dict[str, Any], folder: Path) -> str:
         "samples": f"{summary['samples']:,}",
         "batch size": f"mean {summary['mean_batch_size']:,.1f}, final {summary['final_batch_size']:,}",
         "quickest batch": quickest_text(summary),
-        "the choice": price_text(summary),
+        "cost of the sizes": price_text(summary),
         "wall time": f"{summary['wall_time']:.1f} s on {summary['world_size']} × {summary['device']}",
         "run folder": str(folder),
     }
@@ -478,7 +480,8 @@ def quickest_text(summary: dict[str, Any]) -> str:
     noise_scale, knee, best = (summary[name] for name in ("noise_scale", "knee", "quickest_batch_size"))
     if best is None:
         return ""
-    noise, critical = _in_samples(noise_scale), best**2 / knee if knee else math.inf  # control/sizes.py
+    # (best = √(critical · knee), quickest_batch in adadagrad/control/rules.py)
+    noise, critical = _in_samples(noise_scale), best**2 / knee if knee else math.inf
     if knee > 100 * critical:
         return f"{max(1, round(10 * critical)):,} or more: noise scale {noise}, samples cost next to nothing"
     return f"about {best:,}: noise scale {noise}, knee {_in_samples(knee)}; above that batches do not save time here"
@@ -492,7 +495,7 @@ def price_text(summary: dict[str, Any]) -> str:
         return ""
     in_time = "" if time is None else f", in {time:.2f} of its time"
     others = f"{samples:.2f} times those of --batch_size throughout{in_time} (modelled)"
-    return f"{least:.2f} times the least possible samples; {others}"
+    return f"{least:.2f} times the samples that the smallest batches would need; {others}"
 
 
 def _in_samples(number: float) -> str:

@@ -8,6 +8,7 @@ mean critical size.
 """
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from adadagrad.control import FAMILIES, Family, LearningRateScaling, Transition
+from adadagrad.control.transition import DECOUPLED
 from adadagrad.tests import Statistics
 from options.errors import UsageError
 from options.schema import DEFAULTS
@@ -49,11 +51,13 @@ class Stage:
         batch_size: [samples].
         samples: its length.
         rate: factor on the pilot's learning rate, which is for its first batch.
+        decay: likewise on a decoupled weight decay.
     """
 
     batch_size: int
     samples: int
     rate: float
+    decay: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,7 @@ def plan(
     w, a = float(worth.sum()), float(share.sum())
     constant = max(1, round(math.sqrt(knee * w / a)))
     time = sum(_time(b, w, a, knee) for b, w, a in found)
-    whole = [Stage(b, round(w + b * a), _rate(w / a / critical, critical, initial, b, family)) for b, w, a in found]
+    whole = [Stage(b, round(w + b * a), *_factors(w / a / critical, critical, initial, b, family)) for b, w, a in found]
     return Plan(whole, _time(constant, w, a, knee) / time, constant)
 
 
@@ -193,17 +197,31 @@ def _cuts(worth: np.ndarray, share: np.ndarray, stages: int) -> list[int]:
     return min(found)[1]
 
 
-def _rate(noise_scale: float, critical: float, initial: int, size: int, family: Family | None) -> float:
-    """As --lr_scaling=critical has it, with --coupling=full where the family is known."""
+def _factors(
+    noise_scale: float, critical: float, initial: int, size: int, family: Family | None
+) -> tuple[float, float]:
+    """On rate and decay, as --lr_scaling=critical has them, with --coupling=full where the family is known."""
     scaling = LearningRateScaling("critical", initial, adaptive_optimizer=True, family=family, critical=critical)
-    return scaling(size, Statistics(size, size, 1.0, noise_scale))
+    statistics = Statistics(size, size, 1.0, noise_scale)
+    return scaling(size, statistics), scaling.decay(size, statistics)
+
+
+def class_of(optimizer: str) -> str:
+    """The name of torch's class, in small letters, by the word of --optimizer."""
+    name = optimizer.rpartition(":")[2].lower()
+    return {"sgdm": "sgd"}.get(name, name)
 
 
 def family_of(optimizer: str) -> Family | None:
-    """By the word of --optimizer."""
-    name = optimizer.rpartition(":")[2].lower()
     families = {known.lower(): family for known, family in FAMILIES.items()}
-    return families.get({"sgdm": "sgd"}.get(name, name))
+    return families.get(class_of(optimizer))
+
+
+OWN_DECAY = {"adamw": 0.01, "muon": 0.1}
+"""torch's, where --weight_decay says nothing."""
+OWN_ALPHA = 0.99
+"""RMSprop's."""
+WITHOUT_BETAS = {"rmsprop", "adafactor"}
 
 
 def for_adadagrad(made: Plan, run: Run, critical: float, tokens: int | None) -> str:
@@ -213,8 +231,8 @@ def for_adadagrad(made: Plan, run: Run, critical: float, tokens: int | None) -> 
     steps = sum(-(-stage.samples // stage.batch_size) for stage in made.stages)
     sizes = ",".join(str(stage.batch_size) for stage in made.stages)
     words = [
-        f"--config={run.folder / 'config.yaml'} --run_name={run.folder.name}_stages --test=False",
-        f"--stagewise_ramp_up=True --global_batch_sizes=[{sizes}]",
+        f"--config={shlex.quote(str(run.folder / 'config.yaml'))} --run_name={shlex.quote(run.folder.name)}_stages",
+        f"--test=False --stagewise_ramp_up=True --global_batch_sizes=[{sizes}]",
         f"--samples_stages=[{','.join(str(stage.samples) for stage in made.stages)}]",
         f"--training_type=sample --max_samples={total}",
         f"--max_batch_size={max(options['max_batch_size'], *(stage.batch_size for stage in made.stages))}",
@@ -223,15 +241,30 @@ def for_adadagrad(made: Plan, run: Run, critical: float, tokens: int | None) -> 
         f"--monitor_interval={min(max(steps // MEASUREMENTS, 1), 8)}",
         f"--critical={critical:g} --statistics=unbiased --smoothing={options['smoothing'] or 5000:g}",
     ]
-    if family_of(options["optimizer"]) is Family.AVERAGE:
-        first, initial = made.stages[0].batch_size, options["batch_size"]
-        words.append(f"--beta2={Transition(initial, first, initial, 1.0, 1.0).second_beta(options['beta2']):.6g}")
+    words += _of_the_first_stage(made.stages[0], options)
+    if options["linear_ramp_up_increment"] != DEFAULTS.linear_ramp_up_increment:
+        words.append(f"--linear_ramp_up_increment={DEFAULTS.linear_ramp_up_increment}")
     if options["training_type"] == "iter":
         words.append(f"--max_iters={DEFAULTS.max_iters}")
     if options["decay_lr"] and options["scheduler"] != "multistep":
         length = {"sample": f"--lr_decay_samples={total}", "iter": f"--lr_decay_iters={steps}"}
         words.append(length[options["lr_decay_type"]])
     return " \\\n  ".join(["python main.py", *words])
+
+
+def _of_the_first_stage(stage: Stage, options: dict[str, Any]) -> list[str]:
+    """β₂ and a decoupled weight decay, which the pilot's are not for."""
+    name, initial, words = class_of(options["optimizer"]), options["batch_size"], []
+    change = Transition(initial, stage.batch_size, initial, 1.0, 1.0)
+    if name == "rmsprop":
+        alpha = float(options["optimizer_args"].get("alpha", OWN_ALPHA))
+        words.append(f"--optimizer_args.alpha={change.second_beta(alpha):.6g}")
+    elif name == "muon" or (family_of(name) is Family.AVERAGE and name not in WITHOUT_BETAS):
+        words.append(f"--beta2={change.second_beta(options['beta2']):.6g}")
+    decay = OWN_DECAY.get(name, 0.0) if options["weight_decay"] is None else options["weight_decay"]
+    if decay and name in {own.lower() for own in DECOUPLED}:
+        words.append(f"--weight_decay={decay * stage.decay:.6g}")
+    return words
 
 
 def for_megatron(made: Plan, run: Run, critical: float, tokens: int | None) -> str:

@@ -195,12 +195,12 @@ class Components:
             )
 
         try:
-            estimator, told = build()
+            estimator, notices = build()
             if estimator.couples_samples and not self.couples_samples:  # by itself, as the check at the start has found
                 self.couples_samples = True
                 self._choose_for_coupled_samples()
                 if self.test_gradients == "micro_batch":
-                    estimator, told = build()
+                    estimator, notices = build()
         except ValueError as error:  # on all ranks alike
             raise UsageError(f"--test_gradients: {c.model}: {error}") from None
         if c.monitor_modules and not estimator.tells_parameters_apart:
@@ -214,7 +214,7 @@ class Components:
                 f"--strategy=fsdp: the statistics of {c.model} need whole tensors here: take --test_gradients=worker "
                 "with the norm test, or --strategy=ddp"
             )
-        self.notices += told
+        self.notices += notices
         return estimator
 
     def _build_noise_scales(self) -> NoiseScales:
@@ -249,7 +249,9 @@ class Components:
             )
         self.is_adaptive, self.family = optim.is_adaptive(optimizer), carry_over.family(optimizer)
         if c.coupling == "full" and self.family is None:
-            self.notices.append(f"the state of {c.optimizer} does not follow the batch size, its learning rate does")
+            self.notices.append(carry_over.NOT_KNOWN.format(c.optimizer))
+        if c.optimizer == "muon":
+            self.notices.append(optim.of_muon(self.module))
         optim.set_training(optimizer, True)
         self.optimizer = fabric.setup_optimizers(optimizer).optimizer
         if c.weight_average:

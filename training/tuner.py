@@ -77,11 +77,11 @@ def _size_of_training(parts: Components) -> tuple[int, list[str]]:
     if not size:
         raise RunError(f"out of memory on the device with {least} samples: take a smaller --model")
     by_size = ", ".join(f"{n}: {rate:,.0f}" for n, rate in rates.items())
-    return size, [f"max_micro_batch_size=auto takes {size} (samples/s by size: {by_size})"]
+    return size, [f"max_micro_batch_size=auto: using {size} (samples/s by size: {by_size})"]
 
 
 def samples_per_second(parts: Components, size: int) -> float:
-    """Of a device, with micro-batches of so many samples; 0 where they do not fit into the memory of every rank's."""
+    """Per device, with micro-batches of this size; 0 if any rank runs out of memory."""
     seconds = [seconds_of_pass(parts, size)]  # the first one makes plans and fills caches
     while not math.isinf(seconds[-1]) and len(seconds) <= REPETITIONS and sum(seconds[1:]) < ENOUGH:
         seconds.append(seconds_of_pass(parts, size))

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .transition import FAMILIES, Family, Transition
+from .transition import DECOUPLED, FAMILIES, Family, Transition
 
-DECOUPLED = {"AdamW", "Adafactor", "Muon", "Lion"}
-"""Classes whose weight decay is no part of the gradient, beside groups that say so (`decoupled_weight_decay`)."""
+NOT_KNOWN = "{} is not a known optimizer: its learning rate follows the batch size, its state does not"
 
 
 def parts(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
@@ -57,6 +56,8 @@ def apply(transition: Transition, optimizer: torch.optim.Optimizer) -> None:
 
     An optimizer of no known family is left as it is. On all ranks alike.
     """
+    if transition.before == transition.after:  # a branch of the same size is the run itself
+        return
     prepare(optimizer)
     for part in parts(optimizer):
         kind = family(part)

@@ -31,6 +31,8 @@ class Update:
 
 OFTEN, SELDOM = 8, 16
 """Steps between two measurements: while the noise scale is not known well, and afterwards."""
+SHARE = 0.05
+"""Of a run's time that measurements may take."""
 NUMBERS = ("batch_size", "steps", "measurements", "samples", "samples_measured", "samples_watched")
 STATISTICS = ("statistics", "reported")
 PARTS = ("decided_by", "of_noise", "watched", "limits", "step_time")
@@ -51,7 +53,7 @@ class Controller:
         test: the size that it asks for is taken where it fails: short for rule=Adaptive(test).
         rule: what asks for a size (rules.py).
         limits: on changes of the batch size; default: none.
-        unbiased: decide by ‖ḡ‖² − V/b and leave-one-out products (docs/statistics.md), not the published form.
+        unbiased: decide by ‖ḡ‖² − V/b and leave-one-out products (docs/decisions.md), not the published form.
         smoothing: half-life of the averages [samples]; 0: the last batch alone.
         scaling: the learning-rate factor; default: 1.
     """
@@ -108,6 +110,12 @@ class Controller:
             transition = self.scaling.transition(before, self.batch_size, self._known)
         return Update(self.batch_size, self.lr_factor, decision, transition)
 
+    @property
+    def initial_transition(self) -> Transition | None:
+        """What the optimizer's values follow before the first step: they were chosen for b₀ of `scaling`, and the first
+        batch may be another (a free start)."""
+        return self.scaling.transition(self.scaling.initial_batch_size, self.batch_size, None)
+
     def take(self, batch_size: int) -> Transition | None:
         """Make the present batch one of so many samples, whatever was asked for; gives what the optimizer's state has
         to follow, as `Update.transition`."""
@@ -159,19 +167,21 @@ class Controller:
             return None
         return self.statistics.safe
 
-    def is_due(self, interval: int | None) -> bool:
+    def is_due(self, interval: int | None, price: float = 0.4) -> bool:
         """Whether the next step is to be measured.
 
         Args:
             interval: every so many steps; None: at every step until the noise scale is known to a half, as far as
-                these are at most 16 steps and an eighth of all (with a test that takes half of a step's time, 6 % of
-                the run), then at every sixteenth.
+                these are at most 16 steps and an eighth of all, then at every sixteenth; and, but for the 16, in no
+                more steps than take a twentieth of the run's time.
+            price: what a measured step takes beyond a plain one, in plain steps (`Estimator.price`).
         """
         if interval is not None:
             return self.steps % interval == 0
+        affordable = math.ceil(price / SHARE)
         if self.statistics is not None and self.statistics.is_narrow:
-            return self.steps % SELDOM == 0
-        return self.measurements < SELDOM + self.steps // OFTEN
+            return self.steps % max(SELDOM, affordable) == 0
+        return self.measurements < SELDOM + self.steps // max(OFTEN, affordable)
 
     def _report(self, moments: Moments) -> None:
         passed, self.samples_watched = self.samples - self.samples_watched, self.samples
@@ -226,7 +236,7 @@ class Controller:
         return fit[0] / fit[1] if fit else None
 
     def _step_time(self) -> tuple[float, float] | None:
-        """As measured, or as the rule was told."""
+        """As measured, or by the knee that the rule was given."""
         measured = self.step_time.fit()
         return self.rule.step_time(measured) if isinstance(self.rule, Goodput) else measured
 

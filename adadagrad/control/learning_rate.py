@@ -75,8 +75,15 @@ class LearningRateScaling:
         return change.decay(self.family) if change and self.family else 1.0
 
     def transition(self, before: int, after: int, statistics: Statistics | None) -> Transition | None:
-        """What the optimizer's state has to follow; None where it has not, or where it is not known by how much."""
-        return self._change(before, after, statistics) if self.family and before != after else None
+        """What the optimizer's state has to follow; None where it has not.
+
+        Where nothing is known of the noise yet, that is what follows from the sizes alone: a half-life in samples, the
+        number of squares in a sum.
+        """
+        if not self.family or self.rule not in MEASURED or before == after:
+            return None
+        change = self._change(before, after, statistics)
+        return change or Transition(before, after, self.initial_batch_size, gain=1.0, squares=1.0)
 
     def _change(self, before: int, after: int, statistics: Statistics | None) -> Transition | None:
         if self.rule not in MEASURED or statistics is None:

@@ -1,4 +1,4 @@
-"""The time of a step as a line over its batch size, fitted while training goes on."""
+"""The time of a step as a line over its batch size, fitted to measured steps."""
 
 import math
 from collections import deque

@@ -34,6 +34,10 @@ FAMILIES: dict[str, Family] = {
 """By the name of an optimizer's class, or of one that it is derived from."""
 
 
+DECOUPLED = {"AdamW", "Adafactor", "Muon", "Lion"}
+"""Classes whose weight decay is no part of the gradient, beside groups that say so (`decoupled_weight_decay`)."""
+
+
 def ratio_of_squares(variance: float, signal: float, before: int, after: int) -> float:
     """(V/b + ‖G‖²) / (V/b' + ‖G‖²), between 1 and b'/b: how much smaller E‖ḡ‖² is at b' than at b.
 

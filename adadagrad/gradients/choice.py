@@ -74,7 +74,7 @@ def build(
     recheck: bool = True,
     cuts: bool = False,
 ) -> tuple["Estimator", list[str]]:
-    """The estimator by its name on the command line, and what the user should be told of it.
+    """The estimator by its name on the command line, and what the user should be notices of it.
 
     Args:
         test_gradients: ghost, vmap, loop, micro_batch (worker: the same), or auto: the first of ghost (where it covers
@@ -104,10 +104,10 @@ def build(
     check = _checked(model, loss, *probe)
     by_layers = couples_samples(model)
     coupled = by_layers or bool(agreed("coupled" * check.couples, next(model.parameters()).device))
-    told = [COUPLED if by_layers else COUPLED_BY_ITSELF] * coupled
+    notices = [COUPLED if by_layers else COUPLED_BY_ITSELF] * coupled
     hooks, others = changing(trained)
     if others:
-        told.append(BEFORE_HOOKS.format(listed(sorted(others))))
+        notices.append(BEFORE_HOOKS.format(listed(sorted(others))))
     in_training_pass = in_training_pass and not (coupled or is_compiled(model) or others)
     failures: dict[str, str] = {}
     for name in ("ghost", "vmap", "loop") if test_gradients == "auto" else (test_gradients,):
@@ -122,7 +122,7 @@ def build(
             if test_gradients == "auto":
                 problem = lacking
             else:
-                told.insert(0, f"test_gradients=ghost takes per-sample gradients in part: {lacking}")
+                notices.insert(0, f"test_gradients=ghost takes per-sample gradients in part: {lacking}")
         if not problem:
             break
         failures[name] = problem
@@ -134,12 +134,13 @@ def build(
         )
     if failures:
         reasons = "; ".join(f"{other}: {words}" for other, words in failures.items())
-        told.insert(0, f"test_gradients=auto takes {name} ({reasons})")
+        notices.insert(0, f"using {name} for the statistics (test_gradients=auto); not usable: {reasons}")
     if name == "loop":
-        told.insert(1, LOOP.format(check.price, check.n))
+        notices.insert(1, LOOP.format(check.price, check.n))
     if check.precision != "float64":
-        told.append(f"the check of test_gradients={name} was made in {check.precision}, where rounding may hide little")
-    return estimator, told
+        words = f"was made in {check.precision}, in which small errors cannot be seen"
+        notices.append(f"the check of test_gradients={name} {words}")
+    return estimator, notices
 
 
 BEFORE_HOOKS = (

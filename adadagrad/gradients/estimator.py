@@ -68,6 +68,8 @@ class Estimator:
     recheck = False
     """A few later steps are compared with single samples again."""
     tells_parameters_apart = False
+    price = 0.4
+    """About what a measured step takes beyond a plain one, in plain steps (docs/statistics.md, "Cost")."""
     works_on_shards = False
     """It needs no pass of its own and no whole gradients, but for a layer at a time."""
 

@@ -156,7 +156,7 @@ class GhostNorms(OwnPass):
                     raise
                 failure = self.references.pop(0), error
         self.notify(
-            f"the test decides nothing where {listed(sorted(names))} take part: no per-sample gradients of them "
+            f"batch size unchanged where {listed(sorted(names))} take part: no per-sample gradients of them "
             f"({first_line(failure[1])})"
         )
         return self.sums.new_full((count(inputs),), math.nan)
@@ -248,7 +248,7 @@ class GhostNorms(OwnPass):
             for own, (mode, loss_scale) in zip(products, self.kept):
                 own += mode.inner_products_with(name, direction) / (loss_scale * grad_scale)
         if not complete:
-            self.notify("the test decides nothing: a pass has left no inner products")
+            self.notify("batch size unchanged: a pass has left no inner products")
             return torch.cat(self.norms_sq) * math.nan
         return torch.cat(products)
 
@@ -262,7 +262,7 @@ class GhostNorms(OwnPass):
                 if is_out_of_memory(error):
                     raise
                 failure = self.references.pop(0), error
-        self.notify(f"the test decides nothing: no inner products ({first_line(failure[1])})")
+        self.notify(f"batch size unchanged: no inner products ({first_line(failure[1])})")
         return torch.cat(self.norms_sq) * math.nan
 
     def _can_halve(self) -> bool:

@@ -37,6 +37,8 @@ class MicroBatchGradients(Estimator):
     and before it is sharded; inner products would keep it.
     """
 
+    price = 0.1
+
     tells_parameters_apart = True
 
     def __init__(self, *arguments, num_groups: int = 8):
@@ -150,6 +152,8 @@ class MicroBatchGradients(Estimator):
 class CutGradients(MicroBatchGradients):
     """`micro_batch` in a loop that may bring a batch in one piece: that one is cut into `num_groups` pieces of two
     samples or more, each with a forward and backward pass of its own before the training's. Of one process."""
+
+    price = 1.0
 
     @contextlib.contextmanager
     def _observing(self, batch: MicroBatch) -> Iterator[None]:

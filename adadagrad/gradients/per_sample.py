@@ -117,7 +117,7 @@ class OwnPass(Estimator):
         self.is_doubtful = True
         self.notify(
             "at a later step the statistics are not those of single samples: the next estimator takes over, and this "
-            "step decides nothing"
+            "step leaves the batch size unchanged"
         )
 
     def _observe_in_chunks(self, measure: Callable, batch: MicroBatch, before: tuple) -> None:
@@ -228,6 +228,8 @@ class PerSampleGradients(BySample):
             normalisation): each sample has its own. The check at the start finds out.
     """
 
+    price = 3.0
+
     buffers_by_sample = False
     loop: "SingleGradients | None" = None
 
@@ -278,6 +280,8 @@ class PerSampleGradients(BySample):
 
 class SingleGradients(BySample):
     """`loop`: one backward pass a sample through the model itself; the last resort, for all that autograd can do."""
+
+    price = 10.0
 
     def _pass(
         self, inputs: Batch, targets: Batch, buffers: dict[str, Tensor], only: set[str] | None
