@@ -141,7 +141,7 @@ class Trainer:
 
     def decision_is_due(self) -> bool:
         """The next step is measured, and what it finds decides: on the batch size, on the learning rate."""
-        interval = self.config.test_interval if self.controller.rule.measures else self.config.monitor_interval
+        interval = self.config.test_interval if self.config.test else self.config.monitor_interval
         if not self.controller.needs_moments:
             return False
         return self.controller.is_due(None if interval == "auto" else interval, self.parts.estimator.price)

@@ -34,6 +34,7 @@ __all__ = [
     "Test",
     "controller",
     "options_of_other_rules",
+    "reads_gradients",
     "rule",
     "rule_class",
     "test_parameters",
@@ -49,6 +50,12 @@ def rule(options: Mapping[str, Any], decay: Callable[[int], float] = lambda samp
     """
     test = TESTS[options["test_type"]](**{name: options[name] for name in test_parameters(options)})
     return rule_class(options).from_options(options, test, decay)
+
+
+def reads_gradients(config: Config) -> bool:
+    """Somebody needs the gradients' statistics: the rule, the learning rate, or the user."""
+    scales = config.test and config.lr_scaling in control.learning_rate.MEASURED and config.coupling != "none"
+    return rule_class(vars(config)).measures or scales or bool(config.monitor_interval)
 
 
 def controller(

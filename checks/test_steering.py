@@ -12,6 +12,7 @@ import torch
 import yaml
 
 import main
+from adadagrad import control
 from adadagrad.gradients.ghost_norms import GhostNorms
 from training import tuner
 
@@ -149,6 +150,24 @@ def test_with_a_knee_goodput_is_reproducible(tmp_path):
     evaluated = [float(row["samples"]) // 2000 for row in first if row["val_loss"]]
     assert evaluated == [1, 2, 3, 4]
     assert json.loads((tmp_path / "first" / "summary.json").read_text())["knee"] == 100
+
+
+class Doubling(control.Rule):
+    """Measures nothing itself (docs/extending.md)."""
+
+    name = "doubling"
+
+    def __call__(self, batch_size, samples, observation):
+        return 16 * 2 ** (samples // 1000)
+
+
+def test_a_rule_that_measures_nothing_beside_a_learning_rate_that_does(tmp_path):
+    rule = "--ramp_up_type=checks.test_steering:Doubling"
+    rows = run(tmp_path, "scaled", "--recipe=steady", rule, "--max_samples=4000", "--optimizer=sgd", "--batch_size=16")
+    assert {16, 32, 64, 128} == set(numbers(rows, "batch_size"))
+    assert any(row["noise_scale"] for row in rows) and numbers(rows, "lr_factor")[-1] > 2
+    rows = run(tmp_path, "plain", rule, "--max_samples=2000", "--batch_size=16")
+    assert not any(row["variance"] for row in rows) and set(numbers(rows, "lr_factor")) == {1}
 
 
 def test_a_free_start(tmp_path):

@@ -64,23 +64,22 @@ def test_positions_of_tokens_are_those_of_any_data_set(tmp_path, dtype):
     assert sorted(seen) == list(range(0, 60, 10))
 
 
-def test_a_large_file_costs_no_memory_and_no_time(tmp_path):
+def test_a_large_file_costs_no_memory(tmp_path):
     """A sparse file of 10⁹ tokens: mapped, not read."""
     for split in ("train", "val"):
         with open(tmp_path / f"{split}.bin", "wb") as file:
             file.truncate(2 * 10**9)
     code = (
-        "import resource, sys, time; sys.path.insert(0, '.'); import torch, data, batches, pathlib\n"
+        "import resource, sys; sys.path.insert(0, '.'); import torch, data, batches, pathlib\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
-        "before, start = peak(), time.perf_counter()\n"
+        "before = peak()\n"
         f"s = data.load('tokens', pathlib.Path({str(tmp_path)!r}), vocab_size=50257)\n"
-        "print(time.perf_counter() - start)\n"
         "stream = batches.build(s, 1, True, torch.device('cpu'), torch.float32)\n"
         "stream.read(range(100, 164)); print(peak() - before, len(s.train))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    seconds, memory, windows = map(float, done.stdout.split())
-    assert windows == 10**9 // 257 and seconds < 1 and memory < 150  # MiB, of 1,900: a permutation of 3.9 million
+    memory, windows = map(float, done.stdout.split())
+    assert windows == 10**9 // 257 and memory < 150  # MiB, of 1,900: a permutation of 3.9 million
 
 
 @pytest.mark.parametrize(

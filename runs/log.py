@@ -151,7 +151,7 @@ class RunLog:
         threading.excepthook = _handed_on(threading.excepthook)
         self._tensorboard = TensorBoardLogger(config.out_dir, self.folder.name, version="")
         self._tensorboard.experiment.add_text("run", provenance_card())
-        if tests.rule(vars(config)).measures or config.monitor_interval:
+        if tests.reads_gradients(config):
             self._tensorboard.experiment.add_custom_scalars(NOISE_SCALE_BAND)
         by_samples = config.training_type == "sample"
         self._bar = tqdm(

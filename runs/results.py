@@ -315,7 +315,7 @@ def without_effect(options: dict[str, Any]) -> set[str]:
     else:
         unused -= {"batch_size"} | (set() if rule.name == "constant" else {"max_batch_size"})
     scales = options["lr_scaling"] in MEASURED
-    if not rule.measures:
+    if not rule.measures and not (options["test"] and scales):
         unused |= {"test_interval", "ramp_up_type", "statistics", "test_groups"} | (set() if scales else MEASURING)
     if rule.measures or not scales:  # then a monitor changes nothing
         unused |= {"monitor_interval"}

@@ -150,7 +150,7 @@ class Components:
             return
         # Per sample it would be another function, and its noise scale another one (docs/statistics.md, BatchNorm).
         self.test_gradients = "micro_batch"
-        if tests.rule(vars(c)).measures or c.monitor_interval:
+        if tests.reads_gradients(c):
             who = "has BatchNorm" if gradients.couples_samples(self.module) else "couples the samples of a batch"
             self.notices.append(
                 f"the model {who}: its statistics come from test_gradients=micro_batch, which cuts every measured "
@@ -175,7 +175,7 @@ class Components:
 
     def _build_estimator(self, notify: Callable[[str], None]) -> gradients.Estimator | None:
         c, rule = self.config, tests.rule(vars(self.config))
-        if not (rule.measures or c.monitor_interval):
+        if not tests.reads_gradients(c):
             return None
         self.module.train()
 
