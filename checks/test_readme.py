@@ -2,6 +2,7 @@
 options that shorten it; of what cannot, the words are read as the program reads them.
 """
 
+import csv
 import importlib.util
 import json
 import os
@@ -33,6 +34,7 @@ EXAMPLES = (
     "photos:load",
     "houses:load",
     "llama:small",
+    "my_rules:Doubling",
     "BatchScaler(model, cross_entropy, optimizer, batch_size=16, max_batch_size",
     "BatchScaler(model, cross_entropy, optimizer, max_batch_size",
     "fully_shard(model)",
@@ -107,7 +109,7 @@ def test_links_and_names_lead_somewhere(page):
             assert anchor in map(slug, re.findall(r"^#+ (.*)", target.read_text(), re.M)), link
     for name in re.findall(r"`(?:python )?([\w./-]+\.(?:py|sh))\b", PAGES[page]):
         within = [ROOT, *(path for path in ROOT.iterdir() if path.is_dir()), *(ROOT / "adadagrad").iterdir()]
-        assert name in ("flowers.py", "photos.py", "houses.py", "llama.py") or any(
+        assert name in ("flowers.py", "photos.py", "houses.py", "llama.py", "my_rules.py") or any(
             (folder / name).exists() for folder in within
         ), name
     for module in re.findall(r"python -m\s+([\w.]+)", PAGES[page]):
@@ -206,6 +208,16 @@ def test_own_model_data_set_and_optimizer(tmp_path, monkeypatch):
     words = used_by(example, tmp_path)
     assert main.main([*words, "--accelerator=cpu", "--devices=1", f"--out_dir={tmp_path}", "--run_name=run"]) == 0
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["val_accuracy"] == 1.0
+
+
+def test_own_rule(tmp_path, monkeypatch):
+    example = next(block for block in BLOCKS if "my_rules:Doubling" in block)
+    (tmp_path / "my_rules.py").write_text(example)
+    monkeypatch.chdir(tmp_path)
+    words = [*used_by(example, tmp_path), "--model=logistic", "--max_samples=21000", "--eval_samples=21000"]
+    assert main.main([*words, "--accelerator=cpu", "--devices=1", f"--out_dir={tmp_path}", "--run_name=run"]) == 0
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
+    assert {row["batch_size"] for row in rows} == {"16", "32", "64"} and any(row["variance"] for row in rows)
 
 
 def test_own_data_set_too_large_for_memory(tmp_path, monkeypatch):
