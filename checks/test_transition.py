@@ -53,6 +53,7 @@ def losses(
     sizes: list[tuple[int, int]],
     coupling: str = "full",
     seed: int = 0,
+    rule: str = "adascale",
 ) -> list[float]:
     """Mean loss of the copies at the marks; the batch has `sizes`: (steps of B0, from there on this size)."""
     generator = torch.Generator().manual_seed(seed)
@@ -62,7 +63,7 @@ def losses(
     optimizer = make(weights)
     rate = optimizer.param_groups[0]["lr"]
     family = carry_over.family(optimizer) if coupling == "full" else None
-    scaling = LearningRateScaling("adascale", B0, optim.is_adaptive(optimizer), family)
+    scaling = LearningRateScaling(rule, B0, optim.is_adaptive(optimizer), family)
     b, done, found, marks = B0, 0.0, [], list(MARKS)
     while marks:
         errors = torch.stack([weight.detach() for weight in weights]).view(copies, *problem.shape) - problem.optimum
@@ -91,6 +92,7 @@ PULLED = Quadratic(noise=1.0, start=0.0, optimum=1.0)  # weight decay and gradie
 OPTIMIZERS = {
     "sgd": lambda w: torch.optim.SGD(w, lr=0.1),
     "sgd, L2": lambda w: torch.optim.SGD(w, lr=0.1, weight_decay=0.02),
+    "sgd, small steps": lambda w: torch.optim.SGD(w, lr=0.02),
     "momentum": lambda w: torch.optim.SGD(w, lr=0.01, momentum=0.9),
     "adam, 0.9": lambda w: torch.optim.Adam(w, lr=0.01, betas=(0.9, 0.9)),
     "adam, 0.95": lambda w: torch.optim.Adam(w, lr=0.01, betas=(0.9, 0.95)),
@@ -104,7 +106,7 @@ OPTIMIZERS = {
     "muon": lambda w: torch.optim.Muon(w, lr=0.01, weight_decay=0.0),
 }
 FREE = [name for name in OPTIMIZERS if name != "sgd, L2"]  # of a penalty that acts
-WRONG_BY_RATE = [name for name in FREE if name not in ("sgd", "momentum")]
+WRONG_BY_RATE = [name for name in FREE if name not in ("sgd", "sgd, small steps", "momentum")]
 
 
 @lru_cache
@@ -112,9 +114,11 @@ def never_grown(name: str, problem: Quadratic) -> list[float]:
     return losses(OPTIMIZERS[name], problem, [(0, B0)])
 
 
-def ratios(name: str, problem: Quadratic, sizes: list[tuple[int, int]], coupling: str = "full") -> list[float]:
+def ratios(
+    name: str, problem: Quadratic, sizes: list[tuple[int, int]], coupling: str = "full", rule: str = "adascale"
+) -> list[float]:
     """Losses over those of the batch that never grew."""
-    grown = losses(OPTIMIZERS[name], problem, sizes, coupling, seed=1)
+    grown = losses(OPTIMIZERS[name], problem, sizes, coupling, 1, rule)
     return [one / other for one, other in zip(grown, never_grown(name, problem), strict=True)]
 
 
@@ -127,6 +131,13 @@ def mean(values: list[float]) -> float:
 def test_where_noise_dominates(name, sizes):
     """At equal samples."""
     assert mean(ratios(name, MATRICES if name == "muon" else NOISE, sizes)) < 1.1
+
+
+@pytest.mark.parametrize("name", [name for name in FREE if name not in ("sgd", "muon")])
+def test_where_noise_dominates_by_the_gain_of_the_recipe(name):
+    """`critical` with eight noise scales, as `steady` has it. (SGD at 0.1 comes to 1.6 of 2, where a step is unstable:
+    its loss is 1.8 times as large.)"""
+    assert mean(ratios(name, NOISE, JUMP, rule="critical")) < 1.1
 
 
 @pytest.mark.parametrize("name", WRONG_BY_RATE)
