@@ -1,4 +1,4 @@
-"""Train with a batch size that grows when the gradient's statistics ask for it (arXiv:2402.11215).
+"""Train with a batch size that adapts to the noise of the gradient (arXiv:2402.11215).
 
 One process or several on this machine:
     python main.py --model=cnn --dataset=mnist --devices=2 --accelerator=cpu

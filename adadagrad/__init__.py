@@ -1,4 +1,4 @@
-"""Batch sizes that grow when statistics of the gradient ask for it (arXiv:2402.11215), for anybody's training loop.
+"""Batch sizes that adapt to the noise of the gradient (arXiv:2402.11215), for anybody's training loop.
 
 `BatchScaler` is the one object for a loop of one's own. What it is made of: `moments` (gradients/), tests and their
 decisions (tests.py), `Controller` with its rules (control/). What needs torch is imported when it is first asked for.

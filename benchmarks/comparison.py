@@ -405,7 +405,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("-j", "--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
     parser.add_argument("--methods", help="only these, separated by commas; * is anything (default: all)")
-    parser.add_argument("--kept_rates", action="store_true", help="rates of the sweeps that are kept, not made again")
+    parser.add_argument("--rates_of", type=Path, help="folder of summaries: its rates are taken, nothing is tuned")
     parser.add_argument("--out_dir", type=Path, default=Path("out/comparison"), help="folder that takes the runs")
     parser.add_argument("--results", type=Path, default=RESULTS / "comparison", help="folder that takes the summaries")
     options, further = parser.parse_known_args(arguments)
@@ -417,7 +417,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
             parser.error(f"--methods: no {', '.join(unknown)} there, but {', '.join(part.methods)}")
         methods = list(dict.fromkeys(name for names in found.values() for name in names))
     folder = options.out_dir.resolve() / options.part
-    kept = kept_sweeps(options.results / options.part / "tuning.json") if options.kept_rates else {}
+    kept = kept_sweeps(options.rates_of / options.part / "tuning.json") if options.rates_of else {}
     keep(options.part, *compare(part, methods, folder, options.jobs, further, kept), options.results)
 
 

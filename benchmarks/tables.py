@@ -1,4 +1,4 @@
-"""The tables and figures of docs/results.md and README.md, made of the summaries that benchmarks.comparison has kept.
+"""The tables and figures of docs/results.md, made of the summaries that benchmarks.comparison has kept.
 
     python -m benchmarks.tables
 
@@ -22,8 +22,10 @@ from benchmarks.comparison import KNEES, PARTS, RATES, ROOT, SEEDS
 from runs import figures
 from runs.results import Group, Run, is_share, read_run
 
-PAGES = (Path("README.md"), Path("docs/results.md"))
+PAGES = (Path("docs/results.md"),)
 KEPT = RESULTS / "comparison"
+PRESENT = RESULTS / "present"
+"""`steady` with P given as it is now (benchmarks.comparison … --rates_of=… --results=benchmarks/results/present)."""
 PROBLEMS = {
     "mnist_logistic": "MNIST, logistic regression",
     "mnist_mlp": "MNIST, perceptron",
@@ -61,9 +63,9 @@ def tuning(problem: str) -> dict[str, dict]:
 
 
 @cache
-def final_runs(problem: str, method: str) -> tuple[Run, ...]:
-    """Of every seed that is kept."""
-    folders = [KEPT / problem / f"{method}_seed{seed}" for seed in SEEDS]
+def final_runs(problem: str, method: str, kept: Path | None = None) -> tuple[Run, ...]:
+    """Of every seed that is kept (default: in `KEPT`)."""
+    folders = [(kept or KEPT) / problem / f"{method}_seed{seed}" for seed in SEEDS]
     return tuple(read_run(folder) for folder in folders if folder.exists())
 
 
@@ -118,9 +120,9 @@ def times(problem: str, target: str) -> str:
     return markdown(["method", "rate", "samples", "steps", "seconds", "worst seed", *knees, end], body)
 
 
-def costs(problem: str, method: str, target: float, knee: float | None) -> list[float] | None:
+def costs(problem: str, method: str, target: float, knee: float | None, kept: Path | None = None) -> list[float] | None:
     """Seconds to the target of every seed, or the modelled time with this knee; None where a run does not get there."""
-    reached = [run.reached(target) for run in final_runs(problem, method)]
+    reached = [run.reached(target) for run in final_runs(problem, method, kept)]
     if None in reached:
         return None
     return [entry["seconds"] if knee is None else entry["samples"] + knee * entry["step"] for entry in reached]
@@ -155,12 +157,11 @@ def with_interval(these: Sequence[float], those: Sequence[float]) -> str:
     return "{:.2f} ({:.2f}–{:.2f})".format(*ratio(these, those))
 
 
-def against_constants(which: str = "all") -> str:
-    """Every problem and its targets, all or the demanding one: `steady` over the best constant, in seconds and in
-    modelled time."""
+def against_constants() -> str:
+    """Every problem and target: `steady` over the best constant, in seconds and in modelled time."""
     body = []
     for problem, name in PROBLEMS.items():
-        for target in PARTS[problem].targets[which == "demanding" :]:
+        for target in PARTS[problem].targets:
             best, constant = best_constant(problem, target, None)
             own = costs(problem, "steady", target, None)
             row = [f"{name}, to {in_words(problem, target)}"]
@@ -173,6 +174,23 @@ def against_constants(which: str = "all") -> str:
             body.append(row)
     knees = (f"ratio, P = {knee}" for knee in KNEES)
     return markdown(["problem", "best constant [s]", "`steady` [s]", "ratio in seconds", *knees], body)
+
+
+def present() -> str:
+    """Every problem and target: `steady` as it is now, over the best constant, in modelled time."""
+    body = []
+    for problem, name in PROBLEMS.items():
+        for target in PARTS[problem].targets:
+            row = [f"{name}, to {in_words(problem, target)}"]
+            for knee in KNEES:
+                constant = best_constant(problem, target, knee)[0]
+                own = costs(problem, steady_for(knee), target, knee, PRESENT)
+                reached = [run.reached(target) for run in final_runs(problem, steady_for(knee), PRESENT)]
+                arrived = len(reached) - reached.count(None)
+                words = f"{arrived} of {len(reached)} runs" if arrived else "never"
+                row.append(with_interval(own, constant) if own else words)
+            body.append(row)
+    return markdown(["problem", *(f"P = {knee}" for knee in KNEES)], body)
 
 
 def against_norm_test() -> str:
@@ -277,6 +295,7 @@ def published() -> str:
 KINDS: dict[str, Callable[..., str]] = {
     "times": times,
     "against_constants": against_constants,
+    "present": present,
     "against_norm_test": against_norm_test,
     "price_of_tuning": price_of_tuning,
     "robustness": robustness,

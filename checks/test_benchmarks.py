@@ -125,7 +125,11 @@ def test_comparison_tunes_and_keeps_what_a_report_needs(tmp_path, monkeypatch, c
     folders = tmp_path / "out" / "small" / "final" / "steady_seed1", kept / "steady_seed1"
     whole, short = (results.read_run(folder).reached(0.8) for folder in folders)
     assert short["samples"] == whole["samples"] and short["seconds"] == pytest.approx(whole["seconds"], rel=1e-3)
-    again = ["--kept_rates", "--methods=steady", f"--out_dir={tmp_path / 'again'}"]  # no sweep, the rate that is kept
+    again = [
+        f"--rates_of={tmp_path / 'results'}",
+        "--methods=steady",
+        f"--out_dir={tmp_path / 'again'}",
+    ]  # no sweep, the rate that is kept
     comparison.main([*words, *again, "--validation_samples=200"])
     assert [path.parent.name for path in (tmp_path / "again").rglob("summary.json")] == ["steady_seed1"]
     options = results.read_run(tmp_path / "again" / "small" / "final" / "steady_seed1").options

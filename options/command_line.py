@@ -60,7 +60,7 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="main.py",
         usage="python main.py | fabric run main.py | torchrun main.py | srun python main.py  [--OPTION=VALUE …]",
-        description="Train a network with a batch size that grows when the gradient's statistics ask for it.",
+        description="Train a network with a batch size that adapts to the noise of the gradient.",
         formatter_class=HelpFormatter,
         exit_on_error=False,
     )
