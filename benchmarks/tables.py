@@ -187,7 +187,7 @@ def present() -> str:
                 own = costs(problem, steady_for(knee), target, knee, PRESENT)
                 reached = [run.reached(target) for run in final_runs(problem, steady_for(knee), PRESENT)]
                 arrived = len(reached) - reached.count(None)
-                words = f"{arrived} of {len(reached)} runs" if arrived else "never"
+                words = f"{arrived} of {len(reached)} runs" if reached else "not measured"
                 row.append(with_interval(own, constant) if own else words)
             body.append(row)
     return markdown(["problem", *(f"P = {knee}" for knee in KNEES)], body)

@@ -135,5 +135,5 @@ def test_the_published_rule_keeps_its_own_statistics():
 
 def test_a_batch_that_is_too_small_to_be_cut():
     scaler = scaler_of(network(torch.nn.BatchNorm1d(12)), controller=steady(3, None, False, None))
-    with pytest.warns(UserWarning, match="two micro-batches"):
+    with pytest.warns(UserWarning, match="cut it into two or more"):
         observed(scaler)

@@ -140,6 +140,18 @@ def test_the_page_has_the_tables_of_what_is_kept():
         assert f"{problem.samples:,}" in line and line.endswith(f"| {problem.smallest} |")
 
 
+def test_the_sentence_to_take_away():
+    """README's words are those of what is kept: means over all lines, and after two trials each."""
+    held_out_tables.record.cache_clear()
+    words = " ".join((ROOT / "README.md").read_text().partition("**To take away:**")[2].split())
+    means = [math.exp(np.mean([own[0] for own in held_out_tables.of_rule("steady", knee)])) for knee in held_out.KNEES]
+    lines = held_out_tables.equal_tuning().splitlines()[2:]
+    tuned = [line.split("|")[3].strip() for line in lines]
+    assert "takes {:.2f}, {:.2f} and {:.2f} times".format(*means) in words
+    assert "takes {}, {} and {} times".format(*tuned) in words
+    assert f"{len(held_out_tables.measured())} of the six problems" in words
+
+
 def test_every_run_is_one_that_the_program_takes():
     from options import command_line
 
