@@ -123,12 +123,12 @@ def in_short() -> str:
     """README's table, a line a problem: `steady` over the best constant to the demanding target, and the mean of all
     lines of both targets."""
     body = []
-    for problem, words in DESCRIBED.items():
-        cells = [NOT_MEASURED] * len(KNEES)
-        if problem in measured():
-            demanding = [lines(problem, knee)[-1] for knee in KNEES]
-            cells = [in_words(log_ratios(of_line, STEADY, draws(problem))) for of_line in demanding]
-        body.append([words, *cells])
+    for problem in measured():
+        demanding = [lines(problem, knee)[-1] for knee in KNEES]
+        cells = [in_words(log_ratios(of_line, STEADY, draws(problem))) for of_line in demanding]
+        body.append([DESCRIBED.get(problem, problem), *cells])
+    if lacking := len(PROBLEMS) - len(body):
+        body.append([f"the other {lacking}", *[NOT_MEASURED] * len(KNEES)])
     means = [in_words(np.mean(of_rule(STEADY, knee), axis=0)) if measured() else NOT_MEASURED for knee in KNEES]
     body.append(["**geometric mean, both targets**", *(f"**{cell}**" for cell in means)])
     return markdown(["problem", *(f"P = {knee}" for knee in KNEES)], body)
@@ -186,7 +186,8 @@ def over_steady() -> str:
 
 
 def tests_read_once() -> str:
-    """At the end of the runs: the test set's objective of `steady` and of the constants that were best, the mean."""
+    """At the end of the runs: the test set's objective of `steady` and of the constants that were best, the median of
+    the seeds, and the least and the most."""
     body = []
     for problem in measured():
         found: dict[str, list[float]] = {}
@@ -195,7 +196,7 @@ def tests_read_once() -> str:
             found.setdefault(name, []).append(entry["test"])
         for name, values in found.items():
             known = [value for value in values if value is not None]
-            body.append([problem, name, f"{np.mean(known):.4g} ± {np.std(known, ddof=1):.2g}"])
+            body.append([problem, name, f"{np.median(known):.4g} ({min(known):.4g}–{max(known):.4g})"])
     return markdown(["problem", "method", "test set"], body or [["", "", NOT_MEASURED]])
 
 

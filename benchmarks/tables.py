@@ -154,7 +154,8 @@ def steady_for(knee: float | None) -> str:
 
 
 def with_interval(these: Sequence[float], those: Sequence[float]) -> str:
-    return "{:.2f} ({:.2f}–{:.2f})".format(*ratio(these, those))
+    middle, low, high = ratio(these, those)
+    return f"{middle:.2f}" if math.isnan(low) else f"{middle:.2f} ({low:.2f}–{high:.2f})"
 
 
 def against_constants() -> str:
