@@ -123,8 +123,8 @@ def test_training_pass_moments_of_any_split(world_size, steps, free_port):
 
 
 def test_the_measured_size_leaves_no_trace(tmp_path):
-    """auto against the number that it has found, float64: the same batch sizes, losses equal to rounding; a continuation
-    keeps the size. (A smaller one would be another network: BatchNorm, dropout.)"""
+    """auto against the size that it has found, float64: the same batch sizes, losses equal to rounding; a continuation
+    keeps it. (With another one it would be another network: BatchNorm, dropout.)"""
     options = ["--precision=64-true", "--eta=0.8", "--learning_rate=0.003", "--lr_decay_samples=3000", "--seed=1"]
     options += ["--model=checks.fault_drill:Net", "--test_gradients=vmap"]  # dropout, running statistics
     train(tmp_path, *options, "--max_samples=700", "--max_micro_batch_size=auto", name="auto")

@@ -286,6 +286,7 @@ def build(image_shape, num_classes):
 """
 
 
+@pytest.mark.long
 def test_training_from_both_sources(tmp_path, folder, ffcv_dir):
     """A small ResNet, two processes, batches that grow from step to step; the sources hold the same images."""
     (tmp_path / "small_resnet.py").write_text(RESNET)

@@ -302,6 +302,7 @@ def test_pareto_picture(mixed):
     figures.pareto([Group("none", [], [])], 0.5, "val_accuracy")  # nothing to draw, and no error
 
 
+@pytest.mark.long
 def test_figures_of_real_runs(tmp_path, capsys):
     for name, *options in (("1", "--seed=1"), ("2", "--seed=2"), ("constant", "--test=False", "--batch_size=64")):
         assert main.main([*TINY, *options, f"--out_dir={tmp_path / 'out'}", f"--run_name={name}"]) == 0

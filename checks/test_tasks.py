@@ -121,6 +121,7 @@ def test_regression_learns_and_is_judged_by_its_metric(regression):
     assert int(last["batch_size"]) > 16  # the test has its say here, too
 
 
+@pytest.mark.long
 def test_figures_and_reports_follow_the_metric(regression, tmp_path, capsys):
     assert [title for title, _ in figures.panels(rows_of(regression)[0])] == [
         "loss", "mse", "batch size", "learning rate"

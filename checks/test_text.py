@@ -122,6 +122,7 @@ def test_the_home_folder_is_meant_as_a_shell_means_it(tmp_path, monkeypatch):
     assert (tmp_path / "tokens" / "train.bin").exists()
 
 
+@pytest.mark.long
 def test_the_standard_library_is_the_same_text_every_time():
     first, second = standard_library(), standard_library()
     assert first.vocab_size == 256 and first.is_bytes and np.array_equal(first.val, second.val)
