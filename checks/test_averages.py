@@ -65,6 +65,7 @@ def test_evaluated_and_saved_beside_the_weights(tmp_path):
     assert not (plain.folder / "model_average.pt").exists()
 
 
+@pytest.mark.long
 def test_resumed_with_its_average(tmp_path):
     for name, lengths in (("whole", [320]), ("cut", [160, 320])):
         for samples in lengths:
@@ -75,6 +76,7 @@ def test_resumed_with_its_average(tmp_path):
     assert run.summary["samples"] == 320 and all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
+@pytest.mark.long
 def test_the_share_of_clipped_steps(tmp_path):
     """By the gradients' norms as they are measured; in windows of eight steps, over two processes, and resumed."""
     watched = train(tmp_path, *SHORT, "--monitor_interval=1", name="watched")

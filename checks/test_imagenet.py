@@ -83,7 +83,7 @@ def test_ffcv_files_hold_the_images_of_the_folder(folder, ffcv_dir):
     assert (val[0] - val[1]).abs().flatten(1).mean(1).max() < 0.15
 
 
-@pytest.mark.parametrize("source", ["folder", "ffcv_dir"])
+@pytest.mark.parametrize("source", ["folder", pytest.param("ffcv_dir", marks=pytest.mark.long)])
 def test_crops_belong_to_the_position(source, request):
     """The same position gives the same pixels from any process and in any chunk; another position another crop."""
     data_dir, n = request.getfixturevalue(source), CLASSES * TRAIN

@@ -197,6 +197,7 @@ def test_transformers_goes_on_from_a_checkpoint_bit_for_bit(of_transformers):
     assert found["noise scales"] and all(scale > 0 for scale in found["noise scales"])
 
 
+@pytest.mark.long
 def test_transformers_evaluates_and_saves_at_its_end(of_transformers):
     """After fewer steps than `max_steps`."""
     for found in of_transformers:

@@ -216,6 +216,7 @@ def test_ramp_ups_accumulation_and_clipping(tmp_path):
     assert column(linear, "val_loss")[0] == pytest.approx(2.3, abs=0.2)  # clipped to nothing: nothing is learnt
 
 
+@pytest.mark.long
 def test_batch_norm_network_on_tiny_images(tmp_path):
     """1×1 maps: micro_batch cuts the batch no smaller than BatchNorm can bear; a batch too small is refused."""
     options = ["--model=resnet18", "--test_gradients=micro_batch", "--batch_size=10", "--max_samples=30"]

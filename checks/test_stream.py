@@ -175,6 +175,7 @@ def test_reading_leaves_the_programs_own_random_numbers_alone():
     assert states[0] == states[1]
 
 
+@pytest.mark.long
 def test_crop_and_flip_of_loaded_samples():
     """Pixels of one value but for the padding: what is drawn is that of the same positions in memory."""
     images, labels = torch.full((9, 3, 8, 8), 200, dtype=torch.uint8), torch.arange(9) % 5
