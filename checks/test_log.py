@@ -15,7 +15,7 @@ from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment
 
 import main
 from checks.conftest import FIXED_CUT, draw_curves
-from runs import figures, results
+from runs import figures, results, texts
 from runs import log as runlog
 
 
@@ -104,7 +104,7 @@ def hparams_view(folder):
 )
 def test_quickest_batch_in_words(noise_scale, knee, best, words):
     summary = {"noise_scale": noise_scale, "knee": knee, "quickest_batch_size": best}
-    assert runlog.quickest_text(summary) == words
+    assert texts.quickest_text(summary) == words
 
 
 def test_the_price_of_the_sizes(tmp_path):
@@ -126,17 +126,17 @@ def test_the_price_of_the_sizes(tmp_path):
             "time_over_initial": (800 + 30 * steps) / (by_eight + 30 * by_eight / 8),
         }
     )
-    assert runlog.price_text(found) == (
+    assert texts.price_text(found) == (
         "1.72 times the samples that the smallest batches would need; "
         "1.37 times those of --batch_size throughout, in 0.72 of its time (modelled)"
     )
     without = results.price(metrics, 2.0, 8, None)
-    assert without["time_over_initial"] is None and runlog.price_text(without).endswith("throughout (modelled)")
+    assert without["time_over_initial"] is None and texts.price_text(without).endswith("throughout (modelled)")
     for name in ("noise_scale", "noise_scale_low"):
         nothing = results.price(metrics | {name: [None] * 4}, 2.0, 8, 30.0)
-        assert set(nothing.values()) == {None} and runlog.price_text(nothing) == ""
+        assert set(nothing.values()) == {None} and texts.price_text(nothing) == ""
     same = results.price(metrics | {"batch_size": [8.0] * 4}, 2.0, 8, 30.0)
-    assert same["samples_over_initial"] == pytest.approx(1) and runlog.price_text(same) == ""
+    assert same["samples_over_initial"] == pytest.approx(1) and texts.price_text(same) == ""
 
 
 def test_the_noise_scale_has_a_band():

@@ -233,7 +233,7 @@ def test_what_is_said_before_there_is_a_log(monkeypatch):
     reporter.notify("early")
     reporter.load_state_dict({"notices": ["before"], "undecided": ""})  # a run that goes on
     monkeypatch.setattr(reporter, "say", said.append)
-    monkeypatch.setattr("runs.log.introduction", lambda *_: "the run")
+    monkeypatch.setattr("runs.texts.introduction", lambda *_: "the run")
     reporter.introduce(
         SimpleNamespace(module=torch.nn.Linear(1, 1), fabric=mock.Mock(), config=None, samples_per_epoch=1),
         ["late", "before"],

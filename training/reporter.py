@@ -9,8 +9,8 @@ import tests
 from adadagrad import gradients
 from adadagrad.control import Controller
 from launch.collectives import on_all_ranks
-from runs import log as texts
-from runs.log import RunLog
+from runs import texts
+from runs.log import RunLog, module_numbers
 from training.components import Components
 
 
@@ -131,5 +131,5 @@ class Reporter:
 def columns_of(moments: tests.Moments, of_parameters: dict[str, tests.Moments]) -> dict[str, Any]:
     """What was measured on a batch, as a row has it, modules.csv included."""
     return {name: getattr(moments, name) for name in tests.MEASURED} | {
-        "modules": texts.module_numbers(gradients.by_module(of_parameters))
+        "modules": module_numbers(gradients.by_module(of_parameters))
     }
