@@ -9,7 +9,7 @@ from adadagrad import gradients
 from checks import oracle
 from checks.kinds import CLASSES, STATISTICS, relative
 from checks.test_kinds import batch, exact
-from checks.test_later_steps import step
+from checks.test_later_steps import step, step_in_pieces
 
 
 def hooked(hook) -> nn.Module:
@@ -38,11 +38,7 @@ def test_hooks_that_change_gradients(hook, test_gradients, pieces):
     for in_training_pass in (False, True):
         estimator, told = gradients.build(*arguments, in_training_pass=in_training_pass)
         assert isinstance(estimator, gradients.GhostNorms) == (test_gradients in ("auto", "ghost"))
-        model.zero_grad()
-        for x, y in zip(inputs.split(pieces), targets.split(pieces)):
-            with estimator.observe(x, y, 1 / 7, whole=len(pieces) == 1):
-                (cross_entropy(model(x), y, reduction="sum") / 7).backward()
-        moments = estimator.moments()
+        moments = step_in_pieces(estimator, model, inputs, targets, pieces)
         for name in STATISTICS:
             assert relative(getattr(moments, name), expected[name]) < 1e-9, name
 

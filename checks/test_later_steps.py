@@ -48,6 +48,15 @@ def step(estimator, model, inputs, targets, loss=cross_entropy):
     return estimator.moments()
 
 
+def step_in_pieces(estimator, model, inputs, targets, pieces: tuple[int, ...]):
+    """The same by micro-batches of so many samples."""
+    model.zero_grad()
+    for x, y in zip(inputs.split(pieces), targets.split(pieces)):
+        with estimator.observe(x, y, 1 / len(targets), whole=len(pieces) == 1):
+            (cross_entropy(model(x), y, reduction="sum") / len(targets)).backward()
+    return estimator.moments()
+
+
 def sequences(n: int, positions: int):
     generator = torch.Generator().manual_seed(n)
     return torch.randn(n, positions, 4, generator=generator).double(), torch.arange(n) % CLASSES

@@ -10,7 +10,7 @@ from adadagrad import gradients
 from checks import oracle
 from checks.kinds import CLASSES, STATISTICS, relative
 from checks.test_kinds import batch, exact
-from checks.test_later_steps import step
+from checks.test_later_steps import step, step_in_pieces
 
 
 def test_masks_and_positions_among_the_inputs():
@@ -137,11 +137,7 @@ def test_several_dtypes_in_one_model(low, high, pieces):
         for in_training_pass in (False, True):
             arguments = (kind, model, cross_entropy, True, pieces[0], (inputs, targets))
             estimator, _ = gradients.build(*arguments, in_training_pass=in_training_pass)
-            model.zero_grad()
-            for x, y in zip(inputs.split(pieces), targets.split(pieces)):
-                with estimator.observe(x, y, 1 / 7, whole=len(pieces) == 1):
-                    (cross_entropy(model(x), y, reduction="sum") / 7).backward()
-            moments = estimator.moments()
+            moments = step_in_pieces(estimator, model, inputs, targets, pieces)
             for name in STATISTICS:
                 assert relative(getattr(moments, name), expected[name]) < 1e-4, name
 
