@@ -276,6 +276,11 @@ def set_training(optimizer: torch.optim.Optimizer, training: bool) -> None:
             mode()
 
 
+def averages_by_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """It keeps other weights for use than for training: schedule-free ones do."""
+    return any(hasattr(part, "eval") for part in carry_over.parts(optimizer))
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, decay: float = 1.0) -> None:
     """For the next step. Groups keep the proportions that they were built with.
 

@@ -4,9 +4,9 @@
     python -m benchmarks.held_out_tables                            # what is kept, into docs/held_out.md
 
 For each problem, in this order: the sweep of the smallest constant batch, whose best run gives the two targets; the
-sweeps of all constant batches, at a constant rate, with averaged weights, and with cosines over half of the run, all of
-it, and twice as much; the trials of `steady`; eight seeds each of `steady` and of the constants that were best in the
-sweep; and the test set, read once. Kept in benchmarks/results/held_out/PROBLEM.json.
+sweeps of all constant batches, at a constant rate, with weights averaged in two ways, and with cosines over half of the
+run, all of it, and twice as much; the trials of `steady`; eight seeds each of `steady` and of the constants that were
+best in the sweep; and the test set, read once. Kept in benchmarks/results/held_out/PROBLEM.json.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import models
 from batches.augment import Normalise
 from benchmarks.cases import RESULTS, provenance
 from benchmarks.comparison import CONSTANT, STEADY, Options, _affinity, _take_a_core, run
+from options.recipes import RECIPES
 from runs.results import ARRIVAL, Run, read_metrics
 
 KEPT = RESULTS / "held_out"
@@ -51,11 +52,14 @@ MOST_RATES = 8
 STYLES: dict[str, Callable[[int], Options]] = {
     "constant rate": lambda samples: {"decay_lr": False},
     "averaged": lambda samples: {"decay_lr": False, "weight_average": samples // 10},
+    "averaged so far": lambda samples: {"decay_lr": False, "weight_average": RECIPES["steady"]["weight_average"]},
     "cosine ½": lambda samples: {"max_samples": samples // 2},
     "cosine 1": lambda samples: {},
     "cosine 2": lambda samples: {"max_samples": 2 * samples},
 }
 """What a constant batch may have beside its rate, by the samples of a run."""
+LONG = 300
+"""From this knee on `steady`, too, may take twice the samples of a run, as the longest cosine does."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,8 @@ class Method:
         options = {**problem.shared, **rule, "batch_size": self.size, **STYLES[self.style](problem.samples)}
         if options.get("decay_lr") is False:
             options.pop("warmup_samples", None)
+            if self.knee and self.knee >= LONG:
+                options["max_samples"] = 2 * problem.samples
         return options
 
     @property
@@ -311,13 +317,14 @@ class Study:
     def tested(self, method: Method, rate: float, seed: int) -> float | None:
         """The objective on the test set, by the weights at the end of the run."""
         folder = self.folder / "final" / f"{method.name}_lr{rate:.4g}_seed{seed}"
-        weights = folder / ("model_average.pt" if method.style == "averaged" else "model.pt")
+        average = folder / "model_average.pt"
+        weights = average if average.exists() else folder / "model.pt"
         data_dir = next((Path(w.partition("=")[2]) for w in self.further if w.startswith("--data_dir=")), Path("data"))
         return on_the_test_set(self.problem.shared, weights, data_dir) if weights.exists() else None
 
     def with_rule(self, kept: dict, rule: str) -> dict:
         """What is kept, and the runs of this rule at the rate at which `steady` ran, in the place of earlier ones."""
-        rate = next(entry["rate"] for entry in kept["final"] if entry["knee"])
+        rate = next(entry["rate"] for entry in kept["final"] if entry["knee"] and entry["rule"] == "steady")
         others = [entry for entry in kept["final"] if not entry["knee"] or entry["rule"] != rule]
         return kept | {"final": others + self.final([(self.problem.steady(knee, rule), rate) for knee in KNEES])}
 

@@ -65,7 +65,7 @@ def options_of(model: str, words) -> list[str]:
 def test_as_ddp(tmp_path, words, model, test_type):
     """The same batch sizes over 12 steps, losses and weights equal to rounding, in pieces and whole."""
     options = [*options_of(model, words), *STEPS, "--max_iters=12", "--max_micro_batch_size=16", *TESTS[test_type]]
-    options += ["--grad_clip=1.0", "--eval_interval=6", "--monitor_interval=1"]
+    options += ["--grad_clip=1.0", "--eval_interval=6", "--monitor_interval=1", "--weight_average=0.1"]
     ddp, fsdp = (
         train(tmp_path, *options, f"--strategy={name}", processes=2, name=name) for name in ("ddp", "fsdp")
     )  # fmt: skip
@@ -74,10 +74,11 @@ def test_as_ddp(tmp_path, words, model, test_type):
     for name in ("train_loss", "val_loss", "variance", "grad_norm_sq", "variance_inner_product"):
         if column(ddp, name):
             assert column(fsdp, name) == pytest.approx(column(ddp, name), rel=1e-9), name
-    one, other = (torch.load(run.folder / "model.pt", weights_only=True) for run in (ddp, fsdp))
-    assert list(one) == list(other)
-    for name in one:
-        torch.testing.assert_close(other[name], one[name], rtol=1e-7, atol=1e-10)
+    for file in ("model.pt", "model_average.pt"):
+        one, other = (torch.load(run.folder / file, weights_only=True) for run in (ddp, fsdp))
+        assert list(one) == list(other)
+        for name in one:
+            torch.testing.assert_close(other[name], one[name], rtol=1e-7, atol=1e-10)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -118,19 +119,23 @@ def test_the_measured_size_leaves_no_trace(tmp_path, words):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, words):
     """The run of one process that is never interrupted."""
-    return train(tmp_path_factory.mktemp("whole"), *options_of("gpt", words), *IN_PARTS, "--max_iters=12")
+    options = [*options_of("gpt", words), *IN_PARTS, "--weight_average=0.2", "--max_iters=12"]
+    return train(tmp_path_factory.mktemp("whole"), *options)
 
 
 @pytest.mark.parametrize("path", [("fsdp", 2, "auto", 1), ("auto", 1, "fsdp", 2)], ids=str)
 def test_a_checkpoint_does_not_know_the_strategy(tmp_path, words, whole, path):
     """Saved by one, resumed by another, on another number of processes: the run of one process goes on."""
     strategy, processes, then, processes_then = path
-    options = [*options_of("gpt", words), *IN_PARTS]
+    options = [*options_of("gpt", words), *IN_PARTS, "--weight_average=0.2"]
     train(tmp_path, *options, f"--strategy={strategy}", "--max_iters=8", processes=processes)
     options += [f"--strategy={then}", "--max_iters=12", "--resume=auto"]
     parts = train(tmp_path, *options, processes=processes_then)
     assert column(parts, "batch_size") == column(whole, "batch_size")
     assert column(parts, "train_loss") == pytest.approx(column(whole, "train_loss"), rel=1e-9)
+    ours, theirs = (torch.load(run.folder / "model_average.pt", weights_only=True) for run in (parts, whole))
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-7, atol=1e-10)
 
 
 def test_blocks_are_the_outermost_that_a_model_repeats():
@@ -167,6 +172,7 @@ def test_a_kill_changes_nothing(tmp_path, words):
     """Both processes at once, in the middle; what goes on from the last checkpoint equals the undisturbed run."""
     options = [*options_of("gpt", words), *STEPS, *TESTS["norm"], "--max_iters=20", "--checkpoint_interval=3"]
     options += ["--strategy=fsdp", "--model_args.dropout=0.1", "--max_micro_batch_size=16", "--resume=auto"]
+    options += ["--weight_average=0.3"]
     whole = train(tmp_path, *options, processes=2, name="whole")
     folder = tmp_path / "killed"
     first = Started(f"--out_dir={tmp_path}", "--run_name=killed", *options, processes=2)

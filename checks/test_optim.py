@@ -354,6 +354,8 @@ def test_schedulefree_is_evaluated_and_saved_at_its_averages(tmp_path):
     loss = torch.nn.functional.cross_entropy(model(images.float() / 255), labels)
     assert found.summary["val_loss"] == pytest.approx(float(loss), rel=1e-5)
     assert column(found, "batch_size")[-1] > 16
+    assert "AdamWScheduleFree averages by itself" in found.stdout
+    assert not (found.folder / "model_average.pt").exists()
 
 
 class WithoutClosure(torch.optim.SGD):

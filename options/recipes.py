@@ -16,10 +16,18 @@ RECIPES: dict[str, dict[str, Any]] = {
         "coupling": "full",
         "test_interval": "auto",
         "free_start": True,
+        "weight_average": 0.05,
         **STEADY,
     },
 }
-EARLIER = {"max_growth": 2.0, "test_interval": 8, "max_waste": None, "free_start": False, "coupling": "rate"}
+EARLIER = {
+    "max_growth": 2.0,
+    "test_interval": 8,
+    "max_waste": None,
+    "free_start": False,
+    "coupling": "rate",
+    "weight_average": 0.0,
+}
 """What options of `steady` were in runs of November 2026, which are read again under its name."""
 PUBLISHED = {"test_type", "ramp_up_type", *PARAMETERS_OF_TESTS}
 """Whoever gives one of these asks for the published rule."""

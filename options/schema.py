@@ -140,8 +140,8 @@ class TestOptions:
     recipe: Literal["paper", "steady"] | None = None
     """paper: the published rule. steady: unbiased, smoothed statistics, goodput, a learning rate that follows,
     a free start, growth at most fourfold at a time and by what is known for sure, at most twice the least
-    possible samples. Options that are given stand above it; default:
-    paper where test_type, eta, theta, nu or ramp_up_type is given or there is no test, else steady"""
+    possible samples, weights averaged over a twentieth of the samples so far. Options that are given stand above it;
+    default: paper where test_type, eta, theta, nu or ramp_up_type is given or there is no test, else steady"""
 
 
 @dataclass
@@ -185,8 +185,8 @@ class OptimizerOptions:
     grad_clip: float = 0.0
     """clip the norm of the batch gradient at this value; 0: do not clip"""
     weight_average: float = 0.0
-    """average the weights with this half-life [samples]; evaluations are of the average, and model_average.pt has it;
-    0: do not"""
+    """average the weights with this half-life [samples; below 1: a share of the samples so far]; evaluations are of the
+    average, and model_average.pt has it; 0: do not"""
     lr_scaling: Literal["none", "sqrt", "linear", "adascale", "critical"] = "none"
     """how the learning rate follows the batch size b, on top of the schedule, from the initial one b₀: by √(b/b₀),
     b/b₀, or from the statistics, between 1 and b/b₀: AdaScale's gain, or that of the critical batch size, `critical`

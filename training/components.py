@@ -254,10 +254,10 @@ class Components:
             self.notices.append(optim.of_muon(self.module))
         optim.set_training(optimizer, True)
         self.optimizer = fabric.setup_optimizers(optimizer).optimizer
-        if c.weight_average:
-            if self.sharded:
-                raise UsageError("--weight_average: shards are not averaged: leave it out, or take --strategy=ddp")
-            self.average = WeightAverage(self.module.parameters(), c.weight_average)
+        if c.weight_average and optim.averages_by_itself(optimizer):
+            self.notices.append(f"--weight_average: --optimizer={c.optimizer} averages by itself: no other is made")
+        elif c.weight_average:
+            self.average = WeightAverage(self.module, c.weight_average)
         if c.strategy == "ddp":
             with naming_long_work(fabric, "looking for parameters that the loss does not use"):
                 on_all_ranks(fabric, self._refuse_unused_parameters)
@@ -383,7 +383,8 @@ class Components:
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """The model for evaluation: the ranks' buffers are averaged, and it is in training mode again afterwards."""
-        average_over_ranks(self.module.buffers(), self.fabric.world_size)
+        of_average = self.average.buffers if self.average else []
+        average_over_ranks([*self.module.buffers(), *of_average], self.fabric.world_size)
         self.model.eval()
         optim.set_training(self.optimizer, False)
         memory = OutOfMemory("a validation micro-batch", "lower --max_micro_batch_size")

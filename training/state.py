@@ -83,7 +83,7 @@ class State:
             }
             own = {
                 "random": random_states(self.fabric.device),
-                "buffers": {name: buffer.cpu() for name, buffer in self.parts.module.named_buffers()},
+                "buffers": {name: buffer.cpu() for name, buffer in self._buffers().items()},
                 "totals": self.totals.state_dict(),
             }
             self.checkpoints.save(self.controller.steps, self.best_step, {**self._of_fabric(), **common}, own)
@@ -157,7 +157,9 @@ class State:
         if not parts.average:
             return {"model.pt": plain}
         with parts.average.in_place():
-            average = {name: value.clone() for name, value in parts.module.state_dict().items()}
+            sharded = parts.sharded and whole
+            state = fsdp.whole_weights(parts.module) if sharded else parts.module.state_dict()
+            average = {name: value.clone() for name, value in state.items()}
         return {"model.pt": plain, "model_average.pt": average}
 
     def results(self) -> dict[str, Any]:
@@ -179,9 +181,10 @@ class State:
     def _of_fabric(self) -> dict[str, Any]:
         """What Fabric saves and restores by itself: model, optimizer, gradient scaler."""
         parts, precision = self.parts, self.fabric.strategy.precision
-        if parts.sharded:
-            return {**fsdp.whole_state(parts.module, parts.optimizer), "precision": precision.state_dict()}
         average = {"average": parts.average} if parts.average else {}
+        if parts.sharded:
+            average = {name: own.state_dict() for name, own in average.items()}
+            return {**fsdp.whole_state(parts.module, parts.optimizer), "precision": precision.state_dict(), **average}
         return {"model": parts.model, "optimizer": parts.optimizer, "precision": precision, **average}
 
     def _load(self, path: Path) -> dict[str, Any]:
@@ -193,7 +196,15 @@ class State:
             return rest
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         fsdp.load_whole_state(parts.module, parts.optimizer, saved)
+        if parts.average:
+            parts.average.load_state_dict(saved["average"])
         return saved
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """What ranks have each for themselves: the model's buffers, and their averages."""
+        average = self.parts.average
+        of_average = {f"average {i}": own for i, own in enumerate(average.buffers)} if average else {}
+        return {**dict(self.parts.module.named_buffers()), **of_average}
 
     def _restore_rank(self, ranks: Sequence[dict[str, Any]]) -> None:
         """This rank's own part; on another number of ranks what follows for all of them."""
@@ -204,9 +215,9 @@ class State:
         else:
             own = pooled(ranks, rank)
             draw_by_rank(seed + 1 + rank + (self.controller.samples << 32))  # nothing is drawn twice
-        buffers = dict(self.parts.module.named_buffers())
-        for name, value in own["buffers"].items():
-            buffers[name].copy_(value)
+        buffers = self._buffers()
+        for name in buffers.keys() & own["buffers"].keys():  # a branch has no average, nor earlier checkpoints
+            buffers[name].copy_(own["buffers"][name])
         self.totals.load_state_dict(own["totals"])
 
 
