@@ -204,6 +204,44 @@ def test_half_precision_with_clipping(tmp_path):
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
 
 
+def in_half_precision(folder: Path, scale: float) -> main.Trainer:
+    """Eight steps of Adam, its state following batches of 16, then 64, by a scaler that begins with this factor."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, backoff_factor=2.0**-50, growth_interval=10**6)
+    plugins = MixedPrecision("16-mixed", "cpu", scaler) if scale else None
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=plugins or ())
+    stages = {"stagewise_ramp_up": True, "global_batch_sizes": [16, 64], "samples_stages": [16, 984]}
+    follows = {"test": False, "lr_scaling": "critical", "coupling": "full", "monitor_interval": 1, "beta2": 0.99}
+    config = Config(
+        model="cnn",
+        max_micro_batch_size=64,
+        learning_rate=1e-6,
+        decay_lr=False,
+        **stages,
+        **follows,
+        out_dir=folder,
+        run_name=f"{scale}",
+    )
+    trainer = main.Trainer(fabric, config, Interrupts())
+    for _ in range(8):
+        trainer.step()
+    return trainer
+
+
+def test_half_precision_where_the_optimizer_follows_the_batch(tmp_path):
+    """Adam's squares are of gradients without the scaler's factor; a step that it skips before the change hurts none."""
+    plain, scaled, skipped = (in_half_precision(tmp_path, scale) for scale in (0, 2.0**10, 2.0**60))
+    groups = [trainer.parts.optimizer.param_groups[0] for trainer in (plain, scaled, skipped)]
+    assert all(group["betas"] == (0.9, 0.99**4) for group in groups)
+    assert [group["eps"] for group in groups] == [5e-9, 5e-9, 1e-8]  # of a skipped step nothing is known
+    for own, other in zip(scaled.parts.parameters, plain.parts.parameters):
+        ours, theirs = scaled.parts.optimizer.state[own], plain.parts.optimizer.state[other]
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert (ours[name] - theirs[name]).norm() < 0.05 * theirs[name].norm(), name
+    for own in skipped.parts.parameters:
+        state = skipped.parts.optimizer.state[own]
+        assert 0 < state["step"] < 8 and torch.isfinite(state["exp_avg_sq"]).all() and torch.isfinite(own).all()
+
+
 def test_ramp_ups_accumulation_and_clipping(tmp_path):
     common = ["--test=False", "--max_samples=400", "--decay_lr=False", "--optimizer=sgd"]
     stages = ["--stagewise_ramp_up=True", "--global_batch_sizes=[20,40,80]"]
