@@ -228,7 +228,7 @@ def in_half_precision(folder: Path, scale: float) -> main.Trainer:
 
 
 def test_half_precision_where_the_optimizer_follows_the_batch(tmp_path):
-    """Adam's squares are of gradients without the scaler's factor; a step that it skips before the change hurts none."""
+    """Adam's squares are of gradients without the scaler's factor; a step that it skips first hurts none."""
     plain, scaled, skipped = (in_half_precision(tmp_path, scale) for scale in (0, 2.0**10, 2.0**60))
     groups = [trainer.parts.optimizer.param_groups[0] for trainer in (plain, scaled, skipped)]
     assert all(group["betas"] == (0.9, 0.99**4) for group in groups)
