@@ -179,6 +179,42 @@ def test_the_printed_line_trains_by_its_stages(run, capsys):
     assert gain > 1 and max(float(row["lr_factor"]) for row in rows) > 1.2  # the rate has followed
 
 
+GPT = "--model=gpt --model_args.layers=2 --model_args.width=32 --model_args.heads=2 --optimizer=adamw --devices=1"
+GPT += (
+    " --accelerator=cpu --dataset=benchmarks.cases:stdlib_short --validation_samples=256 --decay_lr=False --test=False"
+)
+GPT += " --test=False --max_micro_batch_size=128 --eval_samples=256"
+
+
+def modelled_time(folder, loss):
+    """Samples and `KNEE` a step, until the mean of three evaluations has come to this loss; inf: it has not."""
+    with open(folder / "metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["val_loss"]]
+    for last in range(2, len(rows)):
+        if np.mean([float(row["val_loss"]) for row in rows[last - 2 : last + 1]]) <= loss:
+            return float(rows[last]["samples"]) + KNEE * float(rows[last]["step"])
+    return math.inf
+
+
+@pytest.mark.long
+def test_on_a_gpt_the_printed_line_is_faster_than_the_constant_it_names(tmp_path, capsys):
+    """To two losses, in modelled time, the constant at the best of three rates."""
+    words = [*GPT.split(), f"--out_dir={tmp_path}"]
+    watched = ["--batch_size=4", "--learning_rate=0.003", "--monitor_interval=8", "--smoothing=400"]
+    assert main.main([*words, *watched, "--statistics=unbiased", "--max_samples=2048", "--run_name=pilot"]) == 0
+    text = printed(capsys, tmp_path / "pilot", "adadagrad")
+    line = shlex.split(text[text.index("python main.py") :].replace("\\\n", " "))[2:]
+    assert main.main(line) == 0
+    size = int(re.search(r"best constant batch, ([\d,]+)", text)[1].replace(",", ""))
+    samples = next(word for word in line if word.startswith("--max_samples="))
+    for rate in (0.003, 0.006, 0.012):
+        own = [f"--batch_size={size}", f"--learning_rate={rate}", samples, f"--run_name={rate}"]
+        assert main.main([*words, *own]) == 0
+    for loss in (2.8, 2.65):
+        best = min(modelled_time(tmp_path / str(rate), loss) for rate in (0.003, 0.006, 0.012))
+        assert modelled_time(tmp_path / "pilot_stages", loss) < best < math.inf
+
+
 def test_what_the_first_stage_changes_beside_the_rate():
     """β₂ or alpha, and a decoupled decay, torch's own where none is given: as the transition has them."""
     pieces = [Piece(1000.0, 50.0)]
