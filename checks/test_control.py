@@ -394,7 +394,7 @@ def test_interval_of_the_noise_scale_covers_the_truth(d, b, signal, measurements
 @pytest.mark.parametrize("d, signal", [(20, 0.01), (50, 0.05)])
 def test_the_batch_does_not_grow_beyond_the_right_size(d, signal):
     """Noise of a constant scale, knee 1,000: √(1000 · 2/signal) is right. 19 runs of 20 stay below 1.1 of it; and what
-    is lost against knowing it from the first step, measurements included, is at most a tenth of the time of 40,000 samples."""
+    is lost against knowing it from the first step, measurements included, a tenth of 40,000 samples' time at most."""
     scales, mean = np.linspace(0.5, 1.5, d), np.zeros(d)
     mean[:3] = math.sqrt(signal * (scales**2).sum() / 3)
     right, largest, lost, rng = math.sqrt(1000 * 2 / signal), [], [], np.random.default_rng(1)

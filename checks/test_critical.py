@@ -329,5 +329,23 @@ def test_as_a_program(pilot):
     assert "C by the fit" in done.stdout and (pilot / "critical" / "step-00000040").is_dir()
 
 
+@pytest.mark.long
+def test_by_a_launcher(pilot):
+    """Branches on two processes are those of one, on the same samples."""
+    start = Start.read(checkpoint(pilot, 40))
+    words = [str(checkpoint(pilot, 40)), "--factors=1,4", "--samples=192", "--repeats=1", "--jobs=1"]
+    command = "--launcher=torchrun --standalone --nproc_per_node=2"
+    done = launch(sys.executable, "critical.py", *words, command)
+    assert done.returncode == 0 and "C by the fit" in done.stdout, done.stdout + done.stderr
+    for factor in (1, 4):
+        ours = Branch(start, factor, 1.0, 192, 0)
+        assert ours.status == "finished" and read_run(ours.folder).summary["world_size"] == 2
+        on_two = columns(ours.folder, "train_loss", "samples")
+        shutil.rmtree(ours.folder)
+        critical.run(ours, 4, [], in_this_process)
+        assert columns(ours.folder, "train_loss", "samples") == [pytest.approx(row, rel=1e-4) for row in on_two]
+        shutil.rmtree(ours.folder)
+
+
 def test_a_known_mean():
     assert Known.of([1.0, 2.0, 3.0]).mean == 2 and Known.of([1.0]).high == math.inf
