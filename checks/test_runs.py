@@ -41,7 +41,8 @@ def test_quickstart(tmp_path):
     )
     assert set(expected.split()) <= set(summary)
     assert (folder / "curves.png").stat().st_size > 20_000
-    for words in ("validation accuracy", "mean", "final", str(folder)):
+    assert summary["evaluated_weights"] == "model_average.pt" and (folder / "model_average.pt").exists()
+    for words in ("validation accuracy", "mean", "final", "model_average.pt, their average", str(folder)):
         assert words in done.stdout
     assert "\r" not in done.stdout + done.stderr  # plain lines in a log file
     events = EventAccumulator(str(folder)).Reload()

@@ -43,10 +43,17 @@ def summary_text(summary: dict[str, Any], folder: Path) -> str:
         "quickest batch": quickest_text(summary),
         "cost of the sizes": price_text(summary),
         "wall time": f"{summary['wall_time']:.1f} s on {summary['world_size']} × {summary['device']}",
+        "evaluated weights": weights_text(summary),
         "run folder": str(folder),
     }
     rows = {name: value for name, value in rows.items() if value}
     return "\n".join([f"\n{summary['status']}", *(f"  {name:<20} {value}" for name, value in rows.items())])
+
+
+def weights_text(summary: dict[str, Any]) -> str:
+    """Where those are that the figures above are of; "" where they are those of the last step."""
+    average = summary.get("evaluated_weights", "model.pt")
+    return "" if average == "model.pt" else f"{average}, their average; model.pt has those of the last step"
 
 
 def quickest_text(summary: dict[str, Any]) -> str:

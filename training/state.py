@@ -20,6 +20,7 @@ from training.components import Components, draw_by_rank
 from training.metrics import Totals, Validation
 from training.reporter import Reporter
 
+PLAIN, AVERAGE = "model.pt", "model_average.pt"  # files of weights
 GO_ON, SAVE = 0, 1  # what ranks agree on: the largest wins; SAVE + a signal's number: save and end
 
 
@@ -144,7 +145,11 @@ class State:
         except Exception as error:  # a user's get_extra_state raises what it likes
             words = f"the weights of --model={self.parts.config.model} cannot be had: {in_one_line(error)}"
             problem = problem or RunError(words)
-        found = {"device": device_name(self.fabric.device), "measured_options": measured_options}
+        found = {
+            "device": device_name(self.fabric.device),
+            "measured_options": measured_options,
+            "evaluated_weights": AVERAGE if self.parts.average else PLAIN,
+        }
         on_all_ranks(self.fabric, lambda: log and log.conclude(status, self.results() | found, weights, stop_signal))
         if problem:
             raise problem
@@ -155,12 +160,12 @@ class State:
         optim.set_training(parts.optimizer, False)
         plain = fsdp.whole_weights(parts.module) if parts.sharded and whole else parts.module.state_dict()
         if not parts.average:
-            return {"model.pt": plain}
+            return {PLAIN: plain}
         with parts.average.in_place():
             sharded = parts.sharded and whole
             state = fsdp.whole_weights(parts.module) if sharded else parts.module.state_dict()
             average = {name: value.clone() for name, value in state.items()}
-        return {"model.pt": plain, "model_average.pt": average}
+        return {PLAIN: plain, AVERAGE: average}
 
     def results(self) -> dict[str, Any]:
         """What summary.json says of the training itself."""
