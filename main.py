@@ -165,7 +165,7 @@ class Trainer:
             with self.clock.measuring():
                 moments = parts.moments()
                 parts.measure_other_noise_scales(plan.start + plan.batch_size, self.controller.steps)
-        self.totals.add_clipped(parts.step(self.config.grad_clip))
+        self.totals.add_clipped(parts.step())
         if parts.average:
             parts.average.update(plan.batch_size)
         return moments

@@ -17,6 +17,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "test_interval": "auto",
         "free_start": True,
         "weight_average": 0.05,
+        "grad_clip": "auto",
         **STEADY,
     },
 }
@@ -27,6 +28,7 @@ EARLIER = {
     "free_start": False,
     "coupling": "rate",
     "weight_average": 0.0,
+    "grad_clip": 0.0,
 }
 """What options of `steady` were in runs of November 2026, which are read again under its name."""
 PUBLISHED = {"test_type", "ramp_up_type", *PARAMETERS_OF_TESTS}

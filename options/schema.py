@@ -140,8 +140,9 @@ class TestOptions:
     recipe: Literal["paper", "steady"] | None = None
     """paper: the published rule. steady: unbiased, smoothed statistics, goodput, a learning rate that follows,
     a free start, growth at most fourfold at a time and by what is known for sure, at most twice the least
-    possible samples, weights averaged over a twentieth of the samples so far. Options that are given stand above it;
-    default: paper where test_type, eta, theta, nu or ramp_up_type is given or there is no test, else steady"""
+    possible samples, weights averaged over a twentieth of the samples so far, clipped gradients. Options that are given
+    stand above it; default: paper where test_type, eta, theta, nu or ramp_up_type is given or there is no test, else
+    steady"""
 
 
 @dataclass
@@ -182,8 +183,9 @@ class OptimizerOptions:
     """second coefficient of optimizers with betas, such as Adam"""
     optimizer_args: dict[str, Any] = field(default_factory=dict)
     """further arguments of the optimizer, as --optimizer_args.NAME=VALUE"""
-    grad_clip: float = 0.0
-    """clip the norm of the batch gradient at this value; 0: do not clip"""
+    grad_clip: float | Literal["auto"] = 0.0
+    """clip the norm of the batch gradient at this value; auto: at twice the mean norm of about the last sixteen steps;
+    0: do not clip"""
     weight_average: float = 0.0
     """average the weights with this half-life [samples; below 1: a share of the samples so far]; evaluations are of the
     average, and model_average.pt has it; 0: do not"""

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
 import batches
@@ -36,6 +35,7 @@ from options.names import import_object
 from options.schema import Config
 from runs import checkpoint
 from training.averages import WeightAverage
+from training.clipping import Clipping
 from training.clock import Clock
 from training.metrics import average_over_ranks
 
@@ -61,6 +61,7 @@ class Components:
         precision: Fabric's plugin, which casts and scales.
         optimizer: torch's own; its step is `step`.
         average: of the weights, where there is to be one.
+        clipping: of the gradients, where they are to be clipped.
         min_micro_batch_size: samples that a training pass needs.
         least_batch_size: samples of the smallest batch, over all ranks, that can be trained on and measured.
         couples_samples: one sample's outputs depend on the others (BatchNorm).
@@ -83,6 +84,7 @@ class Components:
         self.fabric = fabric
         self.notices: list[str] = []
         self.average: WeightAverage | None = None
+        self.clipping = Clipping(config.grad_clip, fabric.device) if config.grad_clip else None
         self.other_noise_scales: dict[str, float | None] = {}  # by their columns, of the last measured step
         self._filled = lru_cache(maxsize=4)(torch.full)  # most micro-batches are as large as the one before
         data_set = self._read_data(config)
@@ -322,18 +324,16 @@ class Components:
         weights = self._filled(losses.shape, scale, dtype=losses.dtype, device=losses.device)
         self.precision.backward(losses, None, gradient=weights if losses.dim() else weights * n)
 
-    def step(self, max_norm: float = 0.0) -> Tensor | None:
-        """The optimizer's step, on gradients clipped to `max_norm` (0: as they are), which are gone then.
+    def step(self) -> Tensor | None:
+        """The optimizer's step, on gradients that are clipped where that is asked for, and gone then.
 
         Returns:
             Whether they were clipped, (), on the device; None where that was not asked for.
         """
         clipped = None
-        if max_norm:
-            # A gradient that is not finite is the scaler's business (it skips the step) or shows in the next loss.
-            clip = {"max_norm": max_norm, "error_if_nonfinite": False}
-            norm = self.fabric.clip_gradients(self.model, self.optimizer, **clip)
-            clipped = (norm.full_tensor() if isinstance(norm, DTensor) else norm) > max_norm
+        if self.clipping:
+            self.precision.unscale_gradients(self.optimizer)
+            clipped = self.clipping(self.parameters)
         self.precision.optimizer_step(self.optimizer)
         for parameter in self.parameters:  # the optimizer's own zero_grad takes as long as a small layer
             parameter.grad = None

@@ -79,6 +79,7 @@ class State:
                 "estimator": self.parts.estimator.state_dict() if self.parts.estimator else None,
                 "history": self.validation.history,
                 "noise_scales": self.parts.noise_scales and self.parts.noise_scales.state_dict(),
+                "clipping": self.parts.clipping and self.parts.clipping.state_dict(),
                 "said": self.reporter.state_dict(),
                 "marks": on_all_ranks(self.fabric, self.reporter.mark),
             }
@@ -97,6 +98,8 @@ class State:
         self.validation.history = saved["history"]
         if self.parts.noise_scales and saved.get("noise_scales"):  # earlier checkpoints have none
             self.parts.noise_scales.load_state_dict(saved["noise_scales"])
+        if self.parts.clipping and saved.get("clipping"):  # earlier checkpoints have none
+            self.parts.clipping.load_state_dict(saved["clipping"])
         self.reporter.load_state_dict(saved["said"])
         if self.parts.estimator and saved.get("estimator"):
             self.parts.estimator.load_state_dict(saved["estimator"])
