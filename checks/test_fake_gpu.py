@@ -122,7 +122,7 @@ def test_every_optimizer_steps_on_the_device(tmp_path, optimizer):
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_waits_of_a_step(tmp_path, test_gradients, test_type, micro_batches):
     """The host's waits for the device, by line. May only fall."""
-    options = {"test_gradients": test_gradients, "test_type": test_type}
+    options = {"test_gradients": test_gradients, "test_type": test_type, "grad_clip": "auto", "weight_average": 0.05}
     with fake_gpu() as (fabric, watch):
         run = trainer(fabric, tmp_path, gradient_accumulation_steps=micro_batches, batch_size=24, **options)
         run.step()
