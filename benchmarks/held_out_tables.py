@@ -22,7 +22,7 @@ from runs import figures
 
 PAGES = (Path("README.md"), Path("docs/held_out.md"))
 FIGURE = Path("docs/held_out.png")
-STEADY, FIRST_FORM = "steady", "first_form"
+STEADY, FIRST_FORM, AVERAGED = "steady", "first_form", "averaged so far"
 MOST = 4.0
 """What a run that does not arrive counts, over the quickest run of that line; and where the profile ends."""
 RESAMPLED = 10_000
@@ -169,31 +169,35 @@ def problems_of(rule: str) -> list[str]:
 
 
 def over_steady() -> str:
-    """The other rules, `steady` without one of its parts among them: geometric mean of their times over `steady`'s."""
+    """The other rules, `steady` without one of its parts among them: geometric mean of their times over `steady`'s; of
+    what its first form was without a part, over that form's."""
     body = []
     for rule in rules():
+        base = FIRST_FORM if rule.startswith(f"{FIRST_FORM}_") else STEADY
         if rule == STEADY:
             continue
-        row = [f"`{rule}`", ", ".join(problems_of(rule))]
+        row = [f"`{rule}`", f"`{base}`", ", ".join(problems_of(rule))]
         for knee in KNEES:
             logs = [
-                (np.log(of_line[rule]) - np.log(of_line[STEADY]))[draws(problem)].mean(1)
+                (np.log(of_line[rule]) - np.log(of_line[base]))[draws(problem)].mean(1)
                 for problem in problems_of(rule)
                 for of_line in lines(problem, knee)
             ]
             row.append(in_words(np.mean(logs, axis=0)))
         body.append(row)
-    header = ["rule", "problems", *(f"P = {knee}" for knee in KNEES)]
-    return markdown(header, body or [["", "", *[NOT_MEASURED] * len(KNEES)]])
+    header = ["rule", "over", "problems", *(f"P = {knee}" for knee in KNEES)]
+    return markdown(header, body or [["", "", "", *[NOT_MEASURED] * len(KNEES)]])
 
 
 def tests_read_once() -> str:
-    """At the end of the runs: the test set's objective of `steady` and of the constants that were best, the median of
-    the seeds, and the least and the most."""
+    """At the end of the runs: the test set's objective of `steady` (its first form, too) and of the constants that were
+    best, the median of the seeds, and the least and the most."""
     body = []
     for problem in measured():
         found: dict[str, list[float]] = {}
         for entry in record(problem)["final"]:
+            if entry["knee"] and entry["rule"] not in (STEADY, FIRST_FORM):
+                continue
             name = f"`{label(entry)}`, P = {entry['knee']}" if entry["knee"] else label(entry)
             found.setdefault(name, []).append(entry["test"])
         for name, values in found.items():
@@ -207,7 +211,8 @@ TRIALS = (1, 2, 4, 8, 16)
 
 def equal_tuning() -> str:
     """After k trials (seed 0): modelled time of the best of k rates of `steady`, over that of the best of k constants,
-    drawn without replacement from the sweep in the problem's own style; geometric mean over all lines."""
+    drawn without replacement from the sweep of those with the same average of the weights (where the problem has a
+    schedule of its own: from the sweep with that); geometric mean over all lines."""
     body = []
     for knee_at, knee in enumerate(KNEES):
         row = [str(knee)]
@@ -225,13 +230,16 @@ def equal_tuning() -> str:
 def cells(problem: str, target: int, knee_at: int, knee: int | None) -> list[float]:
     """Costs of the sweep's runs (what does not arrive counts `MOST`), of constants or of `steady` told this P."""
     kept, style = record(problem), PROBLEMS[problem].style
-    of_line = [
-        (entry["costs"][target][knee_at], entry["knee"])
-        for entry in kept["sweep"]
-        if entry["style"] == style and entry["knee"] in (None, knee)
+    style = AVERAGED if style == "constant rate" else style
+    lines = [
+        (entry["costs"][target][knee_at], entry) for entry in kept["sweep"] if entry["knee"] in (None, KNEES[knee_at])
     ]
-    late = MOST * min(cost for cost, _ in of_line if cost)
-    return [min(cost or late, late) for cost, own in of_line if own == knee]
+    late = MOST * min(cost for cost, _ in lines if cost)
+    return [
+        min(cost or late, late)
+        for cost, entry in lines
+        if (entry["knee"] == knee if knee else not entry["knee"] and entry["style"] == style)
+    ]
 
 
 def best_of(values: Sequence[float], k: int) -> float:

@@ -88,7 +88,9 @@ def in_small(tmp_path, monkeypatch):
     monkeypatch.setattr(held_out, "DOUBLINGS", 2)
     monkeypatch.setattr(held_out, "TRIALS", (1.0,))
     monkeypatch.setattr(held_out, "FINALISTS", 1)
-    monkeypatch.setattr(held_out, "STYLES", {name: held_out.STYLES[name] for name in ("constant rate", "averaged")})
+    monkeypatch.setattr(
+        held_out, "STYLES", {name: held_out.STYLES[name] for name in ("constant rate", "averaged so far")}
+    )
     monkeypatch.setattr(comparison, "_forks", forks)
     held_out_tables.record.cache_clear()
     yield tmp_path
@@ -106,7 +108,7 @@ def test_the_protocol_in_small(in_small, capsys):
     for entry in kept["sweep"]:
         if not entry["knee"]:
             by_rate.setdefault((entry["size"], entry["style"]), {})[entry["rate"]] = entry["costs"][1][0]
-    assert {size for size, _ in by_rate} == {32, 64} and ("averaged" in {style for _, style in by_rate})
+    assert {size for size, _ in by_rate} == {32, 64} and ("averaged so far" in {style for _, style in by_rate})
     for rates in by_rate.values():  # both neighbours of the best were tried
         best = min(rates, key=lambda rate: rates[rate] or math.inf)
         assert rates[best] is None or {best / 2, best * 2} <= set(rates)
@@ -123,7 +125,7 @@ def test_the_protocol_in_small(in_small, capsys):
     line = next(line for line in held_out_tables.ratios().splitlines() if line.startswith("| small"))
     assert "–" in line and "rate 0." in line
     assert "`mine`" in held_out_tables.over_steady() and "small" in held_out_tables.over_steady()
-    assert "| 30" in held_out_tables.equal_tuning() and "`mine`, P = 30" in held_out_tables.tests_read_once()
+    assert "| 30" in held_out_tables.equal_tuning() and "`steady`, P = 30" in held_out_tables.tests_read_once()
     held_out_tables.draw(in_small / "profile.png")
     assert (in_small / "profile.png").stat().st_size > 10_000
 
