@@ -68,9 +68,16 @@ def words_of(branch: Branch, evaluations: int, more: Sequence[str]) -> list[str]
 
 
 def start_process(words: Sequence[str], log: Path, launcher: Sequence[str]) -> int:
-    """main.py in a process of its own, its lines in a file; gives the exit status."""
+    """main.py in a process of its own, its lines in a file; gives the exit status.
+
+    Raises:
+        UsageError: there is no such launcher.
+    """
     with open(log, "a", encoding="utf-8") as file:
-        return subprocess.run([*launcher, str(PROGRAM), *words], stdout=file, stderr=subprocess.STDOUT).returncode
+        try:
+            return subprocess.run([*launcher, str(PROGRAM), *words], stdout=file, stderr=subprocess.STDOUT).returncode
+        except OSError as error:
+            raise UsageError(f"--launcher: {launcher[0]}: {error.strerror}: name a program that is there") from None
 
 
 def run(branch: Branch, evaluations: int, more: Sequence[str], start: Callable[[Sequence[str], Path], int]) -> None:

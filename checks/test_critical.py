@@ -334,7 +334,9 @@ def test_by_a_launcher(pilot):
     """Branches on two processes are those of one, on the same samples."""
     start = Start.read(checkpoint(pilot, 40))
     words = [str(checkpoint(pilot, 40)), "--factors=1,4", "--samples=192", "--repeats=1", "--jobs=1"]
-    command = "--launcher=torchrun --standalone --nproc_per_node=2"
+    refused = launch(sys.executable, "critical.py", *words, "--launcher=no_such_launcher")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "--launcher: no_such" in refused.stderr
+    command = f"--launcher={sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2"
     done = launch(sys.executable, "critical.py", *words, command)
     assert done.returncode == 0 and "C by the fit" in done.stdout, done.stdout + done.stderr
     for factor in (1, 4):
