@@ -310,7 +310,7 @@ def bytes_of_state_to_come(optimizer: torch.optim.Optimizer, config: Config) -> 
         state = _try_out(kind, arguments)
         kept = [value for value in state.values() if torch.is_tensor(value) and value.dim()]
         parameters = [p for group in part.param_groups for p in group["params"] if not optimizer.state.get(p)]
-        own = (parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in parameters)
+        own = (carry_over.local(parameter) for parameter in parameters)
         total += len(kept) * sum(share.numel() * share.element_size() for share in own)
     return total
 

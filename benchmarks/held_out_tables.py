@@ -220,26 +220,25 @@ def equal_tuning() -> str:
             logs = []
             for problem in measured():
                 for target in range(len(record(problem)["targets"])):
-                    constants, own = (cells(problem, target, knee_at, which) for which in (None, knee))
+                    constants, own = (cells(problem, target, knee_at, of_steady) for of_steady in (False, True))
                     logs.append(math.log(best_of(own, k) / best_of(constants, k)))
             row.append(f"{math.exp(np.mean(logs)):.2f}" if logs else NOT_MEASURED)
         body.append(row)
     return markdown(["P", *(f"k = {k}" for k in TRIALS)], body)
 
 
-def cells(problem: str, target: int, knee_at: int, knee: int | None) -> list[float]:
+def cells(problem: str, target: int, knee_at: int, of_steady: bool) -> list[float]:
     """Costs of the sweep's runs (what does not arrive counts `MOST`), of constants or of `steady` told this P."""
     kept, style = record(problem), PROBLEMS[problem].style
     style = AVERAGED if style == "constant rate" else style
-    lines = [
-        (entry["costs"][target][knee_at], entry) for entry in kept["sweep"] if entry["knee"] in (None, KNEES[knee_at])
-    ]
-    late = MOST * min(cost for cost, _ in lines if cost)
-    return [
-        min(cost or late, late)
-        for cost, entry in lines
-        if (entry["knee"] == knee if knee else not entry["knee"] and entry["style"] == style)
-    ]
+    all_costs, chosen = [], []
+    for entry in kept["sweep"]:
+        if entry["knee"] in (None, KNEES[knee_at]):
+            all_costs.append(cost := entry["costs"][target][knee_at])
+            if entry["knee"] if of_steady else not entry["knee"] and entry["style"] == style:
+                chosen.append(cost)
+    late = MOST * min(filter(None, all_costs))
+    return [min(cost or late, late) for cost in chosen]
 
 
 def best_of(values: Sequence[float], k: int) -> float:

@@ -387,7 +387,7 @@ def _rewind(source: Path, folder: Path, sizes: dict[str, int]) -> None:
         folder: the run's folder.
         sizes: by file name [bytes].
     """
-    for name in ("summary.json", "model.pt", "model_average.pt"):
+    for name in ("summary.json", texts.PLAIN, texts.AVERAGE):
         (folder / name).unlink(missing_ok=True)
     for path in _growing(folder):
         if path.name not in sizes:

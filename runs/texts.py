@@ -7,6 +7,8 @@ from typing import Any
 from options.schema import Config
 from runs import results
 
+PLAIN, AVERAGE = "model.pt", "model_average.pt"
+"""The files of weights in a run's folder."""
 PRICES = ("samples_over_least", "samples_over_initial", "time_over_initial")
 """Of summary.json: `results.price`."""
 
@@ -52,8 +54,8 @@ def summary_text(summary: dict[str, Any], folder: Path) -> str:
 
 def weights_text(summary: dict[str, Any]) -> str:
     """Where those are that the figures above are of; "" where they are those of the last step."""
-    average = summary.get("evaluated_weights", "model.pt")
-    return "" if average == "model.pt" else f"{average}, their average; model.pt has those of the last step"
+    averaged = summary.get("evaluated_weights") == AVERAGE
+    return f"{AVERAGE}, their average; {PLAIN} has those of the last step" if averaged else ""
 
 
 def quickest_text(summary: dict[str, Any]) -> str:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from adadagrad.control.carry_over import local
+
 
 class WeightAverage:
     """Exponential average of the parameters, whose half-life is in samples, whatever the batches are.
@@ -39,18 +41,18 @@ class WeightAverage:
         self.samples += batch_size
         half_life = self.half_life if self.half_life >= 1 else self.half_life * self.samples
         share = max(1 - 2 ** (-batch_size / half_life), batch_size / self.samples)
-        averages = list(map(_local, self._averages))
-        now = [_local(own.detach()).to(average.dtype) for own, average in zip(self._values, averages)]
+        averages = list(map(local, self._averages))
+        now = [local(own.detach()).to(average.dtype) for own, average in zip(self._values, averages)]
         torch._foreach_lerp_(averages, now, share)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """Inside, the network has the averages for its weights; afterwards its own, bit for bit."""
-        values = [_local(value.detach()) for value in self._values]
+        values = [local(value.detach()) for value in self._values]
         own = [value.clone() for value in values]
         with torch.no_grad():
             if self.samples:
-                torch._foreach_copy_(values, list(map(_local, self._averages)))
+                torch._foreach_copy_(values, list(map(local, self._averages)))
             try:
                 yield
             finally:
@@ -80,8 +82,3 @@ class WeightAverage:
 
 def _wide_copies(tensors: list[Tensor]) -> list[Tensor]:
     return [own.detach().to(torch.promote_types(own.dtype, torch.float32), copy=True) for own in tensors]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """What this rank has of it, in the same memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from adadagrad.control.carry_over import local
+
 TIMES = 2.0
 """Of the mean norm, where the bound follows it."""
 MEMORY = 16
@@ -46,8 +48,9 @@ class Clipping:
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         bound = self.mean.new_full((), self.fixed) if self.fixed is not None else self._bound(norm.double())
         bound = bound.to(norm.dtype)
-        local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
-        torch._foreach_mul_(local, (bound / (norm + 1e-6)).clamp(max=1.0))  # as torch.nn.utils.clip_grad_norm_
+        torch._foreach_mul_(
+            list(map(local, grads)), (bound / (norm + 1e-6)).clamp(max=1.0)
+        )  # as torch.nn.utils.clip_grad_norm_
         return norm > bound
 
     def _bound(self, norm: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What a checkpoint holds of a run, saving it, and going back to it on as many ranks as there are then."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from launch.processes import device_name
 from launch.signals import Interrupts
 from options.errors import RunError, UsageError, in_one_line
 from runs.checkpoint import Checkpoints
+from runs.texts import AVERAGE, PLAIN
 from training.components import Components, draw_by_rank
 from training.metrics import Totals, Validation
 from training.reporter import Reporter
 
-PLAIN, AVERAGE = "model.pt", "model_average.pt"  # files of weights
 GO_ON, SAVE = 0, 1  # what ranks agree on: the largest wins; SAVE + a signal's number: save and end
 
 
@@ -161,13 +162,12 @@ class State:
         """By the names of their files; of shards only where `whole`, as ranks exchange them."""
         parts = self.parts
         optim.set_training(parts.optimizer, False)
-        plain = fsdp.whole_weights(parts.module) if parts.sharded and whole else parts.module.state_dict()
+        state = partial(fsdp.whole_weights, parts.module) if parts.sharded and whole else parts.module.state_dict
+        plain = state()
         if not parts.average:
             return {PLAIN: plain}
         with parts.average.in_place():
-            sharded = parts.sharded and whole
-            state = fsdp.whole_weights(parts.module) if sharded else parts.module.state_dict()
-            average = {name: value.clone() for name, value in state.items()}
+            average = {name: value.clone() for name, value in state().items()}
         return {PLAIN: plain, AVERAGE: average}
 
     def results(self) -> dict[str, Any]:

@@ -78,10 +78,10 @@ def apply(transition: Transition, optimizer: torch.optim.Optimizer) -> None:
 def _follow(state: dict[str, Any], factors: dict[str, float], growth: float) -> None:
     for name, value in state.items():
         if name == "square_avg" and "grad_avg" in state:  # centred: squares stay above the square of the mean
-            mean, squares = _local(state["grad_avg"]), _local(value)
+            mean, squares = local(state["grad_avg"]), local(value)
             squares.addcmul_(mean, mean, value=-1).div_(growth).addcmul_(mean, mean)
         elif name in factors and isinstance(value, Tensor):
-            _local(value).mul_(factors[name])
+            local(value).mul_(factors[name])
 
 
 def _change_second_beta(optimizer: torch.optim.Optimizer, group: dict[str, Any], transition: Transition) -> None:
@@ -101,16 +101,16 @@ def _change_second_beta(optimizer: torch.optim.Optimizer, group: dict[str, Any],
         state = optimizer.state.get(parameter, {})
         # The sum of the weights of all squares so far is 1 − β₂^step, and steps will go on to divide by that of the
         # new β₂. (A step that a gradient scaler left out is counted back to 0.)
-        step = torch.as_tensor(_local(state["step"])).double().clamp(min=1) if "step" in state else None
+        step = torch.as_tensor(local(state["step"])).double().clamp(min=1) if "step" in state else None
         for name in ("exp_avg_sq", "max_exp_avg_sq"):
             if name in state:
-                _local(state[name]).mul_((1 - new**step) / (1 - old**step))
+                local(state[name]).mul_((1 - new**step) / (1 - old**step))
 
 
 def _names(optimizer: torch.optim.Optimizer) -> list[str]:
     return [kind.__name__ for kind in type(optimizer).__mro__]
 
 
-def _local(value: Any) -> Any:
+def local(value: Any) -> Any:
     """A rank's own part of a sharded tensor."""
     return value.to_local() if hasattr(value, "to_local") else value
