@@ -169,9 +169,7 @@ def build(model: nn.Module | Iterable[Tensor], config: Config) -> torch.optim.Op
 def _chosen(config: Config) -> list[tuple[type[torch.optim.Optimizer], dict[str, Any]]]:
     """The classes that make the optimizer, and what each is called with."""
     kind = _find_class(config.optimizer)
-    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
-        raise UsageError(f"--optimizer={config.optimizer} is not a torch.optim.Optimizer class")
-    if config.optimizer == "muon":
+    if is_muon(config):
         # Updates of the size of AdamW's, so that one rate and one decay serve both (arXiv:2502.16982, section 2.2).
         shared = {
             "lr": config.learning_rate,
@@ -203,11 +201,14 @@ def _refuse_arguments(kind: type[torch.optim.Optimizer], arguments: dict[str, An
 
 def _split(model: nn.Module, config: Config) -> list[list[Any]]:
     """What each of the classes gets: parameters, or groups of them where options ask for groups."""
-    if not (config.optimizer == "muon" or config.lr_factors or config.no_weight_decay):
+    splits = is_muon(config)
+    if not (splits or config.lr_factors or config.no_weight_decay):
         return [list(model.parameters())]
-    matrices = _hidden_matrices(model) if config.optimizer == "muon" else set()
-    if config.optimizer == "muon" and not matrices:
-        raise UsageError("--optimizer=muon: the model has no hidden layer with a matrix of weights: take adamw")
+    matrices = _hidden_matrices(model) if splits else set()
+    if splits and not matrices:
+        raise UsageError(
+            f"--optimizer={config.optimizer}: the model has no hidden layer with a matrix of weights: take adamw"
+        )
     exempt, groups, matched = set(config.without_weight_decay), {}, set()
     for name, parameter, kinds in _named_with_kinds(model):
         factors = [pattern for pattern in config.lr_factors if _matches(name, pattern)]
@@ -252,6 +253,11 @@ def _hidden_matrices(model: nn.Module) -> set[Tensor]:
     )
     matrices = [parameter for parameter, embeds in found if not embeds]
     return set(matrices if tied else matrices[:-1])  # a tied output layer is among the embeddings
+
+
+def is_muon(config: Config) -> bool:
+    """Or a kind of it: for the matrices of hidden layers alone."""
+    return issubclass(_find_class(config.optimizer), torch.optim.Muon)
 
 
 def of_muon(model: nn.Module) -> str:
@@ -344,7 +350,10 @@ def _try_out(
 
 def _find_class(name: str) -> type[torch.optim.Optimizer]:
     if ":" in name:
-        return import_object("optimizer", name)
+        kind = import_object("optimizer", name)
+        if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+            raise UsageError(f"--optimizer={name} is not a torch.optim.Optimizer class")
+        return kind
     available = NAMES | {
         key: value
         for key, value in vars(torch.optim).items()

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -59,6 +60,26 @@ def stdlib_short(data_dir: Path) -> DataSet:
 def _spread(end: int, count: int) -> np.ndarray:
     """Whole numbers from 0 to `end`, equally far apart."""
     return np.linspace(0, end, count, dtype=int)
+
+
+class Float32Muon(torch.optim.Muon):
+    """torch's, which multiplies in bfloat16: for CPUs that have no instructions for it, and take a hundred times as
+    long."""
+
+    def step(self, closure: Callable | None = None):
+        with mock.patch("torch.optim._muon._zeropower_via_newtonschulz", _newton_schulz):
+            return super().step(closure)
+
+
+def _newton_schulz(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """(m, n) → (m, n), all of whose singular values are near 1 (https://kellerjordan.github.io/posts/muon)."""
+    a, b, c = coefficients
+    wide = matrix.T if matrix.size(0) > matrix.size(1) else matrix
+    wide = wide / wide.norm().clamp(min=eps)
+    for _ in range(steps):
+        square = wide @ wide.T
+        wide = a * wide + (b * square + c * square @ square) @ wide
+    return wide.T if matrix.size(0) > matrix.size(1) else wide
 
 
 def _random_images(shape: tuple[int, int, int], count: int = 4096) -> DataSet:

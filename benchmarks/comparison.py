@@ -123,7 +123,7 @@ OPTIMIZERS: dict[str, tuple[Options, tuple[float, ...]]] = {
     "adam999": ({"optimizer": "adam", "beta2": 0.999}, (0.0003, 0.001, 0.003)),
     "adamw": ({"optimizer": "adamw", "weight_decay": 0.1}, (0.0003, 0.001, 0.003)),
     "adagrad": ({"optimizer": "adagrad"}, (0.01, 0.03, 0.1)),
-    "muon": ({"optimizer": "muon"}, (0.001, 0.003, 0.01)),
+    "muon": ({"optimizer": "benchmarks.cases:Float32Muon"}, (0.001, 0.003, 0.01)),
 }
 GPT: Options = {
     **{"dataset": "benchmarks.cases:stdlib_short", "model": "gpt", "model_args": {"layers": 2, "width": 96}},

@@ -220,3 +220,19 @@ def test_comparison_methods_are_accepted_by_the_program():
             words = [f"--{key}={comparison._word(value)}" for key, value in {**part.shared, **options}.items()]
             parsed = command_line.parse(words)
             assert parsed.seed == 42 and parsed.max_samples == part.shared["max_samples"], (name, method)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
+def test_muon_in_float32_is_torchs_but_for_its_precision(shape):
+    torch.manual_seed(0)
+    start, gradients = torch.randn(shape), torch.randn(4, *shape)
+    ends = []
+    for kind in (torch.optim.Muon, cases.Float32Muon):
+        weight = torch.nn.Parameter(start.clone())
+        optimizer = kind([weight], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        for gradient in gradients:
+            weight.grad = gradient.clone()
+            optimizer.step()
+        ends.append(weight.detach())
+    assert not torch.equal(*ends)
+    torch.testing.assert_close(*ends, rtol=0, atol=0.02 * float((ends[0] - start).abs().max()))

@@ -247,9 +247,14 @@ def test_groups_of_an_optimizers_own():
     assert [group["lr"] for group in resumed.param_groups] == pytest.approx([0.3, 0.03])
 
 
-def test_muon_has_the_hidden_matrices_and_adamw_the_rest():
+class OwnMuon(torch.optim.Muon):
+    """A kind of it is known by its class."""
+
+
+@pytest.mark.parametrize("name", ["muon", "Muon", "torch.optim:Muon", "checks.test_optim:OwnMuon"])
+def test_muon_has_the_hidden_matrices_and_adamw_the_rest(name):
     model = network()
-    optimizer = optim.build(model, Config(optimizer="muon", learning_rate=0.01))
+    optimizer = optim.build(model, Config(optimizer=name, learning_rate=0.01))
     muon, adamw = optimizer.optimizers
     of_muon = [name for name, p in model.named_parameters() if any(p is own for own in muon.param_groups[0]["params"])]
     assert of_muon == ["first.weight", "second.weight"]
@@ -382,7 +387,6 @@ class SharpnessAware(torch.optim.SGD):
         ({"optimizer": "LBFGS"}, "computes the loss again"),
         ({"optimizer": "adagradnorm", "lr_factors": {"hed": 2.0}}, "no parameter 'hed'; did you mean 'head'"),
         ({"optimizer": "Rprop", "no_weight_decay": "bias"}, "has no weight decay"),
-        ({"optimizer": "Muon"}, "2D parameters"),
     ],
 )
 def test_groups_refused(options, words):

@@ -252,7 +252,7 @@ class Components:
         self.is_adaptive, self.family = optim.is_adaptive(optimizer), carry_over.family(optimizer)
         if c.coupling == "full" and self.family is None:
             self.notices.append(carry_over.NOT_KNOWN.format(c.optimizer))
-        if c.optimizer == "muon":
+        if optim.is_muon(c):
             self.notices.append(optim.of_muon(self.module))
         optim.set_training(optimizer, True)
         self.optimizer = fabric.setup_optimizers(optimizer).optimizer
