@@ -1,7 +1,8 @@
 """Batch sizes that adapt to the noise of the gradient (arXiv:2402.11215), for anybody's training loop.
 
 `BatchScaler` is the one object for a loop of one's own. What it is made of: `moments` (gradients/), tests and their
-decisions (tests.py), `Controller` with its rules (control/). What needs torch is imported when it is first asked for.
+decisions (tests.py), `Controller` with its rules (control/). `Clipping` and `WeightAverage` are the rest of the
+recipe `steady`. What needs torch is imported when it is first asked for.
 """
 
 from importlib import import_module
@@ -27,6 +28,8 @@ from .tests import AugmentedInnerProductTest, Decision, InnerProductTest, Moment
 
 if TYPE_CHECKING:
     from . import gradients, order
+    from .averages import WeightAverage
+    from .clipping import Clipping
     from .gradients import Estimator, moments
     from .noise_scale import NoiseScale
     from .scaler import BatchScaler
@@ -37,6 +40,7 @@ __all__ = [
     "Adaptive",
     "AugmentedInnerProductTest",
     "BatchScaler",
+    "Clipping",
     "Constant",
     "Controller",
     "Decision",
@@ -56,6 +60,7 @@ __all__ = [
     "Statistics",
     "Test",
     "Update",
+    "WeightAverage",
     "control",
     "gradients",
     "moments",
@@ -66,8 +71,10 @@ __all__ = [
 
 NEED_TORCH = {
     "BatchScaler": "scaler",
+    "Clipping": "clipping",
     "Estimator": "gradients",
     "NoiseScale": "noise_scale",
+    "WeightAverage": "averages",
     "moments": "gradients",
 }
 """Names that are imported when they are asked for, and the module of each."""

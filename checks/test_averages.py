@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import data
+from adadagrad import WeightAverage
 from checks.conftest import column, train
-from training.averages import WeightAverage
 
 SGD = ("--model=logistic", "--optimizer=sgd", "--learning_rate=0.5", "--decay_lr=False", "--precision=64-true")
 SHORT = (*SGD, "--test=False", "--batch_size=16", "--max_samples=320")

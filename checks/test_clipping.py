@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from adadagrad import Clipping
 from checks.conftest import column, train
-from training.clipping import Clipping
 
 CPU = torch.device("cpu")
 OPTIONS = ("--model=cnn", "--optimizer=sgd", "--decay_lr=False", "--test=False", "--max_samples=2640")

@@ -9,6 +9,7 @@ import math
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -152,6 +153,29 @@ def same(decisions: list[tuple[float, float]], others: list[tuple[float, float]]
 def test_a_plain_loop_decides_as_main_does(of_main, in_double, micro_batch_size):
     model = seeded_model()
     assert same(taken(model, new_scaler(model), micro_batch_size=micro_batch_size), of_main)
+
+
+def test_a_loop_with_all_of_steady_ends_at_mains_weights(in_double, tmp_path):
+    """The one of docs/library.md: averaged weights and clipping, a batch that grows."""
+    own = ("--eta", "--statistics", "--smoothing", "--lr_scaling", "--max_growth")
+    words = [word for word in OPTIONS if not word.startswith(own)]
+    words += ["--recipe=steady", "--knee=3000", "--free_start=False", "--learning_rate=5", "--max_iters=60"]
+    ours = train(tmp_path, *words)
+    names: dict = {}
+    exec(example("Clipping, WeightAverage"), names)
+    model, controller = seeded_model(), steady(B0, 1437, family=Family.GRADIENT)
+    controller.rule = replace(controller.rule, knee=3000)  # no clock in it
+    scaler = BatchScaler(model, cross_entropy, torch.optim.SGD(model.parameters(), lr=5.0), controller=controller)
+    average = names["train"](model, scaler, Samples(), samples := column(ours, "samples")[-1])
+    assert scaler.samples == samples and scaler.batch_size > B0 and max(column(ours, "clipped")) > 0
+
+    def is_saved_in(file: str) -> bool:
+        saved = torch.load(ours.folder / file)
+        return all(torch.allclose(own, saved[name], rtol=1e-7, atol=0) for name, own in model.named_parameters())
+
+    assert is_saved_in("model.pt") and not is_saved_in("model_average.pt")
+    with average.in_place():
+        assert is_saved_in("model_average.pt")
 
 
 def on_ranks(rank: int, port: int, queue) -> None:

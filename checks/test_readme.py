@@ -37,6 +37,7 @@ EXAMPLES = (
     "my_rules:Doubling",
     "BatchScaler(model, cross_entropy, optimizer, batch_size=16, max_batch_size",
     "BatchScaler(model, cross_entropy, optimizer, max_batch_size",
+    "Clipping, WeightAverage",
     "fully_shard(model)",
     "tests.NormTest(eta=0.1)(moments)",
     "AdaptiveBatchTrainer(model, args, train_dataset=data, scaling={",

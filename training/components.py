@@ -22,7 +22,7 @@ import data
 import models
 import optim
 import tests
-from adadagrad import gradients
+from adadagrad import Clipping, WeightAverage, gradients
 from adadagrad.control import Controller, carry_over
 from adadagrad.control.learning_rate import MEASURED
 from adadagrad.gradients.noise_scales import NoiseScales
@@ -34,8 +34,6 @@ from options.errors import RunError, UsageError
 from options.names import import_object
 from options.schema import Config
 from runs import checkpoint
-from training.averages import WeightAverage
-from training.clipping import Clipping
 from training.clock import Clock
 from training.metrics import average_over_ranks
 

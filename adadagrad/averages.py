@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from adadagrad.control.carry_over import local
+from .control.carry_over import local
 
 
 class WeightAverage:

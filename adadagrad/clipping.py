@@ -1,13 +1,13 @@
 """Clipping the gradient of a batch at a norm: a given one, or one that follows the run's own."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from adadagrad.control.carry_over import local
+from .control.carry_over import local
 
 TIMES = 2.0
 """Of the mean norm, where the bound follows it."""
@@ -27,15 +27,15 @@ class Clipping:
 
     Args:
         bound: the largest norm, or `auto`.
-        device: of the parameters.
+        device: of the parameters; default: the CPU.
     """
 
-    def __init__(self, bound: float | Literal["auto"], device: torch.device):
+    def __init__(self, bound: float | Literal["auto"], device: torch.device | str = "cpu"):
         self.fixed = None if bound == "auto" else bound
         self.mean, self.seen = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
 
     @torch.no_grad()
-    def __call__(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+    def __call__(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         """Clip what is in `.grad`; on all ranks, as shards make one norm together.
 
         A norm that is not finite is the gradient scaler's business (it skips the step), or shows in the next loss.
