@@ -36,6 +36,7 @@ from pathlib import Path
 import yaml
 
 from benchmarks.cases import RESULTS
+from options.recipes import RECIPES
 from runs.results import Run, read_run
 
 ROOT = Path(__file__).parent.parent
@@ -107,9 +108,12 @@ SGD: Options = {"optimizer": "sgd", "momentum": 0.9, "decay_lr": False, "batch_s
 MNIST: Options = {**SGD, "dataset": "mnist", "eval_samples": 3000}
 CIFAR10: Options = {**SGD, "dataset": "benchmarks.cases:cifar10_npz", "eval_samples": 5000}
 CNN: Options = {"model": "cnn", "validation_samples": 5000}  # all 10,000 would take longer than the training
+AVERAGED: Options = {"weight_average": RECIPES["steady"]["weight_average"]}
+"""What `steady` has beside its batches, for a constant one."""
 # Where the state follows the batch, and where it does not: for `--coupling` (docs/transition.md).
 COUPLINGS: dict[str, Options] = {
     **{f"constant_{size}": METHODS[f"constant_{size}"] for size in (16, 64, 256, 1024)},
+    **{f"constant_{size}_averaged": {**METHODS[f"constant_{size}"], **AVERAGED} for size in (16, 64, 256, 1024)},
     **{
         f"steady_knee{knee}_{coupling}": {**STEADY, "knee": knee, "coupling": coupling}
         for knee in KNEES

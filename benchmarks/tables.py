@@ -264,7 +264,7 @@ def couplings() -> str:
         for knee in KNEES:
             for target in PARTS[problem].targets:
                 best = best_constant(problem, target, knee)
-                constant = best[1].removeprefix("constant_") if best else "none"
+                constant = best[1].removeprefix("constant_").replace("_", ", ") if best else "none"
                 row = [name, str(knee), in_words(problem, target), constant]
                 for variant in VARIANTS:
                     method = f"steady_knee{knee}_{variant}"
