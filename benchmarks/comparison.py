@@ -119,7 +119,6 @@ COUPLINGS: dict[str, Options] = {
         for knee in KNEES
         for coupling in ("full", "rate", "none")
     },
-    **{f"steady_knee{knee}_critical2": {**STEADY, "knee": knee, "critical": 2} for knee in KNEES},
 }
 OPTIMIZERS: dict[str, tuple[Options, tuple[float, ...]]] = {
     "sgd": ({"optimizer": "sgd", "momentum": 0.9}, (0.01, 0.03, 0.1)),

@@ -112,12 +112,16 @@ def table_of_sizes() -> str:
     for name, found in kept().items():
         words = f"{CASES[name]['words']}, {CASES[name]['optimizer']}"
         for of in found:
-            scales = [
-                critical.number(of["scales"].get(column)) if of["scales"].get(column) else "–" for column in SCALES
-            ]
+            scales = [critical.number(scale) if (scale := scale_of(of, column)) else "–" for column in SCALES]
             sizes = [critical.within_text(of), critical.fit_text(of["fit"])]
             rows.append([words, f"{of['samples']:,}", of["batch_size"], *sizes, *scales])
     return tabulate(rows, header, "github", disable_numparse=True)
+
+
+def scale_of(of: dict[str, Any], column: str) -> float | None:
+    """None where it is not known, or negative, as a sum over directions of negative curvature can be."""
+    scale = of["scales"].get(column)
+    return scale if scale and scale > 0 else None
 
 
 def size_of(of: dict[str, Any]) -> float | None:
@@ -133,9 +137,7 @@ def table_of_predictors() -> str:
     rows = []
     together = [of for found in kept().values() for of in found]
     for column, words in SCALES.items():
-        logs = [
-            math.log(size_of(of) / of["scales"][column]) for of in together if size_of(of) and of["scales"].get(column)
-        ]
+        logs = [math.log(size_of(of) / scale) for of in together if size_of(of) and (scale := scale_of(of, column))]
         if len(logs) > 2:
             ends = f"{math.exp(min(logs)):.2g} … {math.exp(max(logs)):.2g}"
             rows.append([words, len(logs), f"{math.exp(fmean(logs)):.2g}", ends, f"{math.exp(stdev(logs)):.2g}"])

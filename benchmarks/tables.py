@@ -249,13 +249,12 @@ OPTIMIZER_NAMES = {
 }
 
 
-VARIANTS = {"full": "full", "rate": "rate", "none": "none", "critical2": "full, c = 2"}
+VARIANTS = ("full", "rate", "none")
 
 
 def couplings() -> str:
     """The perceptron with every optimizer: `steady` with P given over the best constant, in modelled time, by what
-    follows the batch (optimizer state, rate and decay; the rate; nothing), and with a critical batch size of two noise
-    scales instead of eight."""
+    follows the batch: optimizer state, rate and decay; the rate; nothing."""
     body = []
     for optimizer, name in OPTIMIZER_NAMES.items():
         problem = f"mlp_{optimizer}"
@@ -271,7 +270,7 @@ def couplings() -> str:
                     own = costs(problem, method, target, knee)
                     row.append(with_interval(own, best[0]) if own and best else arrived(problem, method, target))
                 body.append(row)
-    return markdown(["optimizer", "P", "to", "best constant", *VARIANTS.values()], body)
+    return markdown(["optimizer", "P", "to", "best constant", *VARIANTS], body)
 
 
 def arrived(problem: str, method: str, target: float) -> str:
