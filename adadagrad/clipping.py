@@ -48,9 +48,8 @@ class Clipping:
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         bound = self.mean.new_full((), self.fixed) if self.fixed is not None else self._bound(norm.double())
         bound = bound.to(norm.dtype)
-        torch._foreach_mul_(
-            list(map(local, grads)), (bound / (norm + 1e-6)).clamp(max=1.0)
-        )  # as torch.nn.utils.clip_grad_norm_
+        factor = (bound / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        torch._foreach_mul_(list(map(local, grads)), factor)
         return norm > bound
 
     def _bound(self, norm: Tensor) -> Tensor:

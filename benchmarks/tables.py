@@ -247,8 +247,6 @@ OPTIMIZER_NAMES = {
     "adagrad": "AdaGrad",
     "muon": "Muon with AdamW",
 }
-
-
 VARIANTS = ("full", "rate", "none")
 
 
