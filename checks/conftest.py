@@ -93,6 +93,17 @@ begun: list[multiprocessing.Process | subprocess.Popen] = []
 
 
 @pytest.fixture(autouse=True)
+def no_variables_stay():
+    """A strategy of several processes that starts in this one writes a launcher's variables; who comes after it, in
+    this process or in one that it starts, is of no group."""
+    before = dict(os.environ)
+    yield
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
 def nothing_goes_on():
     yield
     while begun:
