@@ -138,7 +138,8 @@ def in_short() -> str:
     ]
     for words, rule, of in means:
         logs = [of_rule(rule, knee, of) for knee in KNEES]
-        body.append([f"**{words}**", *(f"**{in_words(np.mean(own, axis=0)) if own else NOT_MEASURED}**" for own in logs)])
+        cells = [in_words(np.mean(own, axis=0)) if own else NOT_MEASURED for own in logs]
+        body.append([f"**{cell}**" for cell in (words, *cells)])
     return markdown(["problem", *(f"P = {knee}" for knee in KNEES)], body)
 
 
