@@ -123,7 +123,8 @@ class Trainer:
         self.reporter.took(self.controller.steps, range(plan.start, plan.start + plan.batch_size))
         moments = self.train_step(plan, measured)
         # Here the paper's test is made (adadagrad/tests.py), where the rule has one, and the next batch gets its size.
-        update = self.controller.update(moments if decisive else None, plan.batch_size, watched=moments)
+        decided_by = moments if decisive else None
+        update = self.controller.update(decided_by, plan.batch_size, moments, decisive and self.parts.clipped_in_a_row)
         if update.transition:
             carry_over.apply(update.transition, self.parts.optimizer)
         self.reporter.explain(self.controller.steps, update.decision)

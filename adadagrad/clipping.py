@@ -15,6 +15,9 @@ MEMORY = 16
 """Steps over which the mean is taken, about."""
 FIRST = 4
 """Steps that are not clipped: before them there is no mean to speak of."""
+ROW, MANY = 8, 0.6
+"""Steps are as long as the curvature allows where this share of about the last eight was clipped."""
+STATE = ("mean", "seen", "recent", "in_a_row")
 
 
 class Clipping:
@@ -28,11 +31,16 @@ class Clipping:
     Args:
         bound: the largest norm, or `auto`.
         device: of the parameters; default: the CPU.
+
+    Attributes:
+        in_a_row: bool (), on the device: with `auto`, most of some eight successive steps have been clipped, once or
+            more; steps are then as long as the curvature allows.
     """
 
     def __init__(self, bound: float | Literal["auto"], device: torch.device | str = "cpu"):
         self.fixed = None if bound == "auto" else bound
-        self.mean, self.seen = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
+        self.mean, self.seen, self.recent = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(3))
+        self.in_a_row = torch.zeros((), dtype=torch.bool, device=device)
 
     @torch.no_grad()
     def __call__(self, parameters: Iterable[nn.Parameter]) -> Tensor:
@@ -59,11 +67,13 @@ class Clipping:
         self.seen += finite
         share = 1 / self.seen.clamp(1, MEMORY)
         self.mean += torch.where(finite, share * (torch.minimum(norm, bound) - self.mean), 0.0)
+        self.recent += torch.where(finite, ((norm > bound).double() - self.recent) / ROW, 0.0)
+        self.in_a_row |= self.recent > MANY
         return bound
 
     def state_dict(self) -> dict[str, Any]:
-        return {"mean": self.mean.item(), "seen": self.seen.item()}
+        return {name: getattr(self, name).item() for name in STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.mean.fill_(state["mean"])
-        self.seen.fill_(state["seen"])
+        for name in STATE:
+            getattr(self, name).fill_(state.get(name, 0))  # earlier states have fewer

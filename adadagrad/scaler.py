@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import ASGD, SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from .clipping import Clipping
 from .control import Controller, Limits, StepTime, Update, carry_over, steady
 from .gradients import PROBE, Estimator, Loss, build, couples_samples
 from .gradients.samples import Batch, count, some
@@ -187,15 +188,21 @@ class BatchScaler:
             self._notify("a batch of one micro-batch has no variance between micro-batches: cut it into two or more")
         self._time_steps()
 
-    def step(self, grad_scaler: torch.amp.GradScaler | None = None) -> Update:
+    def step(self, grad_scaler: torch.amp.GradScaler | None = None, clipping: Clipping | None = None) -> Update:
         """The optimizer's step, zero_grad, and what follows for the next batch. On all processes.
 
         Args:
             grad_scaler: that has scaled the loss; its `step` and `update` are called.
+            clipping: of the gradients, once they are measured; one that is `auto` also tells the controller where
+                steps are as long as the curvature allows.
         """
         self.measure(grad_scaler)
         if self.world_size == 1:
             self._refuse_other_size(self._taken)
+        if clipping:
+            if grad_scaler:
+                grad_scaler.unscale_(self.optimizer)
+            clipping(self.module.parameters())
         with self.rates():
             if grad_scaler:
                 grad_scaler.step(self.optimizer)
@@ -203,18 +210,20 @@ class BatchScaler:
             else:
                 self.optimizer.step()
         self.optimizer.zero_grad()
-        return self.advance()
+        return self.advance(clipping=clipping)
 
-    def advance(self, samples: int | None = None) -> Update:
+    def advance(self, samples: int | None = None, clipping: Clipping | None = None) -> Update:
         """What follows for the next batch, where a trainer takes the optimizer's step itself (with `rates` or
         `rates_in_step`) and clears the gradients. On all processes.
 
         Args:
             samples: as `measure`.
+            clipping: that has clipped the gradients.
         """
         if self.estimator is not None and not self._measured:
             self.estimator.forget()  # of a batch that a trainer has ended early, and nobody has measured
-        update = self.controller.update(self.moments if self._measured else None, samples)
+        in_a_row = self._measured and clipping is not None and bool(clipping.in_a_row)  # else the host need not wait
+        update = self.controller.update(self.moments if self._measured else None, samples, clipped_in_a_row=in_a_row)
         if update.transition:
             carry_over.apply(update.transition, self.optimizer)
         self._begin_step()

@@ -1,6 +1,7 @@
 """--grad_clip: against torch's own, and what auto makes of the norms before, written out."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,9 +37,9 @@ def test_a_given_bound_is_torchs_clipping_bit_for_bit(norm):
 
 
 def test_auto_clips_at_twice_the_mean_of_clipped_norms():
-    """A leap in the middle, and norms that are not finite, which count nothing."""
-    norms = [1.0, 3.0, 2.0, 50.0, 1.0, 100.0, math.inf, math.nan, *[40.0] * 30]
-    clipping, mean, seen = Clipping("auto", CPU), 0.0, 0
+    """A leap, norms that are not finite, which count nothing, and some that grow faster than the bound."""
+    norms = [1.0, 3.0, 2.0, 50.0, 1.0, 100.0, math.inf, math.nan, *(50.0 * 2**k for k in range(9)), *[40.0] * 30]
+    clipping, mean, seen, recent, in_a_row = Clipping("auto", CPU), 0.0, 0, 0.0, False
     for norm in norms:
         parameters = with_gradient(norm if math.isfinite(norm) else 1.0)
         if not math.isfinite(norm):
@@ -50,11 +51,22 @@ def test_auto_clips_at_twice_the_mean_of_clipped_norms():
         seen += 1
         mean += (min(norm, bound) - mean) / min(seen, 16)
         assert clipped == (norm > bound)
+        recent += (clipped - recent) / 8
+        in_a_row |= recent > 0.6
+        assert clipping.in_a_row == in_a_row and clipping.recent == pytest.approx(recent, rel=1e-12)
         assert norm_of(parameters) == pytest.approx(min(norm, bound), rel=1e-5)
     assert mean > 20 and not clipped  # it has followed
+    assert in_a_row and recent < 0.6
     again = Clipping("auto", CPU)
     again.load_state_dict(clipping.state_dict())
-    assert again.mean == clipping.mean and again.seen == clipping.seen
+    assert again.state_dict() == clipping.state_dict() and again.in_a_row
+    again.load_state_dict({"mean": 1.0, "seen": 9.0})  # of before there was the rest
+    assert not again.in_a_row
+
+
+def test_a_given_bound_says_nothing_of_the_curvature():
+    clipping = Clipping(0.1, CPU)
+    assert all(clipping(with_gradient(1.0)) for _ in range(30)) and not clipping.in_a_row
 
 
 def test_a_step_too_long_does_not_throw_off_the_next():
@@ -89,3 +101,22 @@ def test_in_runs(tmp_path, strategy):
     again = train(tmp_path, *options, f"--resume={checkpoint}", name="again")
     one, other = (torch.load(run.folder / "model.pt") for run in (whole, again))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_steps_at_the_edge_end_the_floor_of_the_rate(tmp_path):
+    """It is in the checkpoints; a run that is resumed before or after that is the same bit for bit."""
+    options = ["--optimizer=sgd", "--momentum=0.9", "--learning_rate=0.02", "--decay_lr=False", "--knee=3000"]
+    options += ["--max_samples=6000", "--checkpoint_interval=12", "--keep_checkpoints=9"]
+    whole = train(tmp_path, *options, name="whole")
+
+    def floors(folder: Path) -> list[bool]:
+        files = sorted((folder / "checkpoints").glob("*.pt"))
+        return [torch.load(file, weights_only=False)["controller"]["floor"] for file in files]
+
+    assert sum(column(whole, "clipped")) > 8 and [*dict.fromkeys(floors(whole.folder))] == [True, False]
+    for step in (24, 60):
+        checkpoint = whole.folder / "checkpoints" / f"step-{step:08d}.pt"
+        again = train(tmp_path, *options, f"--resume={checkpoint}", name=f"again{step}")
+        one, other = (torch.load(run.folder / "model.pt") for run in (whole, again))
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert all(floors(train(tmp_path, *options, "--grad_clip=0.1", name="bounded").folder))

@@ -146,6 +146,23 @@ def test_gains_lie_between_one_and_linear(rule):
     assert scaling(64, Statistics(64, 64, 1e12, 8.0)) == pytest.approx(2.5 if rule == "critical" else 1.0)  # none
 
 
+def test_the_floor_ends_where_steps_are_clipped_one_after_the_other():
+    """For good, and in a checkpoint; earlier checkpoints do not know of it."""
+    scaling = control.LearningRateScaling("critical", 16, critical=2.0)
+    new = partial(control.Controller, 64, rule=control.Constant(), unbiased=True, scaling=scaling)
+    controller, moments = new(), Moments(64, 64, 0.5 + 8 / 64, 63 * 8 + 64 * (0.5 + 8 / 64))  # V = 8, ‖G‖² = 0.5
+    assert controller.update(moments).lr_factor == pytest.approx((1 + 64 / 16) / (1 + 64 / 64))
+    plain = pytest.approx((1 + 32 / 16) / (1 + 32 / 64))  # C = 2 · 8/0.5 = 32
+    assert controller.update(None, clipped_in_a_row=True).lr_factor == plain
+    assert controller.update(moments).lr_factor == plain
+    again = new()
+    again.load_state_dict(state := controller.state_dict())
+    assert again.lr_factor == plain and state.pop("floor") is False
+    again = new()
+    again.load_state_dict(state)
+    assert again.lr_factor > 1.1 * controller.lr_factor
+
+
 def test_gains_of_two_changes_are_those_of_one():
     scaling = control.LearningRateScaling("critical", 16, family=control.Family.GRADIENT)
     known = Statistics(64, 64, 0.5, 8.0)

@@ -26,6 +26,7 @@ import models
 import tests
 from adadagrad import (
     BatchScaler,
+    Clipping,
     Controller,
     Goodput,
     InnerProductTest,
@@ -382,6 +383,15 @@ def test_clipping_and_a_gradient_scaler_change_no_statistics():
     assert scaler.moments.sum_norm_sq == pytest.approx(plain.sum_norm_sq, rel=1e-5)
     assert scaler.moments.grad_norm_sq == pytest.approx(plain.grad_norm_sq, rel=1e-5)
     assert 0 < float(moved.norm()) <= 0.2e-3 * 1.001
+    model, optimizer, batch, scaler = small(batch_size=16, test=NormTest(0.5))
+    before = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    grad_scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with scaler.observe(x, y):
+        grad_scaler.scale(scaler.scale(cross_entropy(model(x), y, reduction="none"))).backward()
+    scaler.step(grad_scaler, Clipping(1e-3))
+    again = torch.nn.utils.parameters_to_vector(model.parameters()).detach() - before
+    assert scaler.moments.sum_norm_sq == pytest.approx(plain.sum_norm_sq, rel=1e-5)
+    assert torch.allclose(again, moved, rtol=1e-4, atol=1e-9)
 
 
 def test_times_of_steps_are_those_between_measurements(monkeypatch):

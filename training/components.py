@@ -337,6 +337,11 @@ class Components:
             parameter.grad = None
         return clipped
 
+    @property
+    def clipped_in_a_row(self) -> bool:
+        """Steps are as long as the curvature allows, as far as that is known; the host waits for the device."""
+        return self.clipping is not None and bool(self.clipping.in_a_row)
+
     @contextlib.contextmanager
     def observing(self, raw: Any, inputs: Any, targets: Any, loss_scale: float, whole: bool, clock: Clock) -> Iterator:
         """The training pass on a micro-batch, observed by the estimator.

@@ -1,7 +1,7 @@
 """The one object that a training loop holds: test, statistics, growth, step time, learning-rate factor."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..tests import Decision, Moments, Statistics, Test
 from .learning_rate import CRITICAL, LearningRateScaling
@@ -83,7 +83,11 @@ class Controller:
         self.held: tuple[float, float] | None = None  # of a branch: the factors on rate and decay, for good
 
     def update(
-        self, moments: Moments | None = None, samples: int | None = None, watched: Moments | None = None
+        self,
+        moments: Moments | None = None,
+        samples: int | None = None,
+        watched: Moments | None = None,
+        clipped_in_a_row: bool = False,
     ) -> Update:
         """What follows from the step that was taken.
 
@@ -91,7 +95,10 @@ class Controller:
             moments: of the step's batch; None where it was not measured.
             samples: that the step really used, where a loop ends a batch early.
             watched: of the step's batch, where it was measured only to be reported.
+            clipped_in_a_row: steps are as long as the curvature allows (`Clipping.in_a_row`); for good.
         """
+        if clipped_in_a_row:
+            self._end_floor()
         measured = moments or watched
         self.samples += samples or (measured.batch_size if measured else self.batch_size)
         if measured:
@@ -109,6 +116,9 @@ class Controller:
         if self.batch_size != before:
             transition = self.scaling.transition(before, self.batch_size, self._known)
         return Update(self.batch_size, self.lr_factor, decision, transition)
+
+    def _end_floor(self) -> None:
+        self.scaling, self._factors_at = replace(self.scaling, floor=False), None
 
     @property
     def initial_transition(self) -> Transition | None:
@@ -257,6 +267,7 @@ class Controller:
             **{name: own and vars(own) for name in STATISTICS for own in [getattr(self, name)]},
             **{name: getattr(self, name).state_dict() for name in PARTS},
             "held": self.held and list(self.held),
+            "floor": self.scaling.floor,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -268,6 +279,8 @@ class Controller:
             getattr(self, name).load_state_dict(state[name])
         held = state.get("held")  # earlier checkpoints have none
         self.held = held and tuple(held)
+        if not state.get("floor", True):
+            self._end_floor()
 
 
 STEADY = {"smoothing": 5_000.0, "max_growth": 4.0, "max_waste": 1.0}

@@ -29,7 +29,8 @@ class LearningRateScaling:
 
     A rate that is right for a whole run at b₀ is so by the noise of its later steps; how much longer a step could be
     among the first, where C is small, it does not say. So steps along the gradient count with a C of b at least, by
-    which the gain is no less than (1 + b/b₀)/2, half of the linear rule's.
+    which the gain is no less than (1 + b/b₀)/2, half of the linear rule's. That supposes that the curvature allows such
+    steps: `floor=False` where it has turned out not to (`Clipping.in_a_row`).
 
     Args:
         rule: none, sqrt, linear, adascale or critical.
@@ -38,6 +39,7 @@ class LearningRateScaling:
         family: of an optimizer whose state follows, too, where the rule reads the statistics: then the factor is that
             of `Transition.rate`; None: the rate alone follows.
         critical: the critical batch size that `critical` counts with, in noise scales.
+        floor: steps along the gradient count with a C of b at least.
     """
 
     rule: str
@@ -45,6 +47,7 @@ class LearningRateScaling:
     adaptive_optimizer: bool = False
     family: Family | None = None
     critical: float = CRITICAL
+    floor: bool = True
 
     @property
     def measures(self) -> bool:
@@ -99,6 +102,7 @@ class LearningRateScaling:
         return self.family is Family.GRADIENT or not (self.family or self.adaptive_optimizer)
 
     def _gain(self, batch_size: int, statistics: Statistics) -> float:
-        """Of b over b₀, by a C of b at least."""
-        noise = max(self.critical * statistics.variance, batch_size * max(statistics.grad_norm_sq, 0.0))
+        """Of b over b₀, by a C of b at least while there is a floor."""
+        least = batch_size * max(statistics.grad_norm_sq, 0.0) if self.floor else 0.0
+        noise = max(self.critical * statistics.variance, least)
         return ratio_of_squares(noise, statistics.grad_norm_sq, self.initial_batch_size, batch_size)
