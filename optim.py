@@ -176,12 +176,13 @@ def _chosen(config: Config) -> list[tuple[type[torch.optim.Optimizer], dict[str,
             "weight_decay": 0.1 if config.weight_decay is None else config.weight_decay,
         }
         momentum = {} if config.momentum is None else {"momentum": config.momentum}
-        muon = {**shared, "adjust_lr_fn": "match_rms_adamw", **momentum, **config.optimizer_args}
+        as_long_as_adamws = {"adjust_lr_fn": "match_rms_adamw"} if "adjust_lr_fn" in _accepted(kind) else {}
+        muon = {**shared, **as_long_as_adamws, **momentum, **config.optimizer_args}
         return [(kind, muon), (torch.optim.AdamW, {**shared, "betas": (config.beta1, config.beta2)})]
     arguments: dict[str, Any] = {"lr": config.learning_rate}
     if config.optimizer == "sgdm":
         arguments |= {"momentum": 0.9, "weight_decay": 5e-4}
-    if "betas" in inspect.signature(kind).parameters:
+    if "betas" in _accepted(kind):
         arguments["betas"] = (config.beta1, config.beta2)
     for name in ("momentum", "weight_decay"):
         if getattr(config, name) is not None:
@@ -189,8 +190,20 @@ def _chosen(config: Config) -> list[tuple[type[torch.optim.Optimizer], dict[str,
     return [(kind, arguments | config.optimizer_args)]
 
 
+def _accepted(kind: type[torch.optim.Optimizer]) -> list[str]:
+    """Arguments that it takes; those of its bases, too, as far as it hands on what it does not name."""
+    accepted: list[str] = []
+    for base in kind.__mro__:
+        if "__init__" in vars(base):
+            parameters = inspect.signature(base.__init__).parameters.values()
+            accepted += [own.name for own in parameters if own.kind not in (own.VAR_KEYWORD, own.VAR_POSITIONAL)]
+            if not any(own.kind == own.VAR_KEYWORD for own in parameters):
+                break
+    return [name for name in dict.fromkeys(accepted) if name != "self"]
+
+
 def _refuse_arguments(kind: type[torch.optim.Optimizer], arguments: dict[str, Any], config: Config) -> None:
-    accepted = inspect.signature(kind).parameters
+    accepted = _accepted(kind)
     for name in arguments:
         if name not in accepted:
             option = name if hasattr(config, name) else f"optimizer_args.{name}"

@@ -76,7 +76,7 @@ def controller(
     """
     chosen = rule(vars(config), decay)
     first = config.batch_size
-    if config.free_start and config.knee:
+    if config.free_start and config.knee and "free_start" in chosen.options:  # a run's own config.yaml keeps it
         total = config.max_samples if config.training_type == "sample" else None
         first = max(first, min(control.free_batch_size(config.knee, total), config.max_batch_size))
     return control.Controller(

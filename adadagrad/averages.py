@@ -27,9 +27,14 @@ class WeightAverage:
 
     Attributes:
         buffers: the averages of the module's buffers, of this rank's.
+
+    Raises:
+        ValueError: the half-life is not positive.
     """
 
     def __init__(self, module: nn.Module, half_life: float):
+        if not half_life > 0:
+            raise ValueError(f"half_life={half_life}: a number of samples, or below 1 a share of those so far")
         self.half_life, self.samples = half_life, 0
         self.parameters = list(module.parameters())
         self.of_buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
@@ -67,15 +72,17 @@ class WeightAverage:
         return [*self.averages, *self.buffers]
 
     def state_dict(self) -> dict[str, Any]:
-        """Whole tensors: to be called on all ranks. Without the buffers' averages, which differ between ranks."""
+        """Whole tensors: to be called on all ranks. The buffers' averages are those of this rank."""
         whole = [own.full_tensor().cpu() if isinstance(own, DTensor) else own for own in self.averages]
-        return {"averages": whole, "samples": self.samples}
+        return {"averages": whole, "buffers": self.buffers, "samples": self.samples}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for own, saved in zip(self.averages, state["averages"], strict=True):
             if isinstance(own, DTensor):
                 saved = distribute_tensor(saved.to(own.device), own.device_mesh, own.placements)
+            own.copy_(saved)
+        for own, saved in zip(self.buffers, state.get("buffers", self.buffers), strict=True):  # earlier states: none
             own.copy_(saved)
         self.samples = state["samples"]
 

@@ -35,9 +35,14 @@ class Clipping:
     Attributes:
         in_a_row: bool (), on the device: with `auto`, most of some eight successive steps have been clipped, once or
             more; steps are then as long as the curvature allows.
+
+    Raises:
+        ValueError: the bound is neither positive nor `auto`.
     """
 
     def __init__(self, bound: float | Literal["auto"], device: torch.device | str = "cpu"):
+        if bound != "auto" and (isinstance(bound, str) or not bound > 0):
+            raise ValueError(f"bound={bound!r}: a positive number, or 'auto'")
         self.fixed = None if bound == "auto" else bound
         self.mean, self.seen, self.recent = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(3))
         self.in_a_row = torch.zeros((), dtype=torch.bool, device=device)
@@ -52,6 +57,8 @@ class Clipping:
             Whether they were clipped, bool (), on the device.
         """
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if not grads:
+            return torch.zeros((), dtype=torch.bool, device=self.mean.device)
         norm = nn.utils.get_total_norm(grads)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         bound = self.mean.new_full((), self.fixed) if self.fixed is not None else self._bound(norm.double())

@@ -102,6 +102,23 @@ def normalised(image_shape, num_classes) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, num_classes))
 
 
+def test_its_state_has_the_averages_of_buffers():
+    number = Number()
+    average = WeightAverage(number, half_life=8.0)
+    for value in range(1, 5):
+        number.is_now(value, average, 4)
+    again = WeightAverage(Number(), half_life=8.0)
+    again.load_state_dict(state := average.state_dict())
+    assert again.averages == average.averages and again.buffers == average.buffers and average.buffers[0] > 2
+    again.load_state_dict({name: state[name] for name in ("averages", "samples")})  # of before they were in it
+
+
+@pytest.mark.parametrize("half_life", [0.0, -5.0, math.nan])
+def test_a_half_life_is_positive(half_life):
+    with pytest.raises(ValueError, match="half_life"):
+        WeightAverage(Number(), half_life)
+
+
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_resumed_with_its_average(tmp_path, processes):
     """Bit for bit, with the averages of BatchNorm's statistics, which every rank has for itself; evaluated by them."""

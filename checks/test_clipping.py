@@ -64,6 +64,16 @@ def test_auto_clips_at_twice_the_mean_of_clipped_norms():
     assert not again.in_a_row
 
 
+@pytest.mark.parametrize("bound", [0.0, -1.0, math.nan, "Auto"])
+def test_a_bound_is_positive(bound):
+    with pytest.raises(ValueError, match="bound"):
+        Clipping(bound, CPU)
+
+
+def test_nothing_to_clip():
+    assert not Clipping("auto", CPU)([nn.Parameter(torch.ones(2))])
+
+
 def test_a_given_bound_says_nothing_of_the_curvature():
     clipping = Clipping(0.1, CPU)
     assert all(clipping(with_gradient(1.0)) for _ in range(30)) and not clipping.in_a_row

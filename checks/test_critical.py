@@ -305,6 +305,30 @@ def test_branches_are_compared_without_an_average_of_the_weights(pilot):
     assert not (branch.folder / "model_average.pt").exists()
 
 
+def test_an_average_may_begin_with_a_branch(pilot, tmp_path):
+    words = [f"--config={pilot / 'config.yaml'}", f"--resume={checkpoint(pilot, 30)}", f"--out_dir={tmp_path}"]
+    words += ["--run_name=new", "--branch=2", "--weight_average=0.5", "--max_samples=640", "--lr_decay_samples=960"]
+    assert main.main(words) == 0
+    average = torch.load(sorted((tmp_path / "new" / "checkpoints").glob("*.pt"))[-1], weights_only=True)["average"]
+    assert average["samples"] == 160
+
+
+def test_a_smaller_branch_is_not_clipped_by_the_norms_of_a_larger_batch(pilot):
+    """Their mean is as large as is to be expected of its size; the norm of a step moves it by a sixteenth at most."""
+    options = ["--max_samples=960", "--grad_clip=auto", "--run_name=clipped", "--checkpoint_interval=20"]
+    options += ["--batch_size=32", "--monitor_interval=2", "--smoothing=500", "--statistics=unbiased"]
+    assert main.main([*TINY, *options, f"--out_dir={pilot.parent}"]) == 0
+    before = checkpoint(pilot.parent / "clipped", 20)
+    branch = Branch(Start.read(before), 0.125, 1.0, 128, 0)
+    assert main.main(critical.words_of(branch, 2, ["--checkpoint_interval=1", "--keep_checkpoints=99"])) == 0
+    saved, after = (torch.load(path, weights_only=True) for path in (before, checkpoint(branch.folder, 21)))
+    known = Statistics(**(saved["controller"]["statistics"] or saved["controller"]["reported"]))
+    squares = [known.variance / size + known.grad_norm_sq for size in (32, 4)]
+    expected = saved["clipping"]["mean"] * math.sqrt(squares[1] / squares[0])
+    assert expected > 1.3 * saved["clipping"]["mean"]
+    assert 15 / 16 <= after["clipping"]["mean"] / expected < 17 / 16
+
+
 def test_the_length_of_branches():
     """They end at the same sample where that costs no more than twice the samples."""
     start = SimpleNamespace(batch_size=16)

@@ -138,6 +138,19 @@ def test_a_checkpoint_does_not_know_the_strategy(tmp_path, words, whole, path):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-7, atol=1e-10)
 
 
+@pytest.mark.long
+def test_schedule_free_goes_on(tmp_path, words):
+    """It has looked at its state before there is one."""
+    pytest.importorskip("schedulefree")
+    options = [*options_of("gpt", words), *IN_PARTS, "--strategy=fsdp", "--optimizer=schedulefree:AdamWScheduleFree"]
+    options += ["--decay_lr=False", "--max_iters=12"]
+    train(tmp_path, *options, name="whole", processes=2)
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step-00000008.pt"
+    train(tmp_path, *options, f"--resume={checkpoint}", name="again", processes=2)
+    ours, theirs = (torch.load(tmp_path / name / "model.pt", weights_only=True) for name in ("whole", "again"))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
 def test_blocks_are_the_outermost_that_a_model_repeats():
     net = residual_net((1, 8, 8), 10)
     assert blocks(net) == [net[1], net[2]]

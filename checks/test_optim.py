@@ -67,6 +67,18 @@ def test_every_name_makes_a_step(name):
     assert all(not torch.equal(a, b) for a, b in zip(before, params))
 
 
+class Adamlike(torch.optim.Adam):
+    def __init__(self, *args, **more):
+        super().__init__(*args, **more)
+
+
+def test_arguments_that_are_handed_on():
+    group = optim.build(parameters(), Config(optimizer="checks.test_optim:Adamlike", beta2=0.9)).param_groups[0]
+    assert group["betas"] == (0.9, 0.9)
+    with pytest.raises(UsageError, match="did you mean 'eps'"):
+        optim.build(parameters(), Config(optimizer="checks.test_optim:Adamlike", optimizer_args={"epsilon": 1}))
+
+
 def test_arguments():
     group = optim.build(parameters(), Config(optimizer="sgdm", learning_rate=0.1)).param_groups[0]
     assert (group["momentum"], group["weight_decay"], group["lr"]) == (0.9, 5e-4, 0.1)
@@ -227,6 +239,13 @@ def test_groups_keep_their_proportions():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), by_hand.parameters(), strict=True))
 
 
+def test_layers_named_by_numbers():
+    """YAML reads them as numbers."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    optimizer = optim.build(model, Config(optimizer="sgd", learning_rate=0.2, lr_factors={1: 0.5}))
+    assert group_of(optimizer, model[0].weight)["lr"] == 0.2 and group_of(optimizer, model[1].weight)["lr"] == 0.1
+
+
 class Discriminative(torch.optim.SGD):
     """Vectors at a tenth of the rate."""
 
@@ -251,7 +270,20 @@ class OwnMuon(torch.optim.Muon):
     """A kind of it is known by its class."""
 
 
-@pytest.mark.parametrize("name", ["muon", "Muon", "torch.optim:Muon", "checks.test_optim:OwnMuon"])
+class HandsOn(torch.optim.Muon):
+    def __init__(self, params, **more):
+        super().__init__(params, **more)
+
+
+class OfItsOwnLength(torch.optim.Muon):
+    def __init__(self, params, lr=1e-3, weight_decay=0.1, momentum=0.95):
+        super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=momentum)
+
+
+KINDS_OF_MUON = ["muon", "Muon", "torch.optim:Muon", *map("checks.test_optim:{}".format, ("OwnMuon", "HandsOn"))]
+
+
+@pytest.mark.parametrize("name", [*KINDS_OF_MUON, "checks.test_optim:OfItsOwnLength"])
 def test_muon_has_the_hidden_matrices_and_adamw_the_rest(name):
     model = network()
     optimizer = optim.build(model, Config(optimizer=name, learning_rate=0.01))
@@ -259,6 +291,8 @@ def test_muon_has_the_hidden_matrices_and_adamw_the_rest(name):
     of_muon = [name for name, p in model.named_parameters() if any(p is own for own in muon.param_groups[0]["params"])]
     assert of_muon == ["first.weight", "second.weight"]
     assert len(adamw.param_groups[0]["params"]) == len(list(model.parameters())) - 2
+    as_long_as_adamws = None if name.endswith("OfItsOwnLength") else "match_rms_adamw"
+    assert muon.param_groups[0]["adjust_lr_fn"] == as_long_as_adamws
     tied = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 9, bias=False))
     tied[2].weight = tied[0].weight
     assert optim.build(tied, Config(optimizer="muon")).optimizers[0].param_groups[0]["params"] == [tied[1].weight]

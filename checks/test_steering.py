@@ -12,8 +12,10 @@ import torch
 import yaml
 
 import main
+import tests
 from adadagrad import control
 from adadagrad.gradients.ghost_norms import GhostNorms
+from options import command_line
 from training import tuner
 
 TINY = ["--model=logistic", "--accelerator=cpu", "--devices=1", "--max_micro_batch_size=256", "--eval_interval=1000"]
@@ -183,6 +185,11 @@ def test_a_free_start(tmp_path):
     assert group["betas"][1] == pytest.approx(0.999 ** (50 / 8)) and group["initial_beta2"] == 0.999
     rows = run(tmp_path, "not_free", *options, "--free_start=False", "--max_samples=200")
     assert numbers(rows, "batch_size")[0] == 8
+    of_the_run, constant = [f"--config={tmp_path / 'free' / 'config.yaml'}"], ["--test=False", "--lr_scaling=none"]
+    constant += ["--coupling=rate", "--statistics=batch", "--smoothing=0"]
+    for words, first in (([], 50), (constant, 8)):
+        config = command_line.parse([*of_the_run, *words])
+        assert tests.controller(config, lambda samples: 1.0, True, None, 1).batch_size == first
 
 
 def test_the_learning_rate_of_a_row_is_that_of_no_group(tmp_path):
@@ -341,6 +348,17 @@ def test_an_optimizer_that_steps_at_a_rate_of_zero_has_its_weights_back(tmp_path
     knee = yaml.safe_load((tmp_path / "measured" / "config.yaml").read_text())["knee"]
     given = run(tmp_path, "given", *words, f"--knee={knee}")
     assert [row["train_loss"] for row in measured] == [row["train_loss"] for row in given]
+
+
+def test_the_knee_that_is_measured_leaves_no_trace_in_the_clipping(tmp_path):
+    """A run goes as one that is told its knee: norms of trial steps are none of its own."""
+    words = ["--recipe=steady", "--max_samples=300", "--max_micro_batch_size=64", "--checkpoint_interval=1"]
+    measured = run(tmp_path, "measured", *words, "--keep_checkpoints=99")
+    knee = yaml.safe_load((tmp_path / "measured" / "config.yaml").read_text())["knee"]
+    given = run(tmp_path, "given", *words, f"--knee={knee}")
+    assert [row["train_loss"] for row in measured] == [row["train_loss"] for row in given]
+    first = torch.load(tmp_path / "measured" / "checkpoints" / "step-00000001.pt", weights_only=False)
+    assert first["clipping"]["seen"] == 1
 
 
 def test_what_is_measured_before_the_first_step_leaves_a_models_own_books_alone(tmp_path):

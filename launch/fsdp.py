@@ -147,5 +147,7 @@ def load_whole_state(module: nn.Module, optimizer: torch.optim.Optimizer, state:
             {**group, "params": [names[number] for number in group["params"]]} for group in saved["param_groups"]
         ],
     }
+    for parameter in [parameter for parameter, own in optimizer.state.items() if not own]:
+        del optimizer.state[parameter]  # of an optimizer that has only looked; torch takes it to be initialised
     set_model_state_dict(module, state["model"], options=WHOLE)
     set_optimizer_state_dict(module, optimizer, by_name, options=WHOLE)

@@ -131,8 +131,8 @@ class TestOptions:
     """of ramp_up_type=goodput and lr_scaling=critical: critical batch size ÷ noise scale, as critical.py measures
     it"""
     max_waste: float | None = None
-    """of ramp_up_type=goodput: W, a bound on the samples: the run takes at most 1 + W times the least possible ones, if
-    its critical batch size grows with its samples; default: batches of at most 10 critical batch sizes"""
+    """of ramp_up_type=goodput: W, a bound on the samples: the run takes at most about 1 + W times those that the
+    smallest batches would need; default: batches of at most 10 critical batch sizes"""
     free_start: bool = False
     """of ramp_up_type=goodput: begin with an eighth of the knee if that is more than batch_size, since such a step
     takes hardly longer (at most 1/256 of max_samples); the learning rate begins at that of batch_size and follows what
@@ -141,7 +141,7 @@ class TestOptions:
     """paper: the published rule. steady: unbiased, smoothed statistics, goodput, a learning rate that follows,
     a free start, growth at most fourfold at a time and by what is known for sure, at most twice the least
     possible samples, weights averaged over a twentieth of the samples so far, clipped gradients. Options that are given
-    stand above it; default: paper where test_type, eta, theta, nu or ramp_up_type is given or there is no test, else
+    override it; default: paper where test_type, eta, theta, nu or ramp_up_type is given or there is no test, else
     steady"""
 
 
@@ -184,8 +184,8 @@ class OptimizerOptions:
     optimizer_args: dict[str, Any] = field(default_factory=dict)
     """further arguments of the optimizer, as --optimizer_args.NAME=VALUE"""
     grad_clip: float | Literal["auto"] = 0.0
-    """clip the norm of the batch gradient at this value; auto: at twice the mean norm of about the last sixteen steps;
-    0: do not clip"""
+    """clip the norm of the batch gradient at this value; auto: at twice the mean norm of about the last sixteen steps,
+    from the fifth step on; 0: do not clip"""
     weight_average: float = 0.0
     """average the weights with this half-life [samples; below 1: a share of the samples so far]; evaluations are of the
     average, and model_average.pt has it; 0: do not"""
@@ -337,6 +337,7 @@ class Config(
             UsageError: a value is out of range or options contradict each other.
         """
         self.lr_decay_type = self.lr_decay_type or self.training_type
+        self.lr_factors = {str(name): factor for name, factor in self.lr_factors.items()}  # YAML reads 0 as a number
         if self.learning_rate is None:
             self.learning_rate = 0.002 if self.dataset in ("tokens", "stdlib") else 0.01
         self.data_dir, self.out_dir = expanded("data_dir", self.data_dir), expanded("out_dir", self.out_dir)

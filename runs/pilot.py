@@ -242,6 +242,9 @@ def for_adadagrad(made: Plan, run: Run, critical: float, tokens: int | None) -> 
         f"--critical={critical:g} --statistics=unbiased --smoothing={options['smoothing'] or 5000:g}",
     ]
     words += _of_the_first_stage(made.stages[0], options)
+    largest = max((after.batch_size / before.batch_size for before, after in pairwise(made.stages)), default=1.0)
+    if options["max_growth"] and largest > options["max_growth"]:
+        words.append(f"--max_growth={math.ceil(largest)}")
     if options["linear_ramp_up_increment"] != DEFAULTS.linear_ramp_up_increment:
         words.append(f"--linear_ramp_up_increment={DEFAULTS.linear_ramp_up_increment}")
     if options["training_type"] == "iter":

@@ -1,5 +1,6 @@
 """What a checkpoint holds of a run, saving it, and going back to it on as many ranks as there are then."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -81,6 +82,7 @@ class State:
                 "history": self.validation.history,
                 "noise_scales": self.parts.noise_scales and self.parts.noise_scales.state_dict(),
                 "clipping": self.parts.clipping and self.parts.clipping.state_dict(),
+                "average": self.parts.average and self.parts.average.state_dict(),
                 "said": self.reporter.state_dict(),
                 "marks": on_all_ranks(self.fabric, self.reporter.mark),
             }
@@ -101,6 +103,8 @@ class State:
             self.parts.noise_scales.load_state_dict(saved["noise_scales"])
         if self.parts.clipping and saved.get("clipping"):  # earlier checkpoints have none
             self.parts.clipping.load_state_dict(saved["clipping"])
+        if self.parts.average and saved.get("average"):  # a branch may have one of its own
+            self.parts.average.load_state_dict(saved["average"])
         self.reporter.load_state_dict(saved["said"])
         if self.parts.estimator and saved.get("estimator"):
             self.parts.estimator.load_state_dict(saved["estimator"])
@@ -119,6 +123,8 @@ class State:
         before, factor = controller.batch_size, parts.config.branch
         change = controller.branch(factor, parts.family, parts.is_adaptive, parts.config.branch_gain)
         carry_over.apply(change, parts.optimizer)
+        if parts.clipping:
+            parts.clipping.mean /= math.sqrt(change.squares)  # norms follow the batch, too
         size = controller.batch_size
         if not parts.least_batch_size <= size <= parts.samples_per_epoch:
             raise UsageError(
@@ -189,11 +195,9 @@ class State:
     def _of_fabric(self) -> dict[str, Any]:
         """What Fabric saves and restores by itself: model, optimizer, gradient scaler."""
         parts, precision = self.parts, self.fabric.strategy.precision
-        average = {"average": parts.average} if parts.average else {}
         if parts.sharded:
-            average = {name: own.state_dict() for name, own in average.items()}
-            return {**fsdp.whole_state(parts.module, parts.optimizer), "precision": precision.state_dict(), **average}
-        return {"model": parts.model, "optimizer": parts.optimizer, "precision": precision, **average}
+            return {**fsdp.whole_state(parts.module, parts.optimizer), "precision": precision.state_dict()}
+        return {"model": parts.model, "optimizer": parts.optimizer, "precision": precision}
 
     def _load(self, path: Path) -> dict[str, Any]:
         """Model, optimizer and scaler as a checkpoint has them; gives the rest of it."""
@@ -204,8 +208,6 @@ class State:
             return rest
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         fsdp.load_whole_state(parts.module, parts.optimizer, saved)
-        if parts.average:
-            parts.average.load_state_dict(saved["average"])
         return saved
 
     def _buffers(self) -> dict[str, Tensor]:

@@ -177,7 +177,7 @@ def _whole_step(parts: Components, plan: batches.Plan) -> None:
 def _without_learning(parts: Components) -> Iterator[None]:
     """Optimizer steps inside change nothing: their rate is 0, and what they make of the optimizer's state is undone."""
     optimizer, precision = parts.optimizer, parts.fabric.strategy.precision
-    scaler = copy.deepcopy(precision.state_dict())
+    scaler, norms = copy.deepcopy(precision.state_dict()), parts.clipping and parts.clipping.state_dict()
     groups = [{name: copy.deepcopy(v) for name, v in g.items() if name != "params"} for g in optimizer.param_groups]
     state = {parameter: copy.deepcopy(own) for parameter, own in optimizer.state.items()}
     # Some step by what they keep, whatever the rate (Rprop): of those that are not known, the weights are kept, too.
@@ -194,6 +194,8 @@ def _without_learning(parts: Components) -> Iterator[None]:
             for parameter, before in zip(parts.parameters, kept):
                 parameter.copy_(before)
         precision.load_state_dict(scaler)
+        if norms:
+            parts.clipping.load_state_dict(norms)
 
 
 def _samples(parts: Components, size: int) -> batches.Batch:
