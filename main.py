@@ -124,7 +124,7 @@ class Trainer:
         moments = self.train_step(plan, measured)
         # Here the paper's test is made (adadagrad/tests.py), where the rule has one, and the next batch gets its size.
         decided_by = moments if decisive else None
-        update = self.controller.update(decided_by, plan.batch_size, moments, decisive and self.parts.clipped_in_a_row)
+        update = self.controller.update(decided_by, plan.batch_size, moments, decisive and self.parts.estimator.flag)
         if update.transition:
             carry_over.apply(update.transition, self.parts.optimizer)
         self.reporter.explain(self.controller.steps, update.decision)

@@ -168,13 +168,19 @@ class BatchScaler:
         """
         return (loss.sum() if loss.dim() else loss * self._micro_batch_size) * self._loss_scale
 
-    def measure(self, grad_scaler: torch.amp.GradScaler | None = None, samples: int | None = None) -> None:
+    def measure(
+        self,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        samples: int | None = None,
+        clipping: Clipping | None = None,
+    ) -> None:
         """Take the statistics of the batch, if they are due. `step` does it; call it where gradients are clipped
         (or unscaled) before that: they must be as the backward passes have left them. On all processes.
 
         Args:
             grad_scaler: that has scaled the loss.
             samples: that the batch has, over all processes, where a trainer ends it early (at the end of an epoch).
+            clipping: as `step`.
         """
         if self._measured or not self._measures:
             return
@@ -182,7 +188,7 @@ class BatchScaler:
             raise ValueError("nothing was observed: forward and backward pass belong into `with scaler.observe(…)`")
         # (get_scale would wait for the device.)
         scale = grad_scaler.scale(torch.ones((), device=self.estimator.sums.device)) if grad_scaler else 1.0
-        self.moments, self._measured = self.estimator.moments(scale), True
+        self.moments, self._measured = self.estimator.moments(scale, clipping and clipping.in_a_row), True
         self._refuse_other_size(self.moments.batch_size, samples)
         if self.moments.num_groups < 2 <= self.batch_size:
             self._notify("a batch of one micro-batch has no variance between micro-batches: cut it into two or more")
@@ -196,7 +202,7 @@ class BatchScaler:
             clipping: of the gradients, once they are measured; one that is `auto` also tells the controller where
                 steps are as long as the curvature allows.
         """
-        self.measure(grad_scaler)
+        self.measure(grad_scaler, clipping=clipping)
         if self.world_size == 1:
             self._refuse_other_size(self._taken)
         if clipping:
@@ -210,19 +216,18 @@ class BatchScaler:
             else:
                 self.optimizer.step()
         self.optimizer.zero_grad()
-        return self.advance(clipping=clipping)
+        return self.advance()
 
-    def advance(self, samples: int | None = None, clipping: Clipping | None = None) -> Update:
+    def advance(self, samples: int | None = None) -> Update:
         """What follows for the next batch, where a trainer takes the optimizer's step itself (with `rates` or
         `rates_in_step`) and clears the gradients. On all processes.
 
         Args:
             samples: as `measure`.
-            clipping: that has clipped the gradients.
         """
         if self.estimator is not None and not self._measured:
             self.estimator.forget()  # of a batch that a trainer has ended early, and nobody has measured
-        in_a_row = self._measured and clipping is not None and bool(clipping.in_a_row)  # else the host need not wait
+        in_a_row = self._measured and self.estimator.flag
         update = self.controller.update(self.moments if self._measured else None, samples, clipped_in_a_row=in_a_row)
         if update.transition:
             carry_over.apply(update.transition, self.optimizer)

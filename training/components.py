@@ -337,11 +337,6 @@ class Components:
             parameter.grad = None
         return clipped
 
-    @property
-    def clipped_in_a_row(self) -> bool:
-        """Steps are as long as the curvature allows, as far as that is known; the host waits for the device."""
-        return self.clipping is not None and bool(self.clipping.in_a_row)
-
     @contextlib.contextmanager
     def observing(self, raw: Any, inputs: Any, targets: Any, loss_scale: float, whole: bool, clock: Clock) -> Iterator:
         """The training pass on a micro-batch, observed by the estimator.
@@ -366,7 +361,7 @@ class Components:
         scale = scaler.scale(torch.ones((), dtype=torch.float32, device=self.fabric.device)) if scaler else 1.0
         try:
             with OutOfMemory(*IN_THE_TEST):
-                return self.estimator.moments(scale)
+                return self.estimator.moments(scale, self.clipping and self.clipping.in_a_row)
         except ValueError as error:  # on all ranks alike: the loss was no mean of its samples'
             raise UsageError(f"--test_gradients: {error}") from None
 

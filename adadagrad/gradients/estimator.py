@@ -58,6 +58,7 @@ class Estimator:
     Attributes:
         by_parameter: measure every parameter by itself, too, where `tells_parameters_apart`.
         of_parameters: the moments of the last call of `moments`, by parameter, then.
+        flag: what the last call of `moments` has read along.
         measured: how often `moments` was called.
         gave_way: how often later steps have shown that the next estimator must take over.
         couples_samples: the outputs of a sample depend on the others of its batch; the check at the start finds it.
@@ -84,6 +85,7 @@ class Estimator:
         self.model, self.loss, self.inner_products = model, loss, inner_products
         self.max_micro_batch_size, self.autocast = max_micro_batch_size, autocast
         self.by_parameter, self.of_parameters, self.measured, self.gave_way = False, {}, 0, 0
+        self.flag = False
         self.couples_samples = False
         self._start()
 
@@ -133,11 +135,12 @@ class Estimator:
     def _observing(self, batch: MicroBatch) -> contextlib.AbstractContextManager:
         raise NotImplementedError
 
-    def moments(self, grad_scale: float | Tensor = 1.0) -> Moments:
+    def moments(self, grad_scale: float | Tensor = 1.0, flag: Tensor | None = None) -> Moments:
         """The moments of all micro-batches observed since the last call, on all ranks. The host waits for the device.
 
         Args:
             grad_scale: the gradient scaler's factor on the gradients of the training pass; for a tensor nobody waits.
+            flag: (), on the device, the same on all ranks: read along, for `self.flag`, so that nobody waits for it.
 
         Raises:
             ValueError: the loss of a batch was neither the mean nor the sum of its samples' losses; on all ranks.
@@ -157,7 +160,9 @@ class Estimator:
             own = torch.stack([self.sums_by_parameter.get(name, nothing) for name in names])
             numbers += [sum_over_ranks(own), of_shards(torch.stack([norm_sq([mean[name]]) for name in names]))]
         self._start()
-        numbers = torch.cat(numbers).tolist()  # the only wait
+        flags = [] if flag is None else [flag.to(total.dtype)[None]]
+        numbers = torch.cat([*flags, *numbers]).tolist()  # the only wait
+        self.flag = bool(flags) and bool(numbers.pop(0))
         samples, groups, sum_norm_sq, losses_off, norms_off, grad_norm_sq, *rest = numbers
         self.measured += 1
         if losses_off and self.adds_up is not None:
