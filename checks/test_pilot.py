@@ -240,6 +240,15 @@ def test_what_the_first_stage_changes_beside_the_rate():
     assert given[1] == f"--weight_decay={0.3 * stage.decay:.6g}"
 
 
+@pytest.mark.parametrize("limit, allowed", [(None, None), (4.0, "--max_growth=10"), (16.0, None)])
+def test_a_stage_may_be_larger_than_the_pilots_growth_allows(run, limit, allowed):
+    made = pilot.Plan([pilot.Stage(8, 80, 1.0), pilot.Stage(80, 160, 2.0)], 1.0, 12)
+    one = results.read_run(run)
+    one.options["max_growth"] = limit
+    words = shlex.split(pilot.for_adadagrad(made, one, 2.0, None).replace("\\\n", " "))
+    assert [word for word in words if word.startswith("--max_growth")] == ([allowed] if allowed else [])
+
+
 def test_text_is_counted_in_tokens(run):
     made = pilot.Plan([pilot.Stage(8, 80, 1.0), pilot.Stage(16, 160, 2.0)], 1.0, 12)
     one = results.read_run(run)
